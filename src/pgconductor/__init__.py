@@ -1,0 +1,1 @@
+"""Durable execution on nothing but PostgreSQL, native to Trio."""

@@ -1,0 +1,1 @@
+"""The only package that keeps tasks running: reactor, worker, orchestrator."""
