@@ -109,15 +109,15 @@ def resources_by_type(yielded: object) -> dict[type[Any], object]:
                 )
             resources[kind] = value
         return resources
-    objects = cast("tuple[object, ...]", yielded) if isinstance(yielded, tuple) else ()
-    if objects and not hasattr(objects, "_fields"):
-        resources = {}
-        for value in objects:
-            if type(value) in resources:
-                raise Misuse(
-                    f"Orchestrator(resources=...) yielded two objects of type {type(value).__qualname__}; "
-                    f"give one of them a class of its own, or yield a mapping of types to objects"
-                )
-            resources[type(value)] = value
-        return resources
-    return {type(cast(object, yielded)): yielded}
+    whole: dict[type[Any], object] = {type(yielded): yielded}
+    if not isinstance(yielded, tuple) or hasattr(cast("tuple[object, ...]", yielded), "_fields"):
+        return whole
+    resources = {}
+    for value in cast("tuple[object, ...]", yielded):
+        if type(value) in resources:
+            raise Misuse(
+                f"Orchestrator(resources=...) yielded two objects of type {type(value).__qualname__}; "
+                f"give one of them a class of its own, or yield a mapping of types to objects"
+            )
+        resources[type(value)] = value
+    return resources

@@ -14,6 +14,9 @@ from typing import Final
 from .errors import InvalidOption
 
 MAX_DELAY: Final = 100 * 365.25 * 86_400.0  # a century: far beyond use, far within what an interval holds
+# A day within what Python can hold, so that no session's time zone leads outside; the schema's CHECK is the same.
+_EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+_LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
 INT4_MIN: Final = -(2**31)
 INT4_MAX: Final = 2**31 - 1
 
@@ -39,7 +42,7 @@ def checked_text(what: str, value: object, *, max_bytes: int) -> str:
 
 
 def checked_int(what: str, value: object, *, minimum: int, maximum: int) -> int:
-    """Return `value` if it is an `int` (not a `bool`) within the range, both ends included, or raise `InvalidOption`."""
+    """Return `value` if it is an `int` (not a `bool`) within the range, both ends included; else `InvalidOption`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidOption(f"{what} must be an int, not {type(value).__name__}")
     if not minimum <= value <= maximum:
@@ -73,7 +76,7 @@ def checked_seconds(what: str, value: object, *, minimum: float = 0.0, maximum: 
 
 
 def checked_instant(what: str, value: object) -> datetime:
-    """Return an aware `datetime` converted to UTC, within the years 1 to 9998.
+    """Return an aware `datetime` converted to UTC, within the years 1 (from 2 January) to 9998.
 
     Raises `InvalidOption` for a naive one (whose zone would be a guess), for anything else and outside that range.
     """
@@ -85,6 +88,6 @@ def checked_instant(what: str, value: object) -> datetime:
         instant = value.astimezone(UTC)
     except OverflowError:
         raise InvalidOption(f"{what} is outside the years 1 to 9998 in UTC") from None
-    if instant.year > 9998:
+    if not _EARLIEST <= instant < _LATEST:
         raise InvalidOption(f"{what} is outside the years 1 to 9998 in UTC")
     return instant

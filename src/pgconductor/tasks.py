@@ -16,7 +16,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import (
@@ -109,13 +110,14 @@ class Invoker(Protocol):
         ...
 
 
-class Invocable(Generic[P, R]):
+class Invocable(ABC, Generic[P, R]):
     """A task, or a task with options: what can be called with the handler's parameters, the context left out."""
 
     __slots__ = ()
 
+    @abstractmethod
     def _target(self) -> tuple[Task[P, R], InvokeOptions, psycopg.AsyncConnection[Any] | None]:
-        raise TypeError(f"{type(self).__name__} is not a complete Invocable")
+        """The task, the options and the connection that a call made here gets."""
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Invocation[R]:
         """Return the call as a value for `invoke_many`. Does not wait.
@@ -514,7 +516,7 @@ def _shape_of(task: str, handler: Callable[..., Any], limits: Limits) -> _Shape[
     )
 
 
-_AWAITABLES = (Coroutine, typing.get_origin(typing.Awaitable[Any]), typing.get_origin(typing.Generator[Any, Any, Any]))
+_AWAITABLES = (Coroutine, Awaitable)
 
 
 def _resolved_hints(task: str, handler: Callable[..., Any]) -> dict[str, Any]:
@@ -727,7 +729,8 @@ class Tasks(Invoker):
             task = cast("Task[..., Any]", task)
             if task.invoker is not self:
                 raise InvalidTask(
-                    f"task {task.name!r} of {where} belongs to another conductor; declare it with this conductor's task()"
+                    f"task {task.name!r} of {where} belongs to another conductor; "
+                    f"declare it with this conductor's task()"
                 )
             given.append(task)
         return Worker(
