@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from uuid import UUID, uuid4
 
@@ -56,7 +56,7 @@ class WorkerByHand:
 @contextmanager
 def open_worker(
     dsn: str, tasks: list[str], queue: str = "default", schema: str = "pgconductor"
-) -> Iterator[WorkerByHand]:
+) -> Generator[WorkerByHand]:
     """Register an orchestrator with one worker, for the block."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         yield WorkerByHand(conn, Calls(schema), queue, tasks)
