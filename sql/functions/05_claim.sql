@@ -59,8 +59,11 @@ begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     perform set_config('synchronous_commit', 'off', true);
     v_now := @schema@._private_clock();
-    if not exists (select from @schema@._private_orchestrators o where o.id = p_owner and o.died_at is null and o.expires_at > v_now) then
-        raise exception using errcode = 'PC003', message = 'the orchestrator is not registered or its lease has ended';
+    -- Checked without locking the orchestrator's row (that made claims three times slower): a claim that commits after its owner was
+    -- declared dead is found from the executions' side.
+    if not exists (select from @schema@._private_orchestrators o
+            where o.id = p_owner and o.died_at is null and o.expires_at > v_now and o.server_epoch = @schema@._private_server_epoch()) then
+        raise exception using errcode = 'PC003', message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
     end if;
     select no into v_no from @schema@._private_queues where name = p_queue;
     if v_no is null then

@@ -86,26 +86,33 @@ as $$
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 
--- Is anything of the queue ready, running, or due within p_horizon seconds, among the given tasks? What drain waits for.
-create or replace function @schema@.is_quiet(p_queue text, p_tasks text[], p_horizon double precision) returns boolean
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until the next one is due, if
+-- that is within p_horizon; null: nothing to wait for.
+create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
 as $$
 declare
-    v_until constant timestamptz := @schema@._private_clock() + make_interval(secs => p_horizon);
+    v_now constant timestamptz := @schema@._private_clock();
     v_no int;
-    v_busy boolean;
+    v_is_busy boolean;
+    v_due timestamptz;
+    v_next timestamptz;
 begin
     for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
         execute format($sql$
             select exists (select from @schema@.%1$I where state = 'ready' and queue = $1 and task = any ($2))
-                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2))
-                or exists (select from @schema@.%1$I where state in ('scheduled', 'waiting') and run_at <= $3 and queue = $1 and task = any ($2))
-            $sql$, '_private_queue_' || v_no) into v_busy using p_queue, p_tasks, v_until;
-        if v_busy then
-            return false;
+                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2)),
+                (select min(run_at) from @schema@.%1$I where state in ('scheduled', 'waiting') and queue = $1 and task = any ($2))
+            $sql$, '_private_queue_' || v_no) into v_is_busy, v_due using p_queue, p_tasks;
+        if v_is_busy then
+            return 0;
         end if;
+        v_next := least(v_next, v_due);
     end loop;
-    return true;
+    if v_next <= v_now + make_interval(secs => p_horizon) then
+        return greatest(0, date_part('epoch', v_next - v_now));
+    end if;
+    return null;
 end $$;

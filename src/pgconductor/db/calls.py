@@ -66,6 +66,10 @@ def _text_or_none(rows: list[Row]) -> str | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns text
 
 
+def _float_or_none(rows: list[Row]) -> float | None:
+    return rows[0][0]  # type: ignore[no-any-return]  # the function returns double precision
+
+
 def _optional_boolean(rows: list[Row]) -> bool | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns boolean
 
@@ -92,7 +96,7 @@ _QUERIES = {
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
     " oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues from {s}.orchestrator_status()",
-    "is_quiet": "select {s}.is_quiet(%s, %s::text[], %s)",
+    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
@@ -177,8 +181,9 @@ class Calls:
             self._query["orchestrator_status"], (), lambda rows: [OrchestratorStatus(*row[:6], tuple(row[6])) for row in rows]
         )
 
-    def is_quiet(self, queue: str, tasks: list[str], horizon: float) -> Call[bool]:
-        return Call(self._query["is_quiet"], (queue, tasks, horizon), _boolean)
+    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
+        """Seconds until something of these tasks is due, 0 if something is ready or running; None: nothing within the horizon."""
+        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
 
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""
