@@ -520,7 +520,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if not self.closed:
             self._closed = True
             self.drop()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        await trio.lowlevel.checkpoint()
 
     # Notifications
 
@@ -639,8 +639,7 @@ class _TurnLock:
             await self._queue.park()  # whoever wakes us has made us the owner
 
     async def __aexit__(self, *_: object) -> None:
-        woken = self._queue.unpark()
-        self._owner = woken[0] if woken else None
+        self._owner = self._queue.unpark()[0] if self._queue else None
 
 
 class _Transaction(psycopg.AsyncTransaction):
