@@ -15,10 +15,16 @@ what ``PGCONDUCTOR_TEST_SERVER`` says: a major version that the wheel has, or th
 ``bin`` folder.
 """
 
-from .clock import DatabaseClock
-from .databases import Databases
-from .requirements import debian_binaries, missing_docker, missing_program
-from .server import DatabaseServer, open_server
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .clock import DatabaseClock
+    from .databases import Databases
+    from .requirements import debian_binaries, missing_docker, missing_program
+    from .server import DatabaseServer, open_server
 
 __all__ = [
     "DatabaseClock",
@@ -29,3 +35,21 @@ __all__ = [
     "missing_program",
     "open_server",
 ]
+
+_MODULES = {
+    "DatabaseClock": "clock",
+    "DatabaseServer": "server",
+    "Databases": "databases",
+    "debian_binaries": "requirements",
+    "missing_docker": "requirements",
+    "missing_program": "requirements",
+    "open_server": "server",
+}
+
+
+def __getattr__(name: str) -> object:
+    # pytest imports this package in every run of whoever has the library installed: what it exports is imported when
+    # it is used.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
