@@ -36,6 +36,7 @@ from .sql_files import (
     Migration,
     Script,
     SqlSource,
+    identifier,
     latest_version,
     load_functions,
     load_migrations,
@@ -116,8 +117,8 @@ class _Server:
 def _read_server(schema: str) -> Call[_Server]:
     return Call(
         """
-        select current_setting('server_version_num')::int4, current_setting('server_version'), pg_is_in_recovery(),
-               current_user::text, current_database()::text,
+        select pg_catalog.current_setting('server_version_num')::int4, pg_catalog.current_setting('server_version'),
+               pg_catalog.pg_is_in_recovery(), current_user::text, pg_catalog.current_database()::text,
                exists (select from pg_catalog.pg_namespace n where n.nspname = %s),
                exists (select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
                        where n.nspname = %s and c.relname = '_private_schema' and c.relkind = 'r')
@@ -136,7 +137,7 @@ def _read_installed(schema: str) -> Call[Installed]:
         sql.SQL(
             "select m.no, m.name, m.breaking, s.functions_hash, s.functions_version"
             " from {0}._private_schema s left join {0}._private_migrations m on true order by m.no"
-        ).format(sql.Identifier(schema)),
+        ).format(identifier(schema)),
         (),
         decode,
     )
@@ -165,7 +166,7 @@ comment on table @schema@._private_schema is 'pgconductor: which set of function
 def _record_migration(schema: str, migration: Migration) -> Call[None]:
     return Call(
         sql.SQL("insert into {}._private_migrations (no, name, breaking) values (%s, %s, %s)").format(
-            sql.Identifier(schema)
+            identifier(schema)
         ),
         (migration.number, migration.name, migration.is_breaking),
         ignore,
@@ -174,9 +175,7 @@ def _record_migration(schema: str, migration: Migration) -> Call[None]:
 
 def _record_functions(schema: str, source: SqlSource) -> Call[None]:
     return Call(
-        sql.SQL("update {}._private_schema set functions_hash = %s, functions_version = %s").format(
-            sql.Identifier(schema)
-        ),
+        sql.SQL("update {}._private_schema set functions_hash = %s, functions_version = %s").format(identifier(schema)),
         (source.functions_hash, source.version),
         ignore,
     )
@@ -343,7 +342,7 @@ def _migrate_without_transaction_gen(schema: str, migration: Migration, server_v
     put back. A cancellation closes the connection, which takes lock and settings with it.
     """
     key = lock_key(schema)
-    yield from _ask_gen(Call("select pg_advisory_lock(%s::int8)", (key,), ignore))
+    yield from _ask_gen(Call("select pg_catalog.pg_advisory_lock(%s::int8)", (key,), ignore))
     yield from _ask_gen(_COMMIT)
     names = [*_time_limits(server_version), "search_path"]
     before = yield from _ask_gen(_read_settings(names))
@@ -354,10 +353,10 @@ def _migrate_without_transaction_gen(schema: str, migration: Migration, server_v
         yield from _ask_gen(_record_migration(schema, migration))
     except Exception:
         yield from _ask_gen(_set_settings(names, before))
-        yield from _ask_gen(Call("select pg_advisory_unlock(%s::int8)", (key,), ignore))
+        yield from _ask_gen(Call("select pg_catalog.pg_advisory_unlock(%s::int8)", (key,), ignore))
         raise
     yield from _ask_gen(_set_settings(names, before))
-    if not (yield from _ask_gen(Call("select pg_advisory_unlock(%s::int8)", (key,), _decode_flag))):
+    if not (yield from _ask_gen(Call("select pg_catalog.pg_advisory_unlock(%s::int8)", (key,), _decode_flag))):
         raise Unavailable(
             f"the connection changed its server session during migration {migration.name}, which runs outside a"
             " transaction: migrate over a direct connection, not through a transaction pooler"
@@ -382,7 +381,9 @@ _COMMIT: Call[None] = Call("commit", (), ignore)
 _ROLLBACK: Call[None] = Call("rollback", (), ignore)
 # At the server, so that these calls need no event loop of a particular kind.
 _NAP: Call[None] = Call(
-    sql.Composed([Script(f"begin; set local statement_timeout = 0; select pg_sleep({NAP}); commit")]), (), ignore
+    sql.Composed([Script(f"begin; set local statement_timeout = 0; select pg_catalog.pg_sleep({NAP}); commit")]),
+    (),
+    ignore,
 )
 # Nothing may resolve to an object in somebody else's schema, nor be created outside ours unnoticed.
 _SEARCH_PATH = "pg_catalog, pg_temp"
@@ -404,7 +405,8 @@ def _begin(server_version: int) -> Call[None]:
 
 def _read_settings(names: Sequence[str]) -> Call[list[str]]:
     return Call(
-        "select current_setting(n) from unnest(%s::text[]) with ordinality s (n, position) order by position",
+        "select pg_catalog.current_setting(n)"
+        " from pg_catalog.unnest(%s::text[]) with ordinality s (n, position) order by position",
         (list(names),),
         lambda rows: [str(row[0]) for row in rows],
     )
@@ -412,7 +414,8 @@ def _read_settings(names: Sequence[str]) -> Call[list[str]]:
 
 def _set_settings(names: Sequence[str], values: Sequence[str]) -> Call[None]:
     return Call(
-        "select set_config(n, v, false) from unnest(%s::text[], %s::text[]) s (n, v)",
+        "select pg_catalog.set_config(n, v, false)"
+        " from rows from (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[])) s (n, v)",
         (list(names), list(values)),
         ignore,
     )
@@ -425,7 +428,7 @@ def lock_key(schema: str) -> int:
 
 
 def _try_lock(schema: str) -> Call[bool]:
-    return Call("select pg_try_advisory_xact_lock(%s::int8)", (lock_key(schema),), _decode_flag)
+    return Call("select pg_catalog.pg_try_advisory_xact_lock(%s::int8)", (lock_key(schema),), _decode_flag)
 
 
 def _decode_flag(rows: list[Row]) -> bool:
@@ -440,7 +443,8 @@ def _describe_rival_gen(schema: str, lock_wait: float) -> Calls[str]:
             from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
             where l.locktype = 'advisory' and l.granted and l.objsubid = 1
               and l.classid::int8 = (%s::int8 >> 32) & 4294967295 and l.objid::int8 = %s::int8 & 4294967295
-              and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+              and l.database = (select d.oid from pg_catalog.pg_database d
+                                where d.datname = pg_catalog.current_database())
             """,
             (lock_key(schema), lock_key(schema)),
             lambda rows: [f"server process {pid} ({name})" for pid, name in rows],
@@ -482,8 +486,8 @@ def _explain(error: psycopg.Error, schema: str, doing: str, role: str) -> Pgcond
             )
         case psycopg.errors.ReadOnlySqlTransaction():
             return Unavailable(
-                f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the primary,"
-                " or see default_transaction_read_only"
+                f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the"
+                " primary, or see default_transaction_read_only"
             )
         case psycopg.errors.LockNotAvailable():
             return Unavailable(
@@ -513,8 +517,8 @@ def _refuse_busy(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -
         or conn.info.pipeline_status != PipelineStatus.OFF
     ):
         raise Misuse(
-            "migrate begins and commits by itself: give it a connection in autocommit, outside a transaction and outside"
-            " a pipeline"
+            "migrate begins and commits by itself: give it a connection in autocommit, outside a transaction and"
+            " outside a pipeline"
         )
 
 

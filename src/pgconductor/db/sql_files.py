@@ -203,5 +203,10 @@ class Script(sql.Composable):
         return self._text.replace("%", "%%").encode(encoding)
 
 
+def identifier(schema: str) -> Script:
+    """The schema's name, quoted. `sql.Identifier` would not do: in a query with parameters, psycopg reads its `%`."""
+    return Script(_identifier(schema))
+
+
 def script(text: str, schema: str) -> Call[None]:
     return Call(sql.Composed([Script(render(text, schema))]), (), ignore)
