@@ -91,7 +91,7 @@ def test_changed_functions_alone_are_replaced(conn: Connection) -> None:
 
 
 def test_older_program_leaves_newer_functions_alone(conn: Connection) -> None:
-    with pytest.raises(SchemaMissing, match=r"is not installed in database .*: run `pgconductor migrate`"):
+    """Or a worker of the previous release, restarting in the middle of a deploy, puts back bodies that no longer fit."""
     newer = SqlSource(V2.migrations, (FUNCTIONS[0], replace(FUNCTIONS[1], text=FUNCTIONS[1].text + "-- newer")))
     migrate_sync(conn, source=newer)
     assert migrate_sync(conn, source=V1) == MigrationReport((), False, 2)
@@ -194,8 +194,7 @@ with psycopg.connect(sys.argv[1], autocommit=True, application_name="rival") as 
 
 
 def test_of_20_processes_at_once_one_migrates_and_none_fails(conn: Connection, pgconductor_empty_dsn: str) -> None:
-    rival = rf"process {other.info.backend_pid} \(the other one\).*pg_terminate_backend"
-    with pytest.raises(Unavailable, match=rival):
+    """Or a deploy of 20 replicas on an empty database crashes 19. The lock is held until all have asked for it."""
     conn.execute("select pg_advisory_lock(%s::int8)", (lock_key("pgconductor"),))
     rivals = [
         subprocess.Popen(
