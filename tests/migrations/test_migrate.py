@@ -91,7 +91,7 @@ def test_changed_functions_alone_are_replaced(conn: Connection) -> None:
 
 
 def test_older_program_leaves_newer_functions_alone(conn: Connection) -> None:
-    """Or a worker of the previous release, restarting in the middle of a deploy, puts back bodies that no longer fit."""
+    """Or a worker of the previous release, restarting in mid-deploy, puts back bodies that no longer fit."""
     newer = SqlSource(V2.migrations, (FUNCTIONS[0], replace(FUNCTIONS[1], text=FUNCTIONS[1].text + "-- newer")))
     migrate_sync(conn, source=newer)
     assert migrate_sync(conn, source=V1) == MigrationReport((), False, 2)
