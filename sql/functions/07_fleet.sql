@@ -36,8 +36,7 @@ begin
 end $$;
 
 -- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition (T10), and fail those that
--- have now brought down p_max_crashes claims (T10'). A crash is charged, the attempt is not. p_retire: an orchestrator that declares itself
--- dead, having stopped its handlers; its executions come back without a crash charged.
+-- have now brought down p_max_crashes claims (T10'). A crash is charged, the attempt is not.
 -- Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a day.
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000, p_max_crashes int default 3)
     returns table (recovered bigint, failed bigint)
@@ -107,36 +106,48 @@ begin
     return next;
 end $$;
 
--- The last word of an orchestrator whose handlers have all ended: what it still held becomes claimable at once, with neither attempt nor
--- crash charged, and its row goes. Harmless for an unknown id.
-create or replace function @schema@.retire_orchestrator(p_id uuid) returns bigint
+-- Give back what an orchestrator holds on a queue beyond what it knows of: claims whose reply was lost. Neither attempt nor crash is
+-- charged. To be called only by that orchestrator, with no claim of its own in flight.
+create or replace function @schema@.release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
 as $$
 declare
-    v_queue text;
     v_no int;
     v_ids uuid[];
     v_claim_nos bigint[];
     v_released bigint := 0;
 begin
-    for v_queue, v_no in
-        select w.queue, n.no from @schema@._private_workers w left join @schema@._private_queues q on q.name = w.queue
-            cross join lateral (values (q.no), (0)) n (no)
-        where w.orchestrator_id = p_id and n.no is not null order by 1, 2
-    loop
+    for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
         execute format('select array_agg(id), array_agg(claim_no) from (select id, claim_no from @schema@.%I
-                where state = ''running'' and owner = $1 and queue = $2 for update skip locked) x', '_private_queue_' || v_no)
-            into v_ids, v_claim_nos using p_id, v_queue;
+                where state = ''running'' and owner = $1 and queue = $2 and id <> all ($3) for update skip locked) x',
+                '_private_queue_' || v_no)
+            into v_ids, v_claim_nos using p_owner, p_queue, p_known;
         continue when v_ids is null;
-        perform f.id from @schema@._private_flush_partition(v_no, p_id, v_ids, v_claim_nos,
+        perform f.id from @schema@._private_flush_partition(v_no, p_owner, v_ids, v_claim_nos,
             array_fill('released'::text, array[cardinality(v_ids)]), array_fill(null::jsonb, array[cardinality(v_ids)]),
             array_fill(null::jsonb, array[cardinality(v_ids)]), array_fill(0::float8, array[cardinality(v_ids)]),
             array_fill(null::float8, array[cardinality(v_ids)]), 0) f;
         v_released := v_released + cardinality(v_ids);
-        perform @schema@._private_announce(v_queue);
     end loop;
+    if v_released > 0 then
+        perform @schema@._private_announce(p_queue);
+    end if;
+    return v_released;
+end $$;
+
+-- The last word of an orchestrator whose handlers have all ended: what it still held becomes claimable at once, and its row goes. Returns how
+-- many came back. Harmless for an unknown id.
+create or replace function @schema@.retire_orchestrator(p_id uuid) returns bigint
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_released bigint;
+begin
+    select coalesce(sum(@schema@.release_unknown(p_id, w.queue, '{}')), 0) into v_released
+    from (select queue from @schema@._private_workers where orchestrator_id = p_id order by queue) w;
     delete from @schema@._private_orchestrators where id = p_id;
     return v_released;
 end $$;

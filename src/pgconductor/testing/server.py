@@ -1,0 +1,95 @@
+"""Which PostgreSQL server the tests use, and what it is.
+
+Owns the choice between a named server, a container and a throwaway one, and the life of the latter two. It does not create databases
+(`databases`) and holds no connection open between calls. Leaving `open_server` stops what it started, also when the test run is
+interrupted; a throwaway server ends even if the run is killed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from ..embedded import own_server, report_settings
+from ..errors import NoDatabase
+
+# Nothing here outlives the test run, so nothing needs to reach the disk. Room for many connections and for two-phase commit.
+_SETTINGS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_prepared_transactions": "20",
+}
+
+
+class DatabaseServer:
+    """A server on which tests create databases."""
+
+    def __init__(self, dsn: Callable[[str], str], kind: str) -> None:
+        self._dsn = dsn
+        self.kind = kind
+        """Where it comes from, in words."""
+        with psycopg.connect(dsn("postgres"), autocommit=True) as conn:
+            self.version: int = conn.info.server_version
+            """The server's version as PostgreSQL numbers it, for example 180004."""
+            self._settings = report_settings(conn)
+
+    def __repr__(self) -> str:
+        return f"<DatabaseServer {self.version} {self.kind}>"
+
+    def dsn(self, dbname: str = "postgres") -> str:
+        """Return the connection string of the database `dbname`."""
+        return self._dsn(dbname)
+
+    def settings(self) -> Mapping[str, str]:
+        """Return version and durability settings as the server reported them."""
+        return self._settings
+
+    def describe(self) -> str:
+        """Return one line: where the server comes from and its settings."""
+        return f"{self.kind}; " + ", ".join(f"{name}={value}" for name, value in self._settings.items())
+
+
+@contextmanager
+def open_server(environ: Mapping[str, str] = os.environ) -> Iterator[DatabaseServer]:
+    """Use or start the server that `environ` asks for, see the package's documentation.
+
+    Raises `NoDatabase` when it does not answer or cannot be started.
+    """
+    if named := environ.get("PGCONDUCTOR_TEST_DSN"):
+        yield _connected(lambda dbname: make_conninfo(named, dbname=dbname), "the server of PGCONDUCTOR_TEST_DSN")
+    elif environ.get("PGCONDUCTOR_TEST_CONTAINER") == "1":
+        with _container(environ.get("PGCONDUCTOR_TEST_SERVER") or "18") as server:
+            yield server
+    else:
+        choice = environ.get("PGCONDUCTOR_TEST_SERVER", "")
+        bin_dir = Path(choice) if "/" in choice else None
+        if choice and bin_dir is None and not choice.isdecimal():
+            raise NoDatabase(f"PGCONDUCTOR_TEST_SERVER={choice!r}: name a major version or the path of a bin folder")
+        with own_server(bin_dir, major=int(choice) if choice.isdecimal() else None, settings=_SETTINGS) as own:
+            yield DatabaseServer(own.dsn, f"a throwaway server from {'the wheel' if bin_dir is None else bin_dir}")
+
+
+def _connected(dsn: Callable[[str], str], kind: str) -> DatabaseServer:
+    try:
+        return DatabaseServer(dsn, kind)
+    except psycopg.OperationalError as error:
+        raise NoDatabase(f"{kind} does not answer: {error}") from error
+
+
+@contextmanager
+def _container(major: str) -> Iterator[DatabaseServer]:
+    try:
+        from testcontainers.postgres import PostgresContainer
+    except ImportError as error:
+        raise NoDatabase("PGCONDUCTOR_TEST_CONTAINER=1 needs testcontainers: pip install testcontainers") from error
+    flags = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
+    container = PostgresContainer(f"postgres:{major}-alpine", driver=None).with_command(f"postgres {flags}")
+    with container:
+        parameters = conninfo_to_dict(str(container.get_connection_url()))
+        yield _connected(lambda dbname: make_conninfo("", **{**parameters, "dbname": dbname}), f"a container of postgres:{major}")
