@@ -100,10 +100,7 @@ def test_transaction_timeout_is_set_only_where_it_exists() -> None:
         steps = migrate_gen("s", V1, 1.0)
         next(steps)
         begin: Call[Any] = steps.send(server(number=number))
-        assert not isinstance(begin.query, str)
-        assert (
-            "transaction_timeout = 0" in begin.query.as_string().replace("idle_in_transaction_session", "")
-        ) is known
+        assert (b" transaction_timeout = 0" in begin.query) is known
 
 
 def test_connection_lost_at_the_first_call_is_unavailable() -> None:

@@ -246,7 +246,7 @@ def test_waiter_holds_no_snapshot_between_looks(conn: Connection, other: Connect
     call = next(steps)
     for _ in range(20):
         call = steps.send(run_sync(conn, call))
-        if "pg_sleep" in str(call.query):
+        if b"pg_sleep" in call.query:
             between.append(other.execute(state, (conn.info.backend_pid,)).fetchall())
     assert len(between) >= 3
     assert set(map(str, between)) == {"[('idle', None)]"}
