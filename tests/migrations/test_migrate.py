@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -25,6 +26,7 @@ from migrations.small import (
 )
 from psycopg import sql
 
+from pgconductor.db.calls import Calls, NewExecution, WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import (
     FunctionFile,
@@ -501,3 +503,19 @@ def test_check_works_inside_a_transaction(pgconductor_empty_dsn: str) -> None:
         migrate_sync(conn, source=V1)
     with psycopg.connect(pgconductor_empty_dsn) as manual:
         assert check_sync(manual, source=V1).version == 1
+
+
+@pytest.mark.parametrize("schema", HOSTILE_NAMES)
+def test_shipped_functions_work_in_a_schema_of_any_name(conn: Connection, schema: str) -> None:
+    """Or one of them has a token where its name cannot stand, or the default schema's name written into it."""
+    migrate_sync(conn, schema)
+    calls = Calls(schema)
+    owner = uuid4()
+    queue = f"queue of {schema}"
+    run_sync(conn, calls.register_queue(queue))
+    run_sync(conn, calls.register_orchestrator(owner, "me", 10.0, "0", 1, [WorkerRow(queue, ["greet"], 1)]))
+    (invoked,) = run_sync(conn, calls.invoke_many([NewExecution("greet", "{}", queue)]))
+    (claimed,) = run_sync(conn, calls.claim(queue, owner, ["greet"], 10)).claimed
+    assert claimed.id == invoked.id
+    assert run_sync(conn, calls.heartbeat(owner, 10.0))
+    assert queue in [status.queue for status in run_sync(conn, calls.queue_status())]
