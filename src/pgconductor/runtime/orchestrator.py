@@ -23,7 +23,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,7 @@ import trio
 from ..context import Resources, resources_by_type
 from ..db import schema
 from ..db.calls import WorkerRow
-from ..errors import InvalidOption, InvalidTask, LeaseLost, Misuse, Unavailable
+from ..errors import InvalidOption, InvalidTask, Misuse, Unavailable
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
@@ -71,6 +71,18 @@ class Drained:
     retried: int
     released: int
     fenced: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """What all incarnations of a run share. When `until` returns, the run is to stop."""
+
+    target: Target
+    control: Link
+    outages: OutageLog
+    resources: Resources
+    signals: AsyncIterator[int] | None
+    until: Callable[[Link], Awaitable[None]]
 
 
 class Orchestrator:
@@ -205,8 +217,10 @@ class Orchestrator:
                 outages = OutageLog()
                 async with open_link(target, "control", outages, self._rng) as control:
                     await self._prepare(control)
-                    async with self._open_resources() as resources, _signals(self._wants_signals(), self._on_signal):
-                        await self._incarnate(target, control, outages, resources, until, task_status)
+                    async with self._open_resources() as resources:
+                        with _signal_receiver(self._wants_signals()) as signals:
+                            process = _Process(target, control, outages, resources, signals, until)
+                            await self._incarnate(process, task_status)
         finally:
             self._is_active = False
 
@@ -252,39 +266,32 @@ class Orchestrator:
 
     # Living
 
-    async def _incarnate(
-        self,
-        target: Target,
-        control: Link,
-        outages: OutageLog,
-        resources: Resources,
-        until: Callable[[Link], Awaitable[None]],
-        task_status: trio.TaskStatus[None],
-    ) -> None:
+    async def _incarnate(self, process: _Process, task_status: trio.TaskStatus[None]) -> None:
         """One incarnation after the other, until one ends by being stopped."""
         rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
         name = f"{socket.gethostname()}:{os.getpid()}"
+        has_lived = False
         while True:
             owner = uuid4()
             registered_at = trio.current_time()
             call = self._conductor.calls.register_orchestrator(
                 owner, name, self._lease, VERSION, schema.latest_version(), rows
             )
-            if self._incarnations == 0 or task_status is not trio.TASK_STATUS_IGNORED:
-                await control.attempt(call)
-            else:
-                try:
-                    await control.attempt(call)
-                except Unavailable as error:  # it may be registered or not: an id is used once
-                    outages.warn("cannot register: %s", error)
-                    await trio.sleep(self._rng.uniform(0.1, 1.0))
-                    continue
+            try:
+                await process.control.attempt(call)
+            except Unavailable as error:
+                if not has_lived:
+                    raise
+                process.outages.warn("cannot register: %s", error)  # it may be registered or not: an id is used once
+                await trio.sleep(self._rng.uniform(0.1, 1.0))
+                continue
+            has_lived = True
             self._owner = owner
             self._incarnations += 1
             lease = trio.CancelScope(deadline=registered_at + self._trusted())
             try:
                 with lease:
-                    await self._live(owner, lease, target, control, outages, resources, until, task_status)
+                    await self._live(owner, lease, process, task_status)
             finally:
                 self._owner = None
                 self._note_totals()
@@ -298,17 +305,9 @@ class Orchestrator:
         return self._lease - min(1.5, 0.2 * self._lease)
 
     async def _live(
-        self,
-        owner: UUID,
-        lease: trio.CancelScope,
-        target: Target,
-        control: Link,
-        outages: OutageLog,
-        resources: Resources,
-        until: Callable[[Link], Awaitable[None]],
-        task_status: trio.TaskStatus[None],
+        self, owner: UUID, lease: trio.CancelScope, process: _Process, task_status: trio.TaskStatus[None]
     ) -> None:
-        calls = self._conductor.calls
+        calls, target, outages = self._conductor.calls, process.target, process.outages
         listeners: list[Listener] = []
         shared: Listener | None = None
         self._pipelines = []
@@ -321,13 +320,11 @@ class Orchestrator:
                 listeners.append(listener)
                 shared = listener if self._listen == "shared" else None
             self._pipelines.append(
-                Pipeline(
-                    worker, owner, target, calls, resources, listener, lambda: lease.cancel_called, outages, self._rng
-                )
+                Pipeline(worker, owner, lease, target, calls, process.resources, listener, outages, self._rng)
             )
         try:
             async with trio.open_nursery() as keepers:
-                keepers.start_soon(self._renew, owner, lease, control, name="renew the lease")
+                keepers.start_soon(self._renew, owner, lease, process.control, name="renew the lease")
                 keepers.start_soon(self._rescue, target, outages, name="rescue")
                 for listener in listeners:
                     await keepers.start(listener.run, name=repr(listener))
@@ -336,12 +333,14 @@ class Orchestrator:
                         await workers.start(pipeline.run, name=repr(pipeline))
                     task_status.started()
                     keepers.start_soon(self._watch_stop, workers.cancel_scope, name="stop")
-                    keepers.start_soon(self._stop_when, until, target, outages, name="drain")
+                    keepers.start_soon(self._stop_when, process, name="drain")
+                    if process.signals is not None:
+                        keepers.start_soon(self._watch_signals, process.signals, name="signals")
                 keepers.cancel_scope.cancel()
         finally:
             if not lease.cancel_called and not any(pipeline.has_abandoned for pipeline in self._pipelines):
                 with trio.move_on_after(_LAST_WORDS_TIMEOUT, shield=True):
-                    await self._retire(owner, control)
+                    await self._retire(owner, process.control)
 
     async def _renew(self, owner: UUID, lease: trio.CancelScope, control: Link) -> None:
         """The heartbeat. What counts is when it was sent: a reply that comes late says nothing about the time since."""
@@ -373,10 +372,14 @@ class Orchestrator:
                         )  # fmt: skip
                 await trio.sleep(interval * self._rng.uniform(0.8, 1.0))
 
-    async def _stop_when(self, until: Callable[[Link], Awaitable[None]], target: Target, outages: OutageLog) -> None:
-        async with open_link(target, "drain", outages, self._rng) as link:
-            await until(link)
+    async def _stop_when(self, process: _Process) -> None:
+        async with open_link(process.target, "drain", process.outages, self._rng) as link:
+            await process.until(link)
         self.stop()
+
+    async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            self._on_signal(number)
 
     async def _watch_stop(self, workers: trio.CancelScope) -> None:
         """The phases of stopping. Ended from outside as soon as all workers have."""
@@ -407,22 +410,8 @@ async def _never_drained(link: Link) -> None:
     await trio.sleep_forever()
 
 
-@asynccontextmanager
-async def _signals(is_wanted: bool, on_signal: Callable[[int], None]) -> AsyncIterator[None]:
-    """Call `on_signal` for SIGINT and SIGTERM while the block runs, if wanted."""
-    if not is_wanted:
-        yield
-        return
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
-
-        async def watch() -> None:
-            async for number in received:
-                on_signal(number)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch)
-            yield
-            nursery.cancel_scope.cancel()
+def _signal_receiver(is_wanted: bool) -> AbstractContextManager[AsyncIterator[int] | None]:
+    return trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) if is_wanted else nullcontext()
 
 
 def _check_workers(conductor: Conductor, workers: tuple[Worker, ...]) -> None:
@@ -436,6 +425,3 @@ def _check_workers(conductor: Conductor, workers: tuple[Worker, ...]) -> None:
         for task in worker.tasks:
             if task.invoker is not conductor:
                 raise InvalidTask(f"task {task.name!r} of the worker of queue {worker.queue!r} belongs to another conductor")
-
-
-__all__ = ["Drained", "LeaseLost", "Orchestrator", "OrchestratorStatistics"]

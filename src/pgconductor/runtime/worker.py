@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -27,7 +27,7 @@ import trio
 
 from ..context import Context, Resources
 from ..db.calls import Calls
-from ..errors import Unavailable
+from ..errors import LeaseLost, Unavailable
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
 from .execution import attempt, failed
@@ -94,17 +94,17 @@ class Pipeline:
         self,
         worker: Worker,
         owner: UUID,
+        lease: trio.CancelScope,
         target: Target,
         calls: Calls,
         resources: Resources,
         listener: Listener | None,
-        is_fenced: Callable[[], bool],
         outages: OutageLog,
         rng: random.Random,
     ) -> None:
-        """`is_fenced` tells that the lease is lost: what this worker holds is no longer its own, and nothing is written."""
+        """`lease`: once cancelled, what this worker holds is no longer its own, and nothing is written."""
         self.worker = worker
-        self._is_fenced = is_fenced
+        self._lease = lease
         self._owner = owner
         self._target = target
         self._calls = calls
@@ -183,7 +183,7 @@ class Pipeline:
                     self._is_closed = True
                     self._flush_wanted.set()
             finally:
-                if self._outcomes and not self._is_fenced():
+                if self._outcomes and not self._lease.cancel_called:
                     with trio.move_on_after(_LAST_FLUSH_TIMEOUT, shield=True):
                         await self._last_flush(flushes)
 
@@ -221,6 +221,9 @@ class Pipeline:
                 reconcile_at = [now, now + 31.0]
                 self._outages.warn("queue %r cannot be claimed from: %s", self.worker.queue, error)
                 await trio.sleep(backoff(failures, self._rng))
+            except LeaseLost:
+                self._lease.cancel()
+                await trio.sleep_forever()
 
     async def _wait_for_room(self) -> None:
         """Until a runner takes from the stock. A stock that nobody takes from goes back, for others to run."""
