@@ -112,7 +112,7 @@ begin
     end if;
     if not v_found then
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now));
+            case when least(v_due, v_due_0) is not null then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
     end if;
 end $$;
 

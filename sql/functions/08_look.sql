@@ -34,7 +34,7 @@ as $$
     select i, coalesce(e.state, f.state)::text, coalesce(e.task, f.task), coalesce(e.queue, f.queue),
         (select count(*) from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
          where w.queue = e.queue and e.task = any (w.tasks) and o.died_at is null and o.expires_at > @schema@._private_clock()),
-        greatest(0, date_part('epoch', e.run_at - @schema@._private_clock()))
+        case when e.run_at is not null then greatest(0, date_part('epoch', e.run_at - @schema@._private_clock())) end
     from unnest(p_ids) as i
         left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
         left join lateral (select * from @schema@._private_finished f where f.id = i order by f.generation desc limit 1) f on true
@@ -66,7 +66,7 @@ as $$
         coalesce(sum(l.scheduled), 0)::bigint, coalesce(sum(l.ready), 0)::bigint, coalesce(sum(l.running), 0)::bigint,
         coalesce(sum(l.waiting), 0)::bigint, coalesce(max(f.completed), 0), coalesce(max(f.failed), 0), coalesce(max(f.cancelled), 0),
         (select count(*) from workers w where w.queue = n.queue),
-        greatest(0, date_part('epoch', @schema@._private_clock() - min(l.oldest))),
+        case when min(l.oldest) is not null then greatest(0, date_part('epoch', @schema@._private_clock() - min(l.oldest))) end,
         coalesce(array_agg(l.task order by l.task) filter (where l.task is not null and not exists (
             select from workers w where w.queue = n.queue and l.task = any (w.tasks))), '{}')
     from names n left join live l on l.queue = n.queue left join finished f on f.queue = n.queue
