@@ -13,7 +13,8 @@ create or replace view @schema@.executions as
         f.result, f.errors
     from @schema@._private_finished f;
 
--- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON text, error the last one.
+-- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON
+-- text, error the last one.
 create or replace function @schema@.results(p_ids uuid[])
     returns table (id uuid, state text, result text, error jsonb, reason text)
     language sql stable
@@ -24,8 +25,8 @@ as $$
     order by f.id, f.generation desc
 $$;
 
--- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the workers of living
--- orchestrators that serve the queue and have the task.
+-- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the
+-- workers of living orchestrators that serve the queue and have the task.
 create or replace function @schema@.standing(p_ids uuid[])
     returns table (id uuid, state text, task text, queue text, live_workers bigint, due_in double precision)
     language sql volatile
@@ -86,8 +87,8 @@ as $$
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 
--- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until the next one is due, if
--- that is within p_horizon; null: nothing to wait for.
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until
+-- the next one is due, if that is within p_horizon; null: nothing to wait for.
 create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp

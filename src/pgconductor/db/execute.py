@@ -32,7 +32,8 @@ def mapped_errors() -> Iterator[None]:
             raise ours(error.diag.message_primary or str(error)) from error
         if isinstance(error, (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction)):
             raise SchemaMissing(
-                f"{error.diag.message_primary}: the schema is missing or older than this program; run `pgconductor migrate`"
+                f"{error.diag.message_primary}: the schema is missing or older than this program; "
+                f"run `pgconductor migrate`"
             ) from error
         raise
 

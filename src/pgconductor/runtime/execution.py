@@ -1,11 +1,12 @@
 """One attempt: decode, call, encode; a return value, an error or an interruption becomes an `Outcome`.
 
-Sees neither a connection nor a pool. The one `except Exception` of the engine is here: what a user's code raises is data. What is not
-an `Exception` is not: `KeyboardInterrupt` propagates (its execution is given back by the worker), `SystemExit` is recorded as
-a failure, since a handler must not stop its worker.
+Sees neither a connection nor a pool. The one `except Exception` of the engine is here: what a user's code raises is
+data. What is not an `Exception` is not: `KeyboardInterrupt` propagates (its execution is given back by the worker),
+`SystemExit` is recorded as a failure, since a handler must not stop its worker.
 
-Cancellation: the worker owns the scope around an attempt. Cancelling it interrupts an async handler at its next checkpoint; a plain
-`def` handler runs on in its thread, abandoned: its worker must not give the execution back while the body may still run.
+Cancellation: the worker owns the scope around an attempt. Cancelling it interrupts an async handler at its next
+checkpoint; a plain `def` handler runs on in its thread, abandoned: its worker must not give the execution back while
+the body may still run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ _encode_error = msgspec.json.Encoder().encode
 
 
 async def attempt(
-    task: Task[..., Any], claimed: Claimed, payload: str, ctx: Context, limiter: trio.CapacityLimiter, rng: random.Random
+    task: Task[..., Any],
+    claimed: Claimed,
+    payload: str,
+    ctx: Context,
+    limiter: trio.CapacityLimiter,
+    rng: random.Random,
 ) -> Outcome:
     """Run the handler once and return how it ended. Raises `trio.Cancelled` and `KeyboardInterrupt` only."""
     try:
@@ -41,7 +47,7 @@ async def attempt(
         else:
             call = functools.partial(task.call, ctx, kwargs)
             value = await trio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # what the user's code raises is data
         return retried_or_failed(task, claimed, error, rng)
     except BaseExceptionGroup as group:
         # A nursery of the handler wraps what was raised in it. What is not an ordinary error keeps its meaning.
@@ -63,7 +69,7 @@ def retried_or_failed(task: Task[..., Any], claimed: Claimed, error: BaseExcepti
     """The outcome of a failed attempt, by the task's attempts and back-off."""
     try:
         delay = decide(claimed.attempt, claimed.max_attempts or task.max_attempts, task.backoff, rng)
-    except Exception as broken:  # the user's back-off is user code too
+    except Exception as broken:  # noqa: BLE001  # the user's back-off is user code too
         broken.add_note(f"raised by the back-off of task {task.name!r}, asked after: {type(error).__name__}")
         return failed(task, claimed, broken)
     if delay is None:

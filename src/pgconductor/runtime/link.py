@@ -34,7 +34,8 @@ logger = logging.getLogger("pgconductor.runtime")
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
 _TRANSIENT_STATES = ("25006", "55006", "55P03", "0A000", "26000")
 
-# Brakes on our own sessions, whatever the administrator's defaults are. No statement of the engine waits long by intention.
+# Brakes on our own sessions, whatever the administrator's defaults are. No statement of the engine waits long by
+# intention.
 _SETTINGS = {
     "default_transaction_isolation": "read committed",
     "statement_timeout": "30s",
@@ -52,7 +53,7 @@ _TCP_USER_TIMEOUT = "10000"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the engine's connections go. `prepare_threshold` None: through a transaction pooler, nothing is prepared."""
+    """Where the engine's connections go. `prepare_threshold` None: through a pooler, nothing is prepared."""
 
     conninfo: str
     listen_conninfo: str
@@ -124,7 +125,9 @@ class Link:
                 async with self._connecting:
                     conn = self._conn
                     if conn is None or conn.closed:
-                        conn = self._conn = await open_session(self._target.conninfo, self._role, self._target.prepare_threshold)
+                        conn = self._conn = await open_session(
+                            self._target.conninfo, self._role, self._target.prepare_threshold
+                        )
             return await run(conn, call)
         except psycopg.Error as error:
             if not is_transient(error):

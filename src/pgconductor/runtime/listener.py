@@ -1,11 +1,12 @@
 """A LISTEN connection: of one queue, or shared by all queues of a process.
 
-Runs nothing but LISTEN, the sleep flags of its queues, and a probe: a notification through a channel of its own, which finds half-open
-sockets and lost registrations within seconds and measures the round trip. Always in autocommit, so that it never holds up the
-notification queue. On loss: reconnect with full-jitter back-off, LISTEN, then tell the queues to look once.
+Runs nothing but LISTEN, the sleep flags of its queues, and a probe: a notification through a channel of its own,
+which finds half-open sockets and lost registrations within seconds and measures the round trip. Always in autocommit,
+so that it never holds up the notification queue. On loss: reconnect with full-jitter back-off, LISTEN, then tell the
+queues to look once.
 
-`run` owns the connection and is the only task that touches it; others hand it statements (`ask`). Cancelling an asker leaves its
-statement to be carried out. Cancelling `run` closes the connection, and the flags with it.
+`run` owns the connection and is the only task that touches it; others hand it statements (`ask`). Cancelling an asker
+leaves its statement to be carried out. Cancelling `run` closes the connection, and the flags with it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,13 @@ class Listener:
     """See the module's description."""
 
     def __init__(
-        self, target: Target, calls: Calls, outages: OutageLog, rng: random.Random, *, probe_interval: float = PROBE_INTERVAL
+        self,
+        target: Target,
+        calls: Calls,
+        outages: OutageLog,
+        rng: random.Random,
+        *,
+        probe_interval: float = PROBE_INTERVAL,
     ) -> None:
         self._target = target
         self._calls = calls
@@ -95,7 +102,8 @@ class Listener:
         return f"<Listener of {', '.join(map(repr, self._subscribers))}, {'' if self._is_up else 'not '}listening>"
 
     async def ask(self, call: Call[bool | None], note: Callable[[bool | None], None]) -> bool | None:
-        """Have a statement carried out on the connection. Waits for the answer; None also if the connection is not there.
+        """Have a statement carried out on the connection. Waits for the answer; None also if the connection is not
+        there.
 
         `note` is told the server's answer even if the asker is gone by then; it is not told of a lost connection.
         """

@@ -1,16 +1,19 @@
 """Runs workers in one process: the only composition root, and the owner of every task of the engine.
 
-Life of a `run`: prepare (schema, queues, resources), then one incarnation after the other until stopped. An incarnation is an owner id with a
-lease. While it lives, one task renews the lease, one rescues what dead orchestrators held, one listener per queue (or one for all) wakes the
-workers, and each worker runs its pipeline. The lease is a cancel scope: its deadline lies before the lease's end in the database, and each renewal
-moves it. If it passes, or the database says that the incarnation is dead, everything in it is cancelled, nothing more is written under its id,
-and the next incarnation begins.
+Life of a `run`: prepare (schema, queues, resources), then one incarnation after the other until stopped. An
+incarnation is an owner id with a lease. While it lives, one task renews the lease, one rescues what dead
+orchestrators held, one listener per queue (or one for all) wakes the workers, and each worker runs its pipeline. The
+lease is a cancel scope: its deadline lies before the lease's end in the database, and each renewal moves it. If it
+passes, or the database says that the incarnation is dead, everything in it is cancelled, nothing more is written
+under its id, and the next incarnation begins.
 
-Ending: `stop` (claim no more, let run within the grace, cancel, give back, flush), a cancelled `run` (the same without grace, in bounded
-shields), or an error of the engine, which leaves `run` in an exception group: a worker never stalls in silence.
+Ending: `stop` (claim no more, let run within the grace, cancel, give back, flush), a cancelled `run` (the same
+without grace, in bounded shields), or an error of the engine, which leaves `run` in an exception group: a worker
+never stalls in silence.
 
-Errors before `started` come bare, before a nursery is open. Whoever calls `run` owns all of it; nothing outlives it but the
-threads of plain `def` handlers that were interrupted: their executions are not given back, their claims lapse.
+Errors before `started` come bare, before a nursery is open. Whoever calls `run` owns all of it; nothing outlives it
+but the threads of plain `def` handlers that were interrupted: their executions are not given back, their claims
+lapse.
 """
 
 from __future__ import annotations
@@ -103,15 +106,17 @@ class Orchestrator:
     ) -> None:
         """Declare what to run; no I/O.
 
-        `workers`: made by `conductor.create_worker`, one per queue. `tasks`: run by a worker of their own on the queue "default".
-        `lease`: seconds (1 to 3600) after which others may take over what this process held, if it could not renew; a killed process
-        is rescued within the lease plus a few seconds. `grace`: seconds (0 or more) that running handlers have after `stop`.
-        `migrate`: bring the schema up to date first; else only check it. `resources`: a function that returns an async context manager;
-        what it yields is what `ctx.resource` finds. It is open while handlers run. `handle_signals`: SIGINT and SIGTERM call
-        `stop`, a second one ends the grace; None: if `run` is the main task of `trio.run` in the main thread. `listen`: one LISTEN
-        connection per queue, or one for all queues of this process.
+        `workers`: made by `conductor.create_worker`, one per queue. `tasks`: run by a worker of their own on the
+        queue "default". `lease`: seconds (1 to 3600) after which others may take over what this process held, if it
+        could not renew; a killed process is rescued within the lease plus a few seconds. `grace`: seconds (0 or more)
+        that running handlers have after `stop`. `migrate`: bring the schema up to date first; else only check it.
+        `resources`: a function that returns an async context manager; what it yields is what `ctx.resource` finds. It
+        is open while handlers run. `handle_signals`: SIGINT and SIGTERM call `stop`, a second one ends the grace;
+        None: if `run` is the main task of `trio.run` in the main thread. `listen`: one LISTEN connection per queue,
+        or one for all queues of this process.
 
-        Raises `InvalidTask` for two workers of one queue or a task of another conductor or queue, `InvalidOption` outside the ranges.
+        Raises `InvalidTask` for two workers of one queue or a task of another conductor or queue, `InvalidOption`
+        outside the ranges.
         """
         self._conductor = conductor
         own_tasks = list(tasks)
@@ -146,7 +151,10 @@ class Orchestrator:
     def statistics(self) -> OrchestratorStatistics:
         """A snapshot of what runs now; the counts of a worker begin anew with each incarnation."""
         return OrchestratorStatistics(
-            self._owner, self._incarnations, self._recovered, tuple(pipeline.statistics() for pipeline in self._pipelines)
+            self._owner,
+            self._incarnations,
+            self._recovered,
+            tuple(pipeline.statistics() for pipeline in self._pipelines),
         )
 
     def stop(self) -> None:
@@ -159,22 +167,26 @@ class Orchestrator:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until `stop` or a signal; `started` once all workers claim.
 
-        Cancelling it means stop now: handlers are cancelled, and what has ended is flushed and given back in at most about five
-        seconds. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later, in an exception group, what
-        broke the engine. A database that goes away later is waited for without end.
+        Cancelling it means stop now: handlers are cancelled, and what has ended is flushed and given back in at most
+        about five seconds. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later, in
+        an exception group, what broke the engine. A database that goes away later is waited for without end.
         """
         await self._run(_never_drained, task_status)
 
     async def drain(self, horizon: float | timedelta = 0.0) -> Drained:
-        """Run until none of the tasks has an execution that is ready, running, or due within `horizon` seconds; return counts.
+        """Run until none of the tasks has an execution that is ready, running, or due within `horizon` seconds;
+        return counts.
 
-        Looked at anew after each round, so that what executions invoke is drained too. Raises as `run`; `Misuse` while `run` is active.
+        Looked at anew after each round, so that what executions invoke is drained too. Raises as `run`; `Misuse`
+        while `run` is active.
         """
         seconds = checked_seconds("drain(horizon=)", horizon, maximum=MAX_DELAY)
         return await self._drain(seconds, trio.sleep)
 
     async def _drain(self, horizon: float, pass_time: Callable[[float], Awaitable[object]]) -> Drained:
-        """As `drain`; `pass_time` lets so many seconds pass until the next execution is due: by waiting, or by a test's clock."""
+        """As `drain`; `pass_time` lets so many seconds pass until the next execution is due: by waiting, or by a
+        test's clock.
+        """
         self._totals.clear()
 
         async def until_drained(link: Link) -> None:
@@ -301,7 +313,9 @@ class Orchestrator:
             logger.warning("lease of orchestrator %s lost; its executions were cancelled, registering anew", name)
 
     def _trusted(self) -> float:
-        """Seconds after sending a renewal that it may be relied on: less than the lease, so that nobody takes over before we stopped."""
+        """Seconds after sending a renewal that it may be relied on: less than the lease, so that nobody takes over
+        before we stopped.
+        """
         return self._lease - min(1.5, 0.2 * self._lease)
 
     async def _live(
@@ -419,9 +433,12 @@ def _check_workers(conductor: Conductor, workers: tuple[Worker, ...]) -> None:
     for queue, count in seen.items():
         if count > 1:
             raise InvalidTask(
-                f"queue {queue!r} has {count} workers in this orchestrator; put all its tasks into one, with a higher concurrency"
+                f"queue {queue!r} has {count} workers in this orchestrator; "
+                f"put all its tasks into one, with a higher concurrency"
             )
     for worker in workers:
         for task in worker.tasks:
             if task.invoker is not conductor:
-                raise InvalidTask(f"task {task.name!r} of the worker of queue {worker.queue!r} belongs to another conductor")
+                raise InvalidTask(
+                    f"task {task.name!r} of the worker of queue {worker.queue!r} belongs to another conductor"
+                )

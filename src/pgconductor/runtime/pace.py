@@ -4,9 +4,9 @@
 and none at all when they take long: the stock doubles when the runners ran dry before a claim came back, and halves
 when an execution had waited in it for longer than `longest_wait`.
 
-`Linger` tells a busy worker from an idle one. A worker that raised its sleep flag after every empty claim would make producers
-notify it for nearly every insert; one that always lingered first would double the latency at light load. So the
-measured rate of arrivals decides, with hysteresis.
+`Linger` tells a busy worker from an idle one. A worker that raised its sleep flag after every empty claim would make
+producers notify it for nearly every insert; one that always lingered first would double the latency at light load. So
+the measured rate of arrivals decides, with hysteresis.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Wake-ups of one queue: interrupts when idle, polling when busy.
 
 Network drivers found that an interrupt per packet drowns a busy machine, and polling wastes an idle one. NOTIFY is our
-interrupt: each takes a database-wide lock until its commit is durable. So only a worker that is about to sleep asks for one.
+interrupt: each takes a database-wide lock until its commit is durable. So only a worker that is about to sleep asks
+for one.
 
 The protocol
 ------------
@@ -14,33 +15,35 @@ Two advisory locks per queue. K: "a change that makes work is in flight". M: "so
     3. NOTIFY unless K was had and M is free              3. K free: claim in a new statement; empty: sleep
     4. commit                                                K taken: claim, nap 2, 4 ... 250 ms, look again
 
-Every transaction that locks claimable rows (claim, promote) or makes rows claimable (insert, retry, release, recover) is in
-the left column.
+Every transaction that locks claimable rows (claim, promote) or makes rows claimable (insert, retry, release, recover)
+is in the left column.
 
-Why no wake-up is lost. Each side first raises its own flag, then looks at the other's (Dekker, 1965). Take a change C and a
-worker that goes to sleep, and order C's step 1 against the worker's last step 2.
+Why no wake-up is lost. Each side first raises its own flag, then looks at the other's (Dekker, 1965). Take a change C
+and a worker that goes to sleep, and order C's step 1 against the worker's last step 2.
 - C took K before: it holds K until its transaction has ended. The worker saw K free, so C had ended by then; a
-  transaction's rows are visible before its locks are released, and the worker's claim in step 3 has a newer snapshot: it sees
-  C's work, or C rolled back and there is none.
-- C took K after, or could not have it because the worker was looking at that very moment: then C's step 2 comes after the
+  transaction's rows are visible before its locks are released, and the worker's claim in step 3 has a newer snapshot:
+  it sees C's work, or C rolled back and there is none.
+- C took K after, or could not have it because the worker was looking at that very moment: then C's step 2 comes after
+the
   worker's step 1, M is taken, and C sends a NOTIFY (in the second case because K was not had). It is delivered
-  when C commits, after the worker had already been listening; the worker's flag `_is_pending` keeps it if it comes before the sleep.
+  when C commits, after the worker had already been listening; the worker's flag `_is_pending` keeps it if it comes
+  before the sleep.
 A row that a claim hides from the worker (SKIP LOCKED) is the same case: the claimer holds K, and if it dies the row is
 visible again before K is free.
 
-What may fail only costs time. A look takes the lock and lets go in one expression, so no cancellation falls between; two that look
-at once make one another see a flag that is not raised: one NOTIFY too many, or one nap of 2 ms. Locks vanish with their
-session, or K with its savepoint, so a killed worker leaves no flag up, and rolled-back work none either. Locks are not
-under MVCC, so the isolation level does not matter. Nothing is written, so nothing bloats.
+What may fail only costs time. A look takes the lock and lets go in one expression, so no cancellation falls between;
+two that look at once make one another see a flag that is not raised: one NOTIFY too many, or one nap of 2 ms. Locks
+vanish with their session, or K with its savepoint, so a killed worker leaves no flag up, and rolled-back work none
+either. Locks are not under MVCC, so the isolation level does not matter. Nothing is written, so nothing bloats.
 
-What the protocol does not cover, the sweep does: logical replication's apply fires no trigger; PREPARE TRANSACTION refuses a
-transaction that notified (feed such queues with `notify="off"`). The sweep is the truth: everything is correct with no notification
-at all, at most one sweep interval late.
+What the protocol does not cover, the sweep does: logical replication's apply fires no trigger; PREPARE TRANSACTION
+refuses a transaction that notified (feed such queues with `notify="off"`). The sweep is the truth: everything is
+correct with no notification at all, at most one sweep interval late.
 
 Modes: `adaptive` is the above. `always`: M stays raised, so that every insert notifies. `off`: no connection, no flag.
 
-The LISTEN connection (`listener.py`) runs nothing but LISTEN, these flags and a probe. Only one task may use `look`, `lower` and
-`sleep`. Cancelling any of them loses no wake-up.
+The LISTEN connection (`listener.py`) runs nothing but LISTEN, these flags and a probe. Only one task may use `look`,
+`lower` and `sleep`. Cancelling any of them loses no wake-up.
 """
 
 from __future__ import annotations
@@ -122,8 +125,9 @@ class Reactor:
     async def look(self) -> bool:
         """Raise the sleep flag if it is down; is no change in flight on the queue?
 
-        True: after one more claim, in a new statement, the worker may sleep. False: a change may commit any moment, or the
-        connection was lost (which has woken us), or the flag could not be raised because an inserter was looking at it.
+        True: after one more claim, in a new statement, the worker may sleep. False: a change may commit any moment,
+        or the connection was lost (which has woken us), or the flag could not be raised because an inserter was
+        looking at it.
         """
         if self._listener is None:
             await trio.lowlevel.checkpoint()

@@ -1,15 +1,17 @@
 """The pipeline of one queue: claim → execute → flush, each with backpressure, none waiting for the others.
 
-    claim     asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps by the reactor's protocol when there is none
-    execute   a fixed set of runner tasks takes from the stock in memory; no task is spawned per execution
-    flush     writes outcomes by size or age, on a connection of its own
+    claim     asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps by the reactor's protocol when
+    there is none execute   a fixed set of runner tasks takes from the stock in memory; no task is spawned per
+    execution flush     writes outcomes by size or age, on a connection of its own
 
-Invariants: whatever was claimed is in `_held` until the database has answered a flush of it; what is held is bounded, so claims
-stop when flushes do not get through. An execution has one cancel scope: lease lost and shutdown are that scope. Every write carries the
-owner's id and the claim's number, so a repeated flush is harmless and a late one does nothing.
+Invariants: whatever was claimed is in `_held` until the database has answered a flush of it; what is held is bounded,
+so claims stop when flushes do not get through. An execution has one cancel scope: lease lost and shutdown are that
+scope. Every write carries the owner's id and the claim's number, so a repeated flush is harmless and a late one does
+nothing.
 
-Cancellation: `run` stops claiming, interrupts the handlers and, in one bounded shield, flushes what has ended and gives back
-what has not begun. If its lease was lost, nothing is written. Handlers that outlive that bound keep their claims, which lapse.
+Cancellation: `run` stops claiming, interrupts the handlers and, in one bounded shield, flushes what has ended and
+gives back what has not begun. If its lease was lost, nothing is written. Handlers that outlive that bound keep their
+claims, which lapse.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ _LAST_FLUSH_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """What one worker has done since it started, and what it holds now. Seconds; `pickups` are the latest, oldest first.
+    """What one worker has done since it started, and what it holds now. Seconds; `pickups` are the latest, oldest
+    first.
 
     A pick-up is the time from an execution's due time to the start of its handler.
     """
@@ -138,7 +141,8 @@ class Pipeline:
         counts = self._counts
         return WorkerStatistics(
             self.worker.queue, self._running, len(self._stock), len(self._outcomes), counts.claims, counts.empty_claims,
-            counts.claimed, counts.flushes, dict(counts.outcomes), counts.fenced, tuple(counts.pickups), self.reactor.statistics(),
+            counts.claimed, counts.flushes, dict(counts.outcomes), counts.fenced, tuple(counts.pickups),
+            self.reactor.statistics(),
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -244,9 +248,10 @@ class Pipeline:
         self.reactor.clear()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         with trio.move_on_after(_CLAIM_TIMEOUT, shield=True) as claiming:
-            claimed, due_in = await link.attempt(call)
+            answer = await link.attempt(call)
         if claiming.cancelled_caught:
             raise Unavailable(f"no reply to a claim within {_CLAIM_TIMEOUT} s")
+        claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
         self._linger.note_arrivals(now, len(claimed))
@@ -298,7 +303,9 @@ class Pipeline:
         known = list(self._held)
         released = await link.attempt(self._calls.release_unknown(self._owner, self.worker.queue, known))
         if released:
-            logger.info("queue %r: %d executions of a claim whose reply was lost were given back", self.worker.queue, released)
+            logger.info(
+                "queue %r: %d executions of a claim whose reply was lost were given back", self.worker.queue, released
+            )
 
     # Executing
 
@@ -319,7 +326,8 @@ class Pipeline:
             now = trio.current_time()
             self._prefetch.note_start(now - held.received_at)
             self._counts.pickups.append(held.claimed.waited + now - held.received_at)
-            # Each in a fresh context, so that no context variable leaks from one to the next. It counts from the next switch on.
+            # Each in a fresh context, so that no context variable leaks from one to the next. It counts from the next
+            # switch on.
             runner.context = blank.copy()
             self._running += 1
             try:
@@ -335,7 +343,9 @@ class Pipeline:
                     self._note_outcome(outcome)
 
     def _interrupted(self, held: _Held) -> Outcome | None:
-        """What is given back after an interruption: a handler that has ended. A thread runs on, so its claim may only lapse."""
+        """What is given back after an interruption: a handler that has ended. A thread runs on, so its claim may only
+        lapse.
+        """
         if not self._tasks[held.claimed.task].is_async:
             self.has_abandoned = True
             return None
@@ -344,9 +354,10 @@ class Pipeline:
     async def _run_one(self, held: _Held, link: Link) -> Outcome | None:
         claimed = held.claimed
         outcome: Outcome | None = None
+        held.scope = scope = trio.CancelScope()
         task = self._tasks[claimed.task]
         try:
-            with trio.CancelScope() as held.scope:
+            with scope:
                 payload = claimed.payload
                 if payload is None:
                     payload = await link.insist(self._calls.load_payload(claimed.id, claimed.claim_no, self._owner))
@@ -357,13 +368,12 @@ class Pipeline:
                 )
                 outcome = await attempt(task, claimed, payload, ctx, self._limiter, self._rng)
         except BaseExceptionGroup as group:
-            if not held.scope.cancel_called or group.subgroup(KeyboardInterrupt) is not None:
+            if not scope.cancel_called or group.subgroup(KeyboardInterrupt) is not None:
                 raise
-            logger.warning("execution %s of task %r raised while it was interrupted", claimed.id, task.name, exc_info=group)
+            logger.warning("execution %s of task %r raised when interrupted", claimed.id, task.name, exc_info=group)
         finally:
-            was_interrupted = held.scope is not None and held.scope.cancel_called
             held.scope = None
-        if was_interrupted and (outcome is None or outcome.kind != "completed"):
+        if scope.cancel_called and (outcome is None or outcome.kind != "completed"):
             # An unwinding that the engine began is no failure of the handler, whatever it raised on the way.
             return self._interrupted(held)
         assert outcome is not None
@@ -409,7 +419,9 @@ class Pipeline:
                 await self._flush(link, self._outcomes[: self._max_flush])
 
     async def _flush(self, link: Link, batch: list[Outcome]) -> None:
-        """Write a batch and forget it. Sent again until the database has answered; if it cannot store one, the others do not suffer."""
+        """Write a batch and forget it. Sent again until the database has answered; if it cannot store one, the others
+        do not suffer.
+        """
         try:
             refused = await link.insist(self._calls.flush(self._owner, batch))
         except psycopg.Error as error:
@@ -439,7 +451,7 @@ class Pipeline:
         task = self._tasks[held.claimed.task]
         logger.warning("the outcome of execution %s of task %r cannot be stored: %s", outcome.id, task.name, error)
         # The driver's text may quote the value; its class says what is wrong.
-        plain = ValueError(f"the outcome cannot be stored by PostgreSQL (SQLSTATE {error.sqlstate}, {type(error).__name__})")
+        plain = ValueError(f"PostgreSQL cannot store the outcome: {type(error).__name__}, SQLSTATE {error.sqlstate}")
         replacement = failed(task, held.claimed, plain)
         self._outcomes[self._outcomes.index(outcome)] = replacement
         await self._flush(link, [replacement])
