@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -14,16 +15,29 @@ from pgconductor.testing import DatabaseClock, Databases, DatabaseServer
 
 def _schemas(dsn: str) -> set[str]:
     with psycopg.connect(dsn) as conn:
-        return {name for (name,) in conn.execute("select nspname from pg_namespace where nspname !~ '^(pg_|information)'")}
+        return {
+            name for (name,) in conn.execute("select nspname from pg_namespace where nspname !~ '^(pg_|information)'")
+        }
 
 
-def test_installed_database_has_the_schema_and_the_empty_one_has_not(pgconductor_dsn: str, pgconductor_empty_dsn: str) -> None:
+def _moment(conn: psycopg.Connection[tuple[Any, ...]], query: str) -> datetime:
+    row = conn.execute(query.encode()).fetchone()
+    assert row is not None
+    moment: datetime = row[0]
+    return moment
+
+
+def test_installed_database_has_the_schema_and_the_empty_one_has_not(
+    pgconductor_dsn: str, pgconductor_empty_dsn: str
+) -> None:
     """The two fixtures mixed up, or a template cloned before the schema was committed."""
     assert _schemas(pgconductor_dsn) == {"public", "pgconductor"}
     assert _schemas(pgconductor_empty_dsn) == {"public"}
 
 
-def test_each_database_is_fresh_and_gone_afterwards(pgconductor_databases: Databases, pgconductor_server: DatabaseServer) -> None:
+def test_each_database_is_fresh_and_gone_afterwards(
+    pgconductor_databases: Databases, pgconductor_server: DatabaseServer
+) -> None:
     """One test's rows seen by the next, or databases piling up on a server that outlives the run."""
     with pgconductor_databases.installed() as first, psycopg.connect(first, autocommit=True) as leaked:
         leaked.execute("create table public.trace ()")
@@ -49,13 +63,13 @@ def test_clock_moves_only_its_own_database(
     """Time moved for other tests too, or a clock that open sessions do not see."""
     with psycopg.connect(pgconductor_dsn, autocommit=True) as early:
         early.execute(f"prepare now as select {pgconductor_schema}._private_clock()".encode())
-        (before,) = early.execute("execute now").fetchone() or ()
+        before = _moment(early, "execute now")
         pgconductor_clock.advance(timedelta(days=2))
         pgconductor_clock.advance(-3600.0)
-        (after,) = early.execute("execute now").fetchone() or ()
+        after = _moment(early, "execute now")
     assert timedelta(hours=47) <= after - before < timedelta(hours=47, minutes=5)
     with pgconductor_databases.installed() as other, psycopg.connect(other) as conn:
-        (elsewhere,) = conn.execute(f"select {pgconductor_schema}._private_clock()".encode()).fetchone() or ()
+        elsewhere = _moment(conn, f"select {pgconductor_schema}._private_clock()")
     assert abs(elsewhere - before) < timedelta(minutes=5)
 
 

@@ -135,8 +135,8 @@ create table @schema@._private_waits (
 );
 create index _private_waits_target on @schema@._private_waits (kind, target) where resolved_at is null;
 
--- Slots of expiry: each is one partition of the finished table, to be emptied as a whole once `expires_upto` has passed.
--- Slot 0 is for ever; slot 1 takes what expires later than every other slot.
+-- Slots of expiry: each is one partition of the finished table, to be emptied as a whole once `expires_upto` has
+-- passed. Slot 0 is for ever; slot 1 takes what expires later than every other slot.
 create table @schema@._private_expiry_slots (
     no int primary key,
     expires_upto timestamptz not null

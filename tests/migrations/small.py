@@ -1,7 +1,7 @@
 """A small set of SQL files, in place of the real ones, and what a database that had them looks like.
 
-It has what the real ones have: a function that uses one that stands in a later file, a dollar-quoted body, and the schema's name
-in a comment, a format string and a literal.
+It has what the real ones have: a function that uses one that stands in a later file, a dollar-quoted body, and the
+schema's name in a comment, a format string and a literal.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def recorded(conn: psycopg.Connection[tuple[object, ...]], schema: str = "pgcond
 
 def columns(conn: psycopg.Connection[tuple[object, ...]], schema: str = "pgconductor") -> list[object]:
     """The columns of the table that the migrations make and change."""
-    query = "select column_name::text from information_schema.columns where table_schema = %s and table_name = 'items' order by ordinal_position"
+    query = """
+        select column_name::text from information_schema.columns
+        where table_schema = %s and table_name = 'items' order by ordinal_position
+    """
     return [row[0] for row in conn.execute(query, (schema,))]
 
 
@@ -88,4 +91,9 @@ def total(conn: psycopg.Connection[tuple[object, ...]], schema: str = "pgconduct
     return row[0]
 
 
-EXPECTED_COLUMNS: dict[int, list[str]] = {0: [], 1: ["id", "note"], 2: ["id", "note", "size"], 3: ["id", "note", "size", "owner"]}
+EXPECTED_COLUMNS: dict[int, list[str]] = {
+    0: [],
+    1: ["id", "note"],
+    2: ["id", "note", "size"],
+    3: ["id", "note", "size", "owner"],
+}

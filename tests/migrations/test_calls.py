@@ -6,8 +6,8 @@ from typing import Any
 
 import psycopg
 import pytest
-
 from migrations.small import FUNCTIONS, V1, V2, V3, V3_BREAKING
+
 from pgconductor.db.call import Call
 from pgconductor.db.schema import AppliedMigration, Installed, SqlSource, Step, check_gen, migrate_gen, next_step
 from pgconductor.errors import Incompatible, SchemaMissing, SchemaTooNew, Unavailable
@@ -47,7 +47,15 @@ def test_newer_and_breaking_is_refused() -> None:
 def server(**facts: object) -> Any:
     """A reply to the first call, decoded from a row as the server would send it."""
     call = next(migrate_gen("s", V1, 1.0))
-    row = {"number": 180004, "text": "18.4", "standby": False, "role": "me", "database": "db", "schema": False, "tables": False}
+    row = {
+        "number": 180004,
+        "text": "18.4",
+        "standby": False,
+        "role": "me",
+        "database": "db",
+        "schema": False,
+        "tables": False,
+    }
     return call.decode([tuple((row | facts).values())])
 
 
@@ -92,8 +100,7 @@ def test_transaction_timeout_is_set_only_where_it_exists() -> None:
         steps = migrate_gen("s", V1, 1.0)
         next(steps)
         begin: Call[Any] = steps.send(server(number=number))
-        assert not isinstance(begin.query, str)
-        assert ("transaction_timeout = 0" in begin.query.as_string().replace("idle_in_transaction_session", "")) is known
+        assert (b" transaction_timeout = 0" in begin.query) is known
 
 
 def test_connection_lost_at_the_first_call_is_unavailable() -> None:

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from migrations.small import CREATE_ITEMS, FUNCTIONS, V1, V3
-from pgconductor.db.schema import FunctionFile, Migration, SqlSource, latest_version, load_functions, load_migrations, load_source
+
+from pgconductor.db.schema import (
+    FunctionFile,
+    Migration,
+    SqlSource,
+    latest_version,
+    load_functions,
+    load_migrations,
+    load_source,
+)
 from pgconductor.db.sql_files import render, split_statements
 from pgconductor.errors import Misuse
 
@@ -54,7 +62,11 @@ def test_functions_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     """Or what PostgreSQL checks at creation, such as result types, fails on one file system and not on another."""
     write(tmp_path, b="2", a="1", c="3")
     (tmp_path / "README.md").write_text("not SQL")
-    assert load_functions(tmp_path) == (FunctionFile("a.sql", "1"), FunctionFile("b.sql", "2"), FunctionFile("c.sql", "3"))
+    assert load_functions(tmp_path) == (
+        FunctionFile("a.sql", "1"),
+        FunctionFile("b.sql", "2"),
+        FunctionFile("c.sql", "3"),
+    )
 
 
 def test_hash_does_not_depend_on_line_ends(tmp_path: Path) -> None:
@@ -86,10 +98,13 @@ def test_this_installation_has_its_sql() -> None:
 def test_every_file_of_this_installation_names_the_schema_by_its_token() -> None:
     """Or an object lands in `pgconductor` whatever schema was asked for. Comments may use the name."""
     source = load_source()
-    for file in (*source.migrations, *source.functions):
-        code = re.sub(r"--[^\n]*|/\*.*?\*/", "", file.text, flags=re.DOTALL)
-        assert not re.search(r"\bpgconductor\s*\.", code), file.name
-        assert set(re.findall(r"@\w+@", code)) <= {"@schema@", "@schema_literal@"}, file.name
+    files = [(file.name, file.text) for file in source.migrations] + [
+        (file.name, file.text) for file in source.functions
+    ]
+    for name, text in files:
+        code = re.sub(r"--[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+        assert not re.search(r"\bpgconductor\s*\.", code), name
+        assert set(re.findall(r"@\w+@", code)) <= {"@schema@", "@schema_literal@"}, name
 
 
 # --- rendering ---
@@ -97,7 +112,10 @@ def test_every_file_of_this_installation_names_the_schema_by_its_token() -> None
 
 def test_plain_name_reads_as_written() -> None:
     """Or the functions a user looks at in psql are full of escapes."""
-    assert render(CREATE_ITEMS.text, "app jobs-2")[: len('\n    -- the table of "app jobs-2"')] == '\n    -- the table of "app jobs-2"'
+    assert (
+        render(CREATE_ITEMS.text, "app jobs-2")[: len('\n    -- the table of "app jobs-2"')]
+        == '\n    -- the table of "app jobs-2"'
+    )
     assert render("@schema_literal@", "pgconductor") == "'pgconductor'"
 
 
@@ -110,7 +128,11 @@ def test_hostile_name_is_escaped() -> None:
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
 def test_rendered_name_can_end_nothing_it_stands_in(name: str) -> None:
     """Or some name breaks out of a body, comment, string or format that nobody thought of."""
-    inside = render("@schema@", name)[2:-1].removeprefix('"') if render("@schema@", name)[0] == "U" else render("@schema@", name)[1:-1]
+    inside = (
+        render("@schema@", name)[2:-1].removeprefix('"')
+        if render("@schema@", name)[0] == "U"
+        else render("@schema@", name)[1:-1]
+    )
     assert not set(inside) & set("\"'$%*/\n\r")
     literal = render("@schema_literal@", name)
     assert not set(literal[literal.index("'") + 1 : -1]) & set("\"'$%*/\n\r")

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import psycopg
-from psycopg import sql
 from psycopg.pq import PipelineStatus, TransactionStatus
 
 from ..errors import Incompatible, Misuse, PgconductorError, Refused, SchemaMissing, SchemaTooNew, Unavailable
@@ -34,12 +33,12 @@ from .execute import run, run_sync
 from .sql_files import (
     FunctionFile,
     Migration,
-    Script,
     SqlSource,
     latest_version,
     load_functions,
     load_migrations,
     load_source,
+    render,
     script,
     split_statements,
     validate_schema_name,
@@ -115,9 +114,9 @@ class _Server:
 
 def _read_server(schema: str) -> Call[_Server]:
     return Call(
-        """
-        select current_setting('server_version_num')::int4, current_setting('server_version'), pg_is_in_recovery(),
-               current_user::text, current_database()::text,
+        b"""
+        select pg_catalog.current_setting('server_version_num')::int4, pg_catalog.current_setting('server_version'),
+               pg_catalog.pg_is_in_recovery(), current_user::text, pg_catalog.current_database()::text,
                exists (select from pg_catalog.pg_namespace n where n.nspname = %s),
                exists (select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
                        where n.nspname = %s and c.relname = '_private_schema' and c.relkind = 'r')
@@ -133,10 +132,11 @@ def _read_installed(schema: str) -> Call[Installed]:
         return Installed(applied, rows[0][3], rows[0][4]) if rows else Installed()
 
     return Call(
-        sql.SQL(
+        render(
             "select m.no, m.name, m.breaking, s.functions_hash, s.functions_version"
-            " from {0}._private_schema s left join {0}._private_migrations m on true order by m.no"
-        ).format(sql.Identifier(schema)),
+            " from @schema@._private_schema s left join @schema@._private_migrations m on true order by m.no",
+            schema,
+        ).encode(),
         (),
         decode,
     )
@@ -163,23 +163,13 @@ comment on table @schema@._private_schema is 'pgconductor: which set of function
 
 
 def _record_migration(schema: str, migration: Migration) -> Call[None]:
-    return Call(
-        sql.SQL("insert into {}._private_migrations (no, name, breaking) values (%s, %s, %s)").format(
-            sql.Identifier(schema)
-        ),
-        (migration.number, migration.name, migration.is_breaking),
-        ignore,
-    )
+    query = render("insert into @schema@._private_migrations (no, name, breaking) values (%s, %s, %s)", schema)
+    return Call(query.encode(), (migration.number, migration.name, migration.is_breaking), ignore)
 
 
 def _record_functions(schema: str, source: SqlSource) -> Call[None]:
-    return Call(
-        sql.SQL("update {}._private_schema set functions_hash = %s, functions_version = %s").format(
-            sql.Identifier(schema)
-        ),
-        (source.functions_hash, source.version),
-        ignore,
-    )
+    query = render("update @schema@._private_schema set functions_hash = %s, functions_version = %s", schema)
+    return Call(query.encode(), (source.functions_hash, source.version), ignore)
 
 
 # --- deciding -----------------------------------------------------------------------------------------------------
@@ -343,7 +333,7 @@ def _migrate_without_transaction_gen(schema: str, migration: Migration, server_v
     put back. A cancellation closes the connection, which takes lock and settings with it.
     """
     key = lock_key(schema)
-    yield from _ask_gen(Call("select pg_advisory_lock(%s::int8)", (key,), ignore))
+    yield from _ask_gen(Call(b"select pg_catalog.pg_advisory_lock(%s::int8)", (key,), ignore))
     yield from _ask_gen(_COMMIT)
     names = [*_time_limits(server_version), "search_path"]
     before = yield from _ask_gen(_read_settings(names))
@@ -352,12 +342,12 @@ def _migrate_without_transaction_gen(schema: str, migration: Migration, server_v
         for number, statement in enumerate(split_statements(migration.text), start=1):
             yield from _apply_gen(f"{migration.name}, statement {number}", statement, schema)
         yield from _ask_gen(_record_migration(schema, migration))
-    except Exception:
+    except (psycopg.Error, PgconductorError):
         yield from _ask_gen(_set_settings(names, before))
-        yield from _ask_gen(Call("select pg_advisory_unlock(%s::int8)", (key,), ignore))
+        yield from _ask_gen(Call(b"select pg_catalog.pg_advisory_unlock(%s::int8)", (key,), ignore))
         raise
     yield from _ask_gen(_set_settings(names, before))
-    if not (yield from _ask_gen(Call("select pg_advisory_unlock(%s::int8)", (key,), _decode_flag))):
+    if not (yield from _ask_gen(Call(b"select pg_catalog.pg_advisory_unlock(%s::int8)", (key,), _decode_flag))):
         raise Unavailable(
             f"the connection changed its server session during migration {migration.name}, which runs outside a"
             " transaction: migrate over a direct connection, not through a transaction pooler"
@@ -367,7 +357,7 @@ def _migrate_without_transaction_gen(schema: str, migration: Migration, server_v
 def _apply_gen(name: str, text: str, schema: str) -> Calls[None]:
     try:
         yield from _ask_gen(script(text, schema))
-    except Exception as error:
+    except (psycopg.Error, PgconductorError) as error:
         error.add_note(f"while applying {name} to schema {schema!r}")
         raise
 
@@ -378,33 +368,34 @@ def _time_limits(server_version: int) -> list[str]:
     return ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", *newer]
 
 
-_COMMIT: Call[None] = Call("commit", (), ignore)
-_ROLLBACK: Call[None] = Call("rollback", (), ignore)
+_COMMIT: Call[None] = Call(b"commit", (), ignore)
+_ROLLBACK: Call[None] = Call(b"rollback", (), ignore)
 # At the server, so that these calls need no event loop of a particular kind.
 _NAP: Call[None] = Call(
-    sql.Composed([Script(f"begin; set local statement_timeout = 0; select pg_sleep({NAP}); commit")]), (), ignore
+    f"begin; set local statement_timeout = 0; select pg_catalog.pg_sleep({NAP}); commit".encode(), (), ignore
 )
 # Nothing may resolve to an object in somebody else's schema, nor be created outside ours unnoticed.
 _SEARCH_PATH = "pg_catalog, pg_temp"
 
 
 def _begin(server_version: int) -> Call[None]:
-    # Bodies are not checked, so that the order of the function files does not matter.
     statements = [
         "begin isolation level read committed",
         *(f"set local {name} = 0" for name in _time_limits(server_version)),
         f"set local lock_timeout = {round(LOCK_TIMEOUT * 1000)}",
         f"set local search_path = {_SEARCH_PATH}",
-        "set local check_function_bodies = off",
+        "set local check_function_bodies = off",  # so that the order of the function files does not matter
         "set local standard_conforming_strings = on",
+        "set local client_encoding = 'UTF8'",  # that of the files
         "set local client_min_messages = warning",
     ]
-    return Call(sql.Composed([Script("; ".join(statements))]), (), ignore)
+    return Call("; ".join(statements).encode(), (), ignore)
 
 
 def _read_settings(names: Sequence[str]) -> Call[list[str]]:
     return Call(
-        "select current_setting(n) from unnest(%s::text[]) with ordinality s (n, position) order by position",
+        b"select pg_catalog.current_setting(n)"
+        b" from pg_catalog.unnest(%s::text[]) with ordinality s (n, position) order by position",
         (list(names),),
         lambda rows: [str(row[0]) for row in rows],
     )
@@ -412,7 +403,8 @@ def _read_settings(names: Sequence[str]) -> Call[list[str]]:
 
 def _set_settings(names: Sequence[str], values: Sequence[str]) -> Call[None]:
     return Call(
-        "select set_config(n, v, false) from unnest(%s::text[], %s::text[]) s (n, v)",
+        b"select pg_catalog.set_config(n, v, false)"
+        b" from rows from (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[])) s (n, v)",
         (list(names), list(values)),
         ignore,
     )
@@ -425,7 +417,7 @@ def lock_key(schema: str) -> int:
 
 
 def _try_lock(schema: str) -> Call[bool]:
-    return Call("select pg_try_advisory_xact_lock(%s::int8)", (lock_key(schema),), _decode_flag)
+    return Call(b"select pg_catalog.pg_try_advisory_xact_lock(%s::int8)", (lock_key(schema),), _decode_flag)
 
 
 def _decode_flag(rows: list[Row]) -> bool:
@@ -435,12 +427,13 @@ def _decode_flag(rows: list[Row]) -> bool:
 def _describe_rival_gen(schema: str, lock_wait: float) -> Calls[str]:
     rivals = yield from _ask_gen(
         Call(
-            """
+            b"""
             select l.pid, coalesce(nullif(a.application_name, ''), 'unnamed')
             from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
             where l.locktype = 'advisory' and l.granted and l.objsubid = 1
               and l.classid::int8 = (%s::int8 >> 32) & 4294967295 and l.objid::int8 = %s::int8 & 4294967295
-              and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+              and l.database = (select d.oid from pg_catalog.pg_database d
+                                where d.datname = pg_catalog.current_database())
             """,
             (lock_key(schema), lock_key(schema)),
             lambda rows: [f"server process {pid} ({name})" for pid, name in rows],
@@ -482,8 +475,8 @@ def _explain(error: psycopg.Error, schema: str, doing: str, role: str) -> Pgcond
             )
         case psycopg.errors.ReadOnlySqlTransaction():
             return Unavailable(
-                f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the primary,"
-                " or see default_transaction_read_only"
+                f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the"
+                " primary, or see default_transaction_read_only"
             )
         case psycopg.errors.LockNotAvailable():
             return Unavailable(
@@ -513,8 +506,8 @@ def _refuse_busy(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -
         or conn.info.pipeline_status != PipelineStatus.OFF
     ):
         raise Misuse(
-            "migrate begins and commits by itself: give it a connection in autocommit, outside a transaction and outside"
-            " a pipeline"
+            "migrate begins and commits by itself: give it a connection in autocommit, outside a transaction and"
+            " outside a pipeline"
         )
 
 
@@ -524,7 +517,7 @@ async def _execute(conn: psycopg.AsyncConnection[Any], steps: Calls[T]) -> T:
         while True:
             try:
                 reply = await run(conn, call)
-            except Exception as error:
+            except (psycopg.Error, PgconductorError) as error:
                 call = steps.throw(error)
             else:
                 call = steps.send(reply)
@@ -539,7 +532,7 @@ def _execute_sync(conn: psycopg.Connection[Any], steps: Calls[T]) -> T:
         while True:
             try:
                 reply = run_sync(conn, call)
-            except Exception as error:
+            except (psycopg.Error, PgconductorError) as error:
                 call = steps.throw(error)
             else:
                 call = steps.send(reply)
@@ -580,7 +573,7 @@ async def migrate(
     _refuse_busy(conn)
     try:
         return await _execute(conn, steps)
-    except Exception:
+    except (psycopg.Error, PgconductorError):
         if not conn.closed:
             await conn.rollback()
         raise
@@ -601,7 +594,7 @@ def migrate_sync(
     _refuse_busy(conn)
     try:
         return _execute_sync(conn, steps)
-    except Exception:
+    except (psycopg.Error, PgconductorError):
         if not conn.closed:
             conn.rollback()
         raise

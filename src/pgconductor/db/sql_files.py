@@ -14,9 +14,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from psycopg import sql
-from psycopg.abc import AdaptContext
-
 from ..errors import InvalidOption, Misuse
 from .call import Call, ignore
 
@@ -170,16 +167,18 @@ def render(text: str, schema: str) -> str:
     """`text` with `@schema@` as a quoted identifier and `@schema_literal@` as a quoted string literal.
 
     Tokens also stand in dollar-quoted bodies, comments and format strings, where plain quoting is no protection. So
-    each character that could end one of these is written as an escape.
+    each character that could end one of these is written as an escape, and, since a client's encoding need not have
+    it, each that is not ASCII.
     """
-    return _TOKEN.sub(lambda token: _literal(schema) if token[1] else _identifier(schema), text)
+    return _TOKEN.sub(lambda token: _literal(schema) if token[1] else identifier(schema), text)
 
 
 def _is_plain(char: str) -> bool:
-    return char.isalnum() or char in "_ -.,:;@#+=()[]"
+    return (char.isascii() and char.isalnum()) or char in "_ -.,:;@#+=()[]"
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A schema's name, quoted; it has no `%`, so it may stand in a query with parameters as it is."""
     if all(map(_is_plain, name)):
         return f'"{name}"'
     return 'U&"' + "".join(char if _is_plain(char) else f"\\+{ord(char):06X}" for char in name) + '"'
@@ -191,17 +190,6 @@ def _literal(name: str) -> str:
     return "E'" + "".join(char if _is_plain(char) else f"\\U{ord(char):08X}" for char in name) + "'"
 
 
-class Script(sql.Composable):
-    """SQL text from our files. `sql.SQL` is for literals, and would take each `%` for a placeholder."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._text = text
-
-    def as_bytes(self, context: AdaptContext | None = None) -> bytes:
-        encoding = context.connection.info.encoding if context and context.connection else "utf-8"
-        return self._text.replace("%", "%%").encode(encoding)
-
-
 def script(text: str, schema: str) -> Call[None]:
-    return Call(sql.Composed([Script(render(text, schema))]), (), ignore)
+    """All statements of `text` in one message; it has no parameters, so each `%` is just a character."""
+    return Call(render(text, schema).replace("%", "%%").encode(), (), ignore)
