@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from .errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable
+from ..errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable
 
 VARIABLES: Final = ("PGCONDUCTOR_DSN", "DATABASE_URL")
 EMBEDDED_DATABASE: Final = "pgconductor"
@@ -56,7 +56,7 @@ class Database:
         """
         if not self.embedded:
             return self.resolve()
-        from .embedded import embedded_server  # only for those who ask for it
+        from ..embedded import embedded_server  # only for those who ask for it
 
         conninfo = stack.enter_context(embedded_server()).ensure_database(EMBEDDED_DATABASE)
         return Addresses(conninfo, conninfo)
