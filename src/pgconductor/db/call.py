@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, LiteralString, TypeAlias, TypeVar
-
-from psycopg import sql
+from typing import Any, Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
@@ -21,7 +19,7 @@ Row: TypeAlias = tuple[Any, ...]  # what psycopg hands over, before `decode` giv
 class Call(Generic[T]):
     """One statement. `decode` gets all rows as tuples (none for a statement that returns nothing)."""
 
-    query: LiteralString | sql.SQL | sql.Composed
+    query: bytes
     params: Sequence[object]
     decode: Callable[[list[Row]], T]
 

@@ -1,8 +1,8 @@
 """Which PostgreSQL server the tests use, and what it is.
 
-Owns the choice between a named server, a container and a throwaway one, and the life of the latter two. It does not create databases
-(`databases`) and holds no connection open between calls. Leaving `open_server` stops what it started, also when the test run is
-interrupted; a throwaway server ends even if the run is killed.
+Owns the choice between a named server, a container and a throwaway one, and the life of the latter two. It does not
+create databases (`databases`) and holds no connection open between calls. Leaving `open_server` stops what it
+started, also when the test run is interrupted; a throwaway server ends even if the run is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from ..embedded import own_server, report_settings
 from ..errors import NoDatabase
 
-# Nothing here outlives the test run, so nothing needs to reach the disk. Room for many connections and for two-phase commit.
+# Nothing here outlives the test run, so nothing needs to reach the disk. Room for many connections and for two-phase
+# commit.
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -92,4 +93,6 @@ def _container(major: str) -> Iterator[DatabaseServer]:
     container = PostgresContainer(f"postgres:{major}-alpine", driver=None).with_command(f"postgres {flags}")
     with container:
         parameters = conninfo_to_dict(str(container.get_connection_url()))
-        yield _connected(lambda dbname: make_conninfo("", **{**parameters, "dbname": dbname}), f"a container of postgres:{major}")
+        yield _connected(
+            lambda dbname: make_conninfo("", **{**parameters, "dbname": dbname}), f"a container of postgres:{major}"
+        )

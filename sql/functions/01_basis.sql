@@ -1,0 +1,64 @@
+-- What the other functions stand on: the clock, ids, names of locks and channels.
+
+-- The one clock of due times, leases and ticks. Read it once into a variable: in a condition it would keep an index
+-- from being used. Test databases replace this function by one that adds an offset.
+create or replace function @schema@._private_clock() returns timestamptz
+    language sql volatile parallel safe
+    return pg_catalog.clock_timestamp();
+
+-- A new id, UUIDv8: 48 bits of Unix milliseconds, the queue's number (4 + 8 bits in bytes 6 and 7 behind the version,
+-- 8 bits in byte 9), 58 random bits. It sorts by time and tells its partition.
+create or replace function @schema@._private_new_id(p_queue_no int, p_now timestamptz) returns uuid
+    language sql volatile parallel safe
+    return pg_catalog.encode(
+        pg_catalog.set_byte(pg_catalog.set_byte(pg_catalog.set_byte(
+            pg_catalog.overlay(
+                pg_catalog.uuid_send(pg_catalog.gen_random_uuid()),
+                pg_catalog.substring(pg_catalog.int8send((pg_catalog.date_part('epoch', p_now) * 1000)::bigint), 3), 1, 6),
+            6, 128 | (p_queue_no >> 16)), 7, (p_queue_no >> 8) & 255), 9, p_queue_no & 255),
+        'hex')::uuid;
+
+create or replace function @schema@._private_queue_no(p_id uuid) returns int
+    language sql immutable parallel safe strict
+    return ((pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 6) & 15) << 16)
+        | (pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 7) << 8)
+        | pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 9);
+
+-- Keys of advisory locks: 64-bit hashes of purpose, schema and queue, so as not to meet an application's own.
+-- K, "a change that makes work is in flight"; M, "somebody is asleep"; W, "somebody waits for a result".
+create or replace function @schema@._private_key_k(p_queue text) returns bigint
+    language sql immutable parallel safe strict
+    return pg_catalog.hashtextextended(@schema_literal@ || ' K ' || p_queue, 7263381);
+
+create or replace function @schema@._private_key_m(p_queue text) returns bigint
+    language sql immutable parallel safe strict
+    return pg_catalog.hashtextextended(@schema_literal@ || ' M ' || p_queue, 7263381);
+
+-- -1 is the key of "anybody waits at all", 0-255 are the buckets of execution ids.
+create or replace function @schema@._private_key_w(p_bucket int) returns bigint
+    language sql immutable parallel safe strict
+    return pg_catalog.hashtextextended(@schema_literal@ || ' W ' || p_bucket, 7263381);
+
+create or replace function @schema@._private_bucket(p_id uuid) returns int
+    language sql immutable parallel safe strict
+    return pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 15);
+
+-- Names of channels: a prefix and 128 bits of hash, whatever the schema's and the queue's names are.
+create or replace function @schema@._private_channel(p_queue text) returns text
+    language sql immutable parallel safe strict
+    return 'pgconductor_q_' || pg_catalog.md5(@schema_literal@ || ' ' || p_queue);
+
+create or replace function @schema@._private_results_channel() returns text
+    language sql immutable parallel safe
+    return 'pgconductor_r_' || pg_catalog.md5(@schema_literal@);
+
+-- Payloads above this size are kept out of the rows that move.
+create or replace function @schema@._private_is_large(p_payload jsonb) returns boolean
+    language sql immutable parallel safe strict
+    return pg_catalog.pg_column_size(p_payload) > 2000;
+
+-- Changes when the server was restarted or another one was promoted: claims committed asynchronously may be lost then.
+create or replace function @schema@._private_server_epoch() returns text
+    language sql stable
+    return pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
+        || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);

@@ -1,0 +1,77 @@
+-- The inserter's side of the wake-up protocol (the worker's side and the whole argument: runtime/reactor.py).
+--
+-- Lock order of everything here: K is taken before M is looked at, and nobody waits for either without a bound.
+
+-- Is nobody asleep on the queue? Takes M and lets go in one expression, so that no cancellation falls between.
+create or replace function @schema@._private_nobody_sleeps(p_queue text) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_m constant bigint := @schema@._private_key_m(p_queue);
+begin
+    return case
+        when pg_try_advisory_lock(v_m) then pg_advisory_unlock(v_m)
+        -- Not to be had exclusively, but shared: a sleeper holds it.
+        when pg_try_advisory_lock_shared(v_m) then not pg_advisory_unlock_shared(v_m)
+        -- Not even shared: another inserter is looking at this instant, so nobody was asleep.
+        else true
+    end;
+end $$;
+
+-- Called by whoever makes work on a queue, before it commits: raise K until the transaction ends, then look at M, and
+-- NOTIFY unless both say that nobody can be asleep. Never waits.
+create or replace function @schema@._private_announce(p_queue text) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- CASE, because AND promises no order.
+    if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))
+            then @schema@._private_nobody_sleeps(p_queue) else false end) then
+        return;
+    end if;
+    perform pg_notify(@schema@._private_channel(p_queue), '');
+end $$;
+
+-- An insert wakes a sleeper if it is due now, or due before any worker's next sweep (sweeps are at most a minute
+-- apart), so that the sleeper's timer is set anew.
+create or replace function @schema@._private_on_insert() returns trigger
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if new.state = 'ready' or (new.state = 'scheduled' and new.run_at < @schema@._private_clock() + interval '61 s') then
+        perform @schema@._private_announce(new.queue);
+    end if;
+    return null;
+end $$;
+
+create or replace trigger _private_announce after insert on @schema@._private_executions
+    for each row execute function @schema@._private_on_insert();
+
+-- The worker's look, on its LISTEN connection: with the sleep flag M raised, is no change in flight?
+--   null: M could not be raised at this instant (an inserter is looking); try again.
+--   true: nothing is in flight. One more look for work, in a new statement, and it may sleep.
+--   false: a change may commit any moment.
+-- Raising a flag that this session has raised already would count it twice, hence p_raise.
+create or replace function @schema@.raise_sleep_flag(p_queue text, p_raise boolean) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_k constant bigint := @schema@._private_key_k(p_queue);
+begin
+    if p_raise and not pg_try_advisory_lock_shared(@schema@._private_key_m(p_queue)) then
+        return null;
+    end if;
+    return case when pg_try_advisory_lock(v_k) then pg_advisory_unlock(v_k) else false end;
+end $$;
+
+create or replace function @schema@.lower_sleep_flag(p_queue text) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return pg_advisory_unlock_shared(@schema@._private_key_m(p_queue));
+end $$;

@@ -1,0 +1,128 @@
+-- Producing executions: any number in one call, or one by named arguments from any SQL client.
+
+-- Returns a row per position of the arrays (all of one length): the execution's id, and whether this call created it.
+-- With a dedupe key that a live execution of the same queue and task holds, the row is that one's, which stays as it
+-- is. Two positions with one key are one execution, created by the first. Locks: dedupe keys in the order of (queue,
+-- task, key), waiting for whoever is inserting or ending one of them; then the trigger's K.
+create or replace function @schema@.invoke_many(
+    p_tasks text[],
+    p_payloads jsonb[],
+    p_queues text[] default null,           -- null: the queue the task is registered with, else "default"
+    p_priorities int[] default null,
+    p_run_ats timestamptz[] default null,
+    p_delays double precision[] default null,   -- seconds from now, where no run_at is given
+    p_dedupe_keys text[] default null
+) returns table ("position" int, id uuid, created boolean)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+    v_deduped constant boolean := coalesce(cardinality(array_remove(p_dedupe_keys, null)), 0) > 0;
+    v_queues text[];
+    v_nos int[];
+    v_ids uuid[];
+    v_holders uuid[];
+    v_lost boolean;
+begin
+    if exists (select from unnest(p_payloads) as p where jsonb_typeof(p) is distinct from 'object') then
+        raise exception using errcode = 'PC001',
+            message = 'the payload must be a JSON object: the handler''s parameters by name';
+    end if;
+    if not v_deduped then
+        return query
+        with item as materialized (
+            select i.ordinality::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
+                coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
+                coalesce(q.no, 0) as queue_no, r.queue, @schema@._private_new_id(coalesce(q.no, 0), v_now) as id
+            from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_queues), unnest(p_priorities), unnest(p_run_ats),
+                    unnest(p_delays)) with ordinality as i (task, payload, queue, priority, run_at, delay, ordinality)
+                left join @schema@._private_tasks t on i.queue is null and t.name = i.task
+                cross join lateral (select coalesce(i.queue, t.queue, 'default') as queue) r
+                left join @schema@._private_queues q on q.name = r.queue
+        ), inserted as (
+            insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, payload)
+            select queue_no, id, queue, task,
+                (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
+                priority, run_at, v_now, case when not @schema@._private_is_large(payload) then payload end
+            from item
+        ), large as (
+            insert into @schema@._private_payloads (execution_id, payload)
+            select id, payload from item where @schema@._private_is_large(payload)
+        )
+        select n, id, true from item;
+        return;
+    end if;
+
+    -- With keys: take the keys first, each for the first position that names it, then insert the executions whose key
+    -- is theirs or who have none. A key whose holder ended between the two looks is tried again.
+    select array_agg(r.queue order by i.n), array_agg(coalesce(q.no, 0) order by i.n),
+        array_agg(@schema@._private_new_id(coalesce(q.no, 0), v_now) order by i.n)
+    into v_queues, v_nos, v_ids
+    from rows from (unnest(p_tasks), unnest(p_queues)) with ordinality as i (task, queue, n)
+        left join @schema@._private_tasks t on i.queue is null and t.name = i.task
+        cross join lateral (select coalesce(i.queue, t.queue, 'default') as queue) r
+        left join @schema@._private_queues q on q.name = r.queue;
+    for v_try in 1..100 loop
+        insert into @schema@._private_dedupe_keys (queue, task, key, execution_id)
+        select distinct on (i.queue, i.task, i.key) i.queue, i.task, i.key, i.id
+        from rows from (unnest(v_queues), unnest(p_tasks), unnest(p_dedupe_keys), unnest(v_ids), unnest(v_holders))
+            with ordinality as i (queue, task, key, id, holder, n)
+        where i.key is not null and i.holder is null
+        order by i.queue, i.task, i.key, i.n
+        on conflict do nothing;
+        -- A snapshot older than the end of a former holder shows that one beside ours: ours is the one that counts.
+        select array_agg(h.holder order by i.n), bool_or(i.key is not null and h.holder is null)
+        into v_holders, v_lost
+        from rows from (unnest(v_queues), unnest(p_tasks), unnest(p_dedupe_keys), unnest(v_ids))
+                with ordinality as i (queue, task, key, id, n)
+            left join lateral (
+                select d.execution_id as holder from @schema@._private_dedupe_keys d
+                where d.queue = i.queue and d.task = i.task and d.key = i.key
+                order by d.execution_id = any(v_ids) desc limit 1
+            ) h on true;
+        exit when not v_lost;
+    end loop;
+    if v_lost then
+        raise exception using errcode = 'PC002', message = 'a dedupe key changed hands 100 times during one call; invoke again';
+    end if;
+    return query
+    with item as materialized (
+        select i.n::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
+            coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
+            i.queue, i.queue_no, i.key, i.id, coalesce(i.holder, i.id) as holder
+        from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_priorities), unnest(p_run_ats), unnest(p_delays),
+                unnest(v_queues), unnest(v_nos), unnest(p_dedupe_keys), unnest(v_ids), unnest(v_holders))
+            with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, n)
+    ), inserted as (
+        insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, payload, dedupe_key)
+        select queue_no, id, queue, task,
+            (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
+            priority, run_at, v_now, case when not @schema@._private_is_large(payload) then payload end, key
+        from item where id = holder
+    ), large as (
+        insert into @schema@._private_payloads (execution_id, payload)
+        select id, payload from item where id = holder and @schema@._private_is_large(payload)
+    )
+    select n, holder, id = holder from item;
+end $$;
+
+-- One execution, from any SQL client, in its own transaction:
+--   select pgconductor.invoke('greet', '{"name": "World"}', priority => 10);
+-- Returns the id of the execution that was created, or of the live one that holds the dedupe key.
+create or replace function @schema@.invoke(
+    task text,
+    payload jsonb default '{}',
+    queue text default null,
+    priority int default 0,
+    run_at timestamptz default null,
+    delay interval default null,
+    dedupe_key text default null
+) returns uuid
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    select id from @schema@.invoke_many(array[task], array[payload], array[queue], array[priority], array[run_at],
+        array[extract(epoch from delay)::double precision], array[dedupe_key])
+$$;

@@ -1,0 +1,48 @@
+-- Queues: a number, a partition, nothing named by text.
+
+-- Register a queue, or find it registered; returns its number. To be called in a transaction of its own: the DDL
+-- locks the parent against other DDL only (SHARE UPDATE EXCLUSIVE), so open readers and producers delay nobody and
+-- are delayed by nobody. Fails with 55P03 (lock_not_available) when other DDL is in the way for a second; call it
+-- again.
+create or replace function @schema@.register_queue(p_queue text) returns int
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set lock_timeout = '1s'
+as $$
+declare
+    v_no int;
+begin
+    select no into v_no from @schema@._private_queues where name = p_queue;
+    if found then
+        return v_no;
+    end if;
+    -- One at a time, so that two never wait for each other's lock on the parent.
+    perform pg_advisory_xact_lock(hashtextextended(@schema_literal@ || ' register_queue', 7263381));
+    insert into @schema@._private_queues (name, registered_at) values (p_queue, @schema@._private_clock())
+        on conflict do nothing returning no into v_no;
+    if v_no is null then
+        return (select no from @schema@._private_queues where name = p_queue);
+    end if;
+    -- With the CHECK, ATTACH has nothing to scan. Autovacuum by count: these tables are small and churn.
+    execute format('create table @schema@.%1$I (like @schema@._private_executions including defaults including constraints,
+            constraint partition_bound check (queue_no is not null and queue_no = %2$s))
+        with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000)', '_private_queue_' || v_no, v_no);
+    execute format('create unique index on @schema@.%I (id)', '_private_queue_' || v_no);
+    execute format('create index on @schema@.%I (priority desc, run_at, id) where state = ''ready''', '_private_queue_' || v_no);
+    execute format('create index on @schema@.%I (run_at) where state in (''scheduled'', ''waiting'')', '_private_queue_' || v_no);
+    execute format('create index on @schema@.%I (owner) where state = ''running''', '_private_queue_' || v_no);
+    execute format('alter table @schema@._private_executions attach partition @schema@.%I for values in (%s)',
+        '_private_queue_' || v_no, v_no);
+    execute format('alter table @schema@.%I drop constraint partition_bound', '_private_queue_' || v_no);
+    return v_no;
+end $$;
+
+-- What the running programs have. Never removes what another program registered.
+create or replace function @schema@.register_tasks(p_names text[], p_queue text) returns void
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    insert into @schema@._private_tasks as t (name, queue, registered_at)
+    select n, p_queue, @schema@._private_clock() from unnest(p_names) as n order by n
+    on conflict (name) do update set queue = excluded.queue where t.queue <> excluded.queue
+$$;

@@ -1,0 +1,119 @@
+-- Reading: results, states, counts. Nothing here locks or writes.
+
+create or replace view @schema@.executions as
+    select e.id, e.queue, e.task, e.state, e.priority, e.attempt, e.crashes, e.run_at, e.created_at, e.claimed_at,
+        null::timestamptz as finished_at, e.dedupe_key,
+        coalesce(e.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = e.id)) as payload,
+        null::jsonb as result, e.errors
+    from @schema@._private_executions e
+    union all
+    select f.id, f.queue, f.task, f.state, f.priority, f.attempt, f.crashes, f.run_at, f.created_at, f.claimed_at,
+        f.finished_at, f.dedupe_key,
+        coalesce(f.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = f.id)),
+        f.result, f.errors
+    from @schema@._private_finished f;
+
+-- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON
+-- text, error the last one.
+create or replace function @schema@.results(p_ids uuid[])
+    returns table (id uuid, state text, result text, error jsonb, reason text)
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select distinct on (f.id) f.id, f.state::text, f.result::text, f.errors -> -1, f.cancel_reason
+    from @schema@._private_finished f where f.id = any (p_ids)
+    order by f.id, f.generation desc
+$$;
+
+-- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the
+-- workers of living orchestrators that serve the queue and have the task.
+create or replace function @schema@.standing(p_ids uuid[])
+    returns table (id uuid, state text, task text, queue text, live_workers bigint, due_in double precision)
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    select i, coalesce(e.state, f.state)::text, coalesce(e.task, f.task), coalesce(e.queue, f.queue),
+        (select count(*) from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
+         where w.queue = e.queue and e.task = any (w.tasks) and o.died_at is null and o.expires_at > @schema@._private_clock()),
+        case when e.run_at is not null then greatest(0, date_part('epoch', e.run_at - @schema@._private_clock())) end
+    from unnest(p_ids) as i
+        left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
+        left join lateral (select * from @schema@._private_finished f where f.id = i order by f.generation desc limit 1) f on true
+$$;
+
+-- Counts per queue: of registered queues, and of those that only have executions.
+create or replace function @schema@.queue_status()
+    returns table (queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint,
+        completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[])
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    with workers as (
+        select w.queue, w.tasks from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
+        where o.died_at is null and o.expires_at > @schema@._private_clock()
+    ), live as (
+        select e.queue, e.task, count(*) filter (where e.state = 'scheduled') as scheduled,
+            count(*) filter (where e.state = 'ready') as ready, count(*) filter (where e.state = 'running') as running,
+            count(*) filter (where e.state = 'waiting') as waiting, min(e.run_at) filter (where e.state = 'ready') as oldest
+        from @schema@._private_executions e group by 1, 2
+    ), finished as (
+        select f.queue, count(*) filter (where f.state = 'completed') as completed,
+            count(*) filter (where f.state = 'failed') as failed, count(*) filter (where f.state = 'cancelled') as cancelled
+        from @schema@._private_finished f group by 1
+    ), names as (
+        select name as queue from @schema@._private_queues union select l.queue from live l union select f.queue from finished f
+    )
+    select n.queue, exists (select from @schema@._private_queues q where q.name = n.queue),
+        coalesce(sum(l.scheduled), 0)::bigint, coalesce(sum(l.ready), 0)::bigint, coalesce(sum(l.running), 0)::bigint,
+        coalesce(sum(l.waiting), 0)::bigint, coalesce(max(f.completed), 0), coalesce(max(f.failed), 0), coalesce(max(f.cancelled), 0),
+        (select count(*) from workers w where w.queue = n.queue),
+        case when min(l.oldest) is not null then greatest(0, date_part('epoch', @schema@._private_clock() - min(l.oldest))) end,
+        coalesce(array_agg(l.task order by l.task) filter (where l.task is not null and not exists (
+            select from workers w where w.queue = n.queue and l.task = any (w.tasks))), '{}')
+    from names n left join live l on l.queue = n.queue left join finished f on f.queue = n.queue
+    group by n.queue order by n.queue
+$$;
+
+-- Orchestrators that are registered, the dead ones of the last day among them.
+create or replace function @schema@.orchestrator_status()
+    returns table (id uuid, name text, program_version text, alive boolean, started_at timestamptz, heartbeat_age double precision,
+        queues text[])
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    select o.id, o.name, o.program_version, o.died_at is null and o.expires_at > @schema@._private_clock(), o.started_at,
+        date_part('epoch', @schema@._private_clock() - o.heartbeat_at),
+        array(select w.queue from @schema@._private_workers w where w.orchestrator_id = o.id order by w.queue)
+    from @schema@._private_orchestrators o order by o.started_at
+$$;
+
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until
+-- the next one is due, if that is within p_horizon; null: nothing to wait for.
+create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+    v_no int;
+    v_is_busy boolean;
+    v_due timestamptz;
+    v_next timestamptz;
+begin
+    for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
+        execute format($sql$
+            select exists (select from @schema@.%1$I where state = 'ready' and queue = $1 and task = any ($2))
+                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2)),
+                (select min(run_at) from @schema@.%1$I where state in ('scheduled', 'waiting') and queue = $1 and task = any ($2))
+            $sql$, '_private_queue_' || v_no) into v_is_busy, v_due using p_queue, p_tasks;
+        if v_is_busy then
+            return 0;
+        end if;
+        v_next := least(v_next, v_due);
+    end loop;
+    if v_next <= v_now + make_interval(secs => p_horizon) then
+        return greatest(0, date_part('epoch', v_next - v_now));
+    end if;
+    return null;
+end $$;

@@ -1,0 +1,245 @@
+-- A fresh install, as the database describes it. Not to be run; a test compares it with the migrations and functions.
+-- To write it anew: PGCONDUCTOR_WRITE_SNAPSHOT=1 python -m pytest tests/migrations/test_snapshot.py
+
+type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'completed', 'failed', 'cancelled')
+
+sequence _private_queues_no_seq as integer
+
+table _private_dedupe_keys
+    queue text not null
+    task text not null
+    key text not null
+    execution_id uuid not null
+    constraint _private_dedupe_keys_key_check CHECK (((octet_length(key) >= 1) AND (octet_length(key) <= 512)))
+    constraint _private_dedupe_keys_pkey PRIMARY KEY (queue, task, key)
+
+table _private_executions partition by LIST (queue_no)
+    queue_no integer not null
+    priority integer not null default 0
+    max_attempts integer
+    attempt integer not null default 0
+    crashes integer not null default 0
+    generation integer not null default 0
+    depth integer not null default 0
+    state execution_state not null
+    id uuid not null
+    owner uuid
+    claim_no bigint not null default 0
+    outcome_claim bigint
+    run_at timestamp with time zone
+    created_at timestamp with time zone not null
+    claimed_at timestamp with time zone
+    cancel_requested_at timestamp with time zone
+    deadline_at timestamp with time zone
+    timeout interval
+    queue text not null
+    task text not null
+    outcome text
+    dedupe_key text
+    payload jsonb
+    errors jsonb
+    cancel_reason text
+    parent_id uuid
+    root_id uuid
+    wait_name text
+    on_parent_close text
+    limit_key text
+    version text
+    tags text[]
+    headers jsonb
+    constraint _private_executions_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 10000)))
+    constraint counts CHECK (((0 <= attempt) AND (attempt <= claim_no) AND (0 <= crashes)))
+    constraint due CHECK (((run_at IS NOT NULL) OR (state = 'waiting'::execution_state)))
+    constraint live CHECK ((state = ANY (ARRAY['scheduled'::execution_state, 'ready'::execution_state, 'running'::execution_state, 'waiting'::execution_state])))
+    constraint names CHECK ((((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)) AND ((octet_length(task) >= 1) AND (octet_length(task) <= 128)) AND (octet_length(dedupe_key) <= 512)))
+    constraint outcome_known CHECK ((((outcome IS NULL) = (outcome_claim IS NULL)) AND (outcome_claim <= claim_no)))
+    constraint owned_while_running CHECK (((state = 'running'::execution_state) = (owner IS NOT NULL)))
+    constraint run_at_range CHECK (((run_at >= '0001-01-02 00:00:00+00'::timestamp with time zone) AND (run_at <= '9999-01-01 00:00:00+00'::timestamp with time zone)))
+    CREATE TRIGGER _private_announce AFTER INSERT ON _private_executions FOR EACH ROW EXECUTE FUNCTION _private_on_insert()
+    partition _private_queue_0 FOR VALUES IN (0) with (autovacuum_vacuum_scale_factor=0.02, autovacuum_vacuum_threshold=1000)
+    CREATE INDEX _private_queue_0_claim ON _private_queue_0 USING btree (queue, priority DESC, run_at, id) WHERE (state = 'ready'::execution_state)
+    CREATE INDEX _private_queue_0_due ON _private_queue_0 USING btree (queue, run_at) WHERE (state = ANY (ARRAY['scheduled'::execution_state, 'waiting'::execution_state]))
+    CREATE UNIQUE INDEX _private_queue_0_id ON _private_queue_0 USING btree (id)
+    CREATE INDEX _private_queue_0_owner ON _private_queue_0 USING btree (owner) WHERE (state = 'running'::execution_state)
+
+table _private_expiry_slots
+    no integer not null
+    expires_upto timestamp with time zone not null
+    constraint _private_expiry_slots_pkey PRIMARY KEY (no)
+
+table _private_finished partition by LIST (slot)
+    slot integer not null
+    priority integer not null
+    attempt integer not null
+    crashes integer not null
+    generation integer not null
+    max_attempts integer
+    depth integer not null
+    state execution_state not null
+    id uuid not null
+    owner uuid
+    claim_no bigint not null
+    run_at timestamp with time zone
+    created_at timestamp with time zone not null
+    claimed_at timestamp with time zone
+    finished_at timestamp with time zone not null
+    expires_at timestamp with time zone
+    queue text not null
+    task text not null
+    dedupe_key text
+    payload jsonb
+    result jsonb
+    errors jsonb
+    steps jsonb
+    cancel_reason text
+    parent_id uuid
+    root_id uuid
+    limit_key text
+    version text
+    tags text[]
+    headers jsonb
+    constraint finished CHECK ((state = ANY (ARRAY['completed'::execution_state, 'failed'::execution_state, 'cancelled'::execution_state])))
+    constraint result_of_completed CHECK (((result IS NULL) OR (state = 'completed'::execution_state)))
+    partition _private_finished_0 FOR VALUES IN (0)
+    partition _private_finished_1 FOR VALUES IN (1)
+    CREATE INDEX _private_finished_0_id ON _private_finished_0 USING btree (id)
+    CREATE INDEX _private_finished_1_id ON _private_finished_1 USING btree (id)
+
+table _private_migrations
+    no integer not null
+    name text not null
+    breaking boolean not null
+    applied_at timestamp with time zone not null default now()
+    constraint _private_migrations_pkey PRIMARY KEY (no)
+
+table _private_orchestrators
+    id uuid not null
+    name text not null
+    program_version text not null
+    schema_version integer not null
+    server_epoch text not null
+    started_at timestamp with time zone not null
+    heartbeat_at timestamp with time zone not null
+    expires_at timestamp with time zone not null
+    died_at timestamp with time zone
+    constraint _private_orchestrators_pkey PRIMARY KEY (id)
+
+table _private_payloads
+    execution_id uuid not null
+    payload jsonb not null
+    constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 4194304))
+    constraint _private_payloads_pkey PRIMARY KEY (execution_id)
+
+table _private_queues
+    no integer generated always as identity not null
+    name text not null
+    paused_at timestamp with time zone
+    registered_at timestamp with time zone not null
+    constraint _private_queues_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_queues_name_key UNIQUE (name)
+    constraint _private_queues_pkey PRIMARY KEY (no)
+
+table _private_schema
+    only_row boolean not null default true
+    functions_hash text
+    functions_version integer not null default 0
+    constraint _private_schema_only_row_check CHECK (only_row)
+    constraint _private_schema_pkey PRIMARY KEY (only_row)
+
+table _private_steps
+    execution_id uuid not null
+    name text not null
+    kind text not null
+    position integer not null
+    claim_no bigint not null
+    created_at timestamp with time zone not null
+    value jsonb
+    error jsonb
+    constraint _private_steps_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_steps_pkey PRIMARY KEY (execution_id, name)
+
+table _private_tasks
+    name text not null
+    queue text not null
+    registered_at timestamp with time zone not null
+    constraint _private_tasks_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_tasks_pkey PRIMARY KEY (name)
+    constraint _private_tasks_queue_check CHECK (((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)))
+
+table _private_waits
+    execution_id uuid not null
+    name text not null
+    kind text not null
+    scope text
+    target text
+    due_at timestamp with time zone
+    created_at timestamp with time zone not null
+    resolved_at timestamp with time zone
+    value jsonb
+    error jsonb
+    constraint _private_waits_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_waits_pkey PRIMARY KEY (execution_id, name)
+    CREATE INDEX _private_waits_target ON _private_waits USING btree (kind, target) WHERE (resolved_at IS NULL)
+
+table _private_workers
+    orchestrator_id uuid not null
+    queue text not null
+    tasks text[] not null
+    concurrency integer not null
+    constraint _private_workers_orchestrator_id_fkey FOREIGN KEY (orchestrator_id) REFERENCES _private_orchestrators(id) ON DELETE CASCADE
+    constraint _private_workers_pkey PRIMARY KEY (orchestrator_id, queue)
+
+view executions
+    id uuid
+    queue text
+    task text
+    state execution_state
+    priority integer
+    attempt integer
+    crashes integer
+    run_at timestamp with time zone
+    created_at timestamp with time zone
+    claimed_at timestamp with time zone
+    finished_at timestamp with time zone
+    dedupe_key text
+    payload jsonb
+    result jsonb
+    errors jsonb
+
+function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
+function _private_clock() returns timestamp with time zone language sql parallel safe
+function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
+function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set enable_hashjoin=off set enable_mergejoin=off
+function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
+function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
+function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
+function _private_key_w(p_bucket integer) returns bigint language sql immutable parallel safe strict
+function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
+function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
+function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_results_channel() returns text language sql immutable parallel safe
+function _private_server_epoch() returns text language sql stable
+function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set enable_bitmapscan=off
+function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp
+function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text) returns uuid language sql set search_path=pg_catalog, pg_temp
+function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql set search_path=pg_catalog, pg_temp
+function is_quiet(p_queue text, p_tasks text[], p_horizon double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable set search_path=pg_catalog, pg_temp
+function lower_sleep_flag(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[]) language sql set search_path=pg_catalog, pg_temp
+function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql set search_path=pg_catalog, pg_temp
+function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function recover(p_queue text, p_limit integer DEFAULT 1000, p_max_crashes integer DEFAULT 3) returns TABLE(recovered bigint, failed bigint) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function register_orchestrator(p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version integer, p_queues text[], p_tasks jsonb[], p_concurrencies integer[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function register_queue(p_queue text) returns integer language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=1s
+function register_tasks(p_names text[], p_queue text) returns void language sql set search_path=pg_catalog, pg_temp
+function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language sql stable set search_path=pg_catalog, pg_temp
+function retire_orchestrator(p_id uuid) returns bigint language plpgsql set search_path=pg_catalog, pg_temp
+function standing(p_ids uuid[]) returns TABLE(id uuid, state text, task text, queue text, live_workers bigint, due_in double precision) language sql set search_path=pg_catalog, pg_temp

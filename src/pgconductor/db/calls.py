@@ -1,0 +1,229 @@
+"""One method per SQL function of the schema: arguments in, a `Call` out. No I/O here.
+
+The queries are rendered once per schema. Rows are read by position, in the order the function declares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from psycopg import sql
+
+from ..model import Claimed, Ended, Invoked, OrchestratorStatus, Outcome, QueueStatus, Standing, State
+from .call import Call, Row, ignore
+
+
+class Claim(NamedTuple):
+    """What a claim brought; `due_in` is told only by an empty one: seconds until the next is due, None if none is."""
+
+    claimed: list[Claimed]
+    due_in: float | None
+
+
+class NewExecution(NamedTuple):
+    """One position of `invoke_many`."""
+
+    task: str
+    payload: str
+    queue: str | None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+    dedupe_key: str | None = None
+
+
+class WorkerRow(NamedTuple):
+    """A worker as its orchestrator registers it."""
+
+    queue: str
+    tasks: Sequence[str]
+    concurrency: int
+
+
+def _claim(rows: list[Row]) -> Claim:
+    if len(rows) == 1 and rows[0][0] is None:
+        return Claim([], rows[0][7])
+    return Claim([Claimed._make(row[:7]) for row in rows], None)
+
+
+def _queue_status(*columns: Any) -> QueueStatus:
+    *counts, without_worker = columns
+    return QueueStatus(*counts, tuple(without_worker))
+
+
+def _orchestrator_status(*columns: Any) -> OrchestratorStatus:
+    *facts, queues = columns
+    return OrchestratorStatus(*facts, tuple(queues))
+
+
+def _scalar(rows: list[Row]) -> object:
+    return rows[0][0]
+
+
+def _boolean(rows: list[Row]) -> bool:
+    return bool(rows[0][0])
+
+
+def _count(rows: list[Row]) -> int:
+    return int(rows[0][0])
+
+
+def _text_or_none(rows: list[Row]) -> str | None:
+    return rows[0][0]  # type: ignore[no-any-return]  # the function returns text
+
+
+def _float_or_none(rows: list[Row]) -> float | None:
+    return rows[0][0]  # type: ignore[no-any-return]  # the function returns double precision
+
+
+def _optional_boolean(rows: list[Row]) -> bool | None:
+    return rows[0][0]  # type: ignore[no-any-return]  # the function returns boolean
+
+
+# Text of each call; {s} is the schema. Casts say what the driver cannot know of a Python list or string.
+_QUERIES = {
+    "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
+    ' %s::timestamptz[], %s::float8[], %s::text[]) order by "position"',
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, due_in"
+    " from {s}.claim(%s, %s, %s::text[], %s)",
+    "load_payload": "select {s}.load_payload(%s, %s, %s)",
+    "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
+    " %s::jsonb[], %s::float8[], %s::float8[]) /*flush*/",
+    "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
+    "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
+    "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
+    "register_queue": "select {s}.register_queue(%s)",
+    "register_tasks": "select {s}.register_tasks(%s::text[], %s)",
+    "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
+    "heartbeat": "select {s}.heartbeat(%s, %s)",
+    "recover": "select recovered, failed from {s}.recover(%s)",
+    "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
+    "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
+    "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
+    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
+    " oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    " from {s}.orchestrator_status()",
+    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
+    "channel": "select {s}._private_channel(%s)",
+    "results_channel": "select {s}._private_results_channel()",
+    "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
+    "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
+}
+
+
+class Calls:
+    """The verbs of one schema."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        name = sql.Identifier(schema).as_string(None).replace("%", "%%")
+        self._query: Mapping[str, bytes] = {verb: text.replace("{s}", name).encode() for verb, text in _QUERIES.items()}
+
+    def invoke_many(self, executions: Iterable[NewExecution]) -> Call[list[Invoked]]:
+        columns = [list(column) for column in zip(*executions, strict=True)] or [[] for _ in NewExecution._fields]
+        return Call(self._query["invoke_many"], columns, lambda rows: [Invoked._make(row) for row in rows])
+
+    def claim(self, queue: str, owner: UUID, tasks: list[str], limit: int) -> Call[Claim]:
+        return Call(self._query["claim"], (queue, owner, tasks, limit), _claim)
+
+    def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
+        return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)
+
+    def flush(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
+        """Result: the outcomes that were not written now, with "already" or "fenced"."""
+        columns = [list(column) for column in zip(*outcomes, strict=True)]
+        return Call(self._query["flush"], (owner, *columns), lambda rows: {row[0]: row[1] for row in rows})
+
+    def release_unknown(self, owner: UUID, queue: str, known: list[UUID]) -> Call[int]:
+        return Call(self._query["release_unknown"], (owner, queue, known), _count)
+
+    def raise_sleep_flag(self, queue: str, *, raise_it: bool) -> Call[bool | None]:
+        return Call(self._query["raise_sleep_flag"], (queue, raise_it), _optional_boolean)
+
+    def lower_sleep_flag(self, queue: str) -> Call[bool | None]:
+        return Call(self._query["lower_sleep_flag"], (queue,), _optional_boolean)
+
+    def register_queue(self, queue: str) -> Call[int]:
+        return Call(self._query["register_queue"], (queue,), _count)
+
+    def register_tasks(self, names: list[str], queue: str) -> Call[None]:
+        return Call(self._query["register_tasks"], (names, queue), ignore)
+
+    def register_orchestrator(
+        self,
+        owner: UUID,
+        name: str,
+        lease: float,
+        program_version: str,
+        schema_version: int,
+        workers: Sequence[WorkerRow],
+    ) -> Call[None]:
+        arrays = (
+            [w.queue for w in workers],
+            [json.dumps(list(w.tasks)) for w in workers],
+            [w.concurrency for w in workers],
+        )
+        return Call(
+            self._query["register_orchestrator"], (owner, name, lease, program_version, schema_version, *arrays), ignore
+        )
+
+    def heartbeat(self, owner: UUID, lease: float) -> Call[bool]:
+        return Call(self._query["heartbeat"], (owner, lease), _boolean)
+
+    def recover(self, queue: str) -> Call[tuple[int, int]]:
+        return Call(self._query["recover"], (queue,), lambda rows: (rows[0][0], rows[0][1]))
+
+    def retire_orchestrator(self, owner: UUID) -> Call[int]:
+        return Call(self._query["retire_orchestrator"], (owner,), _count)
+
+    def results(self, executions: list[UUID]) -> Call[dict[UUID, Ended]]:
+        return Call(
+            self._query["results"],
+            (executions,),
+            lambda rows: {row[0]: Ended(row[0], State(row[1]), row[2], row[3], row[4]) for row in rows},
+        )
+
+    def standing(self, executions: list[UUID]) -> Call[dict[UUID, Standing]]:
+        return Call(
+            self._query["standing"],
+            (executions,),
+            lambda rows: {r[0]: Standing(r[0], State(r[1]) if r[1] else None, *r[2:]) for r in rows},
+        )
+
+    def queue_status(self) -> Call[list[QueueStatus]]:
+        return Call(
+            self._query["queue_status"],
+            (),
+            lambda rows: [_queue_status(*row) for row in rows],
+        )
+
+    def orchestrator_status(self) -> Call[list[OrchestratorStatus]]:
+        return Call(
+            self._query["orchestrator_status"],
+            (),
+            lambda rows: [_orchestrator_status(*row) for row in rows],
+        )
+
+    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
+        """Seconds until one of these tasks is due, 0 if one is ready or running; None: nothing within the horizon."""
+        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
+
+    def channel(self, queue: str) -> Call[str]:
+        """The channel that announces work on a queue."""
+        return Call(self._query["channel"], (queue,), lambda rows: str(_scalar(rows)))
+
+    def results_channel(self) -> Call[str]:
+        """The channel that announces buckets of ended executions, while anybody waits for one."""
+        return Call(self._query["results_channel"], (), lambda rows: str(_scalar(rows)))
+
+    def await_results(self, buckets: list[int]) -> Call[None]:
+        """Say, on the listening connection, that somebody waits: bucket -1 for anybody, 0-255 for an id's last byte."""
+        return Call(self._query["await_results"], (buckets,), ignore)
+
+    def leave_results(self, buckets: list[int]) -> Call[None]:
+        return Call(self._query["leave_results"], (buckets,), ignore)

@@ -1,0 +1,112 @@
+"""Records that cross the wall between the database and the rest, and the names of states and outcomes.
+
+The words are those of the SQL enum, in its order; a test compares them. `Claimed` and `Outcome` are named tuples
+because the worker makes one of each per execution (benchmarks/throughput.py); the others are frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple
+from uuid import UUID
+
+
+class State(StrEnum):
+    """Where an execution stands."""
+
+    SCHEDULED = "scheduled"
+    READY = "ready"
+    RUNNING = "running"
+    WAITING = "waiting"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Claimed(NamedTuple):
+    """An execution that this process may run: `(id, claim_no)` and the orchestrator's id are the token of every write
+    for it.
+    """
+
+    id: UUID
+    claim_no: int
+    task: str
+    attempt: int
+    max_attempts: int | None  # of this execution; None: the task's
+    payload: str | None  # JSON text; None: large, to be loaded when it runs
+    waited: float  # seconds between its due time and the claim, by the database's clock
+
+
+class Outcome(NamedTuple):
+    """How a claim ended: one row of a flush."""
+
+    id: UUID
+    claim_no: int
+    kind: str  # completed | failed | retried | released
+    result: str | None = None  # JSON text
+    error: str | None = None  # JSON text
+    delay: float = 0.0  # seconds until a retried or released one is due
+    keep: float | None = None  # seconds to keep the finished row; None: for ever
+
+
+class Invoked(NamedTuple):
+    """What `invoke` did for one position of its call."""
+
+    id: UUID
+    created: bool  # False: a live execution holds the dedupe key
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a finished execution ended."""
+
+    id: UUID
+    state: State
+    result: str | None
+    error: str | None  # JSON text: type, message, traceback
+    reason: str | None  # of a cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where an execution stands now; `state` is None when no row of it is there."""
+
+    id: UUID
+    state: State | None
+    task: str | None
+    queue: str | None
+    live_workers: int
+    due_in: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """Counts of one queue. Ages are in seconds."""
+
+    queue: str
+    registered: bool
+    scheduled: int
+    ready: int
+    running: int
+    waiting: int
+    completed: int
+    failed: int
+    cancelled: int
+    workers: int
+    oldest_ready: float | None
+    tasks_without_worker: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorStatus:
+    """One incarnation of an orchestrator, as the database knows it."""
+
+    id: UUID
+    name: str
+    program_version: str
+    alive: bool
+    started_at: datetime
+    heartbeat_age: float
+    queues: tuple[str, ...]

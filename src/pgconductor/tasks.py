@@ -1,0 +1,745 @@
+"""Declarations: which functions are tasks, which workers run them, and how an invocation is put together.
+
+Owns the types that carry a handler's parameters and result to the caller (`Task`, `Invocable`, `Invocation`), the
+registry of one conductor, and all checks that need neither an event loop nor a database. Declaring does no I/O and
+resolves no annotation: annotations are read at first use (or by `Task.resolve`), so that they may name what is
+defined later. What an invocation means for the database is the business of the `Invoker`, which `Conductor` is.
+
+Invariants: a task belongs to one conductor and keeps its name, queue and options; a name is registered once; an
+`Invocation` is complete and validated when `bind` returns. Only the `invoke` methods wait, and only inside the invoker.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    overload,
+)
+
+from .codec import Limits, PayloadCodec, ResultCodec, printable
+from .context import Context
+from .errors import InvalidOption, InvalidTask, Misuse
+from .options import INT4_MAX, INT4_MIN, checked_instant, checked_int, checked_seconds, checked_text
+from .retry import DEFAULT_BACKOFF, Backoff
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from .handle import Handle, SyncHandle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NotifyMode: TypeAlias = Literal["adaptive", "always", "off"]
+NOTIFY_MODES: Final[tuple[NotifyMode, ...]] = ("adaptive", "always", "off")
+
+DEFAULT_QUEUE: Final = "default"
+MAX_ATTEMPTS: Final = 10_000
+MAX_CONCURRENCY: Final = 10_000
+MAX_BATCH: Final = 10_000
+
+
+# --- invocations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InvokeOptions:
+    """Where and when an invocation runs, already validated; `Task.options` makes it.
+
+    `queue`: None for the task's own. `priority`: higher runs first. `run_at`: an instant in UTC, None for now.
+    `delay`: seconds after the database's now, instead of `run_at`. `dedupe_key`: at most one live execution has it.
+    """
+
+    queue: str | None = None
+    priority: int = 0
+    run_at: datetime | None = None
+    delay: float | None = None
+    dedupe_key: str | None = None
+
+
+DEFAULT_OPTIONS: Final = InvokeOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation(Generic[R]):
+    """One call of a task, validated and encoded, not yet sent. `payload` is the JSON object of the parameters."""
+
+    task: Task[..., R]
+    payload: str
+    options: InvokeOptions = DEFAULT_OPTIONS
+
+
+class Invoker(Protocol):
+    """What a task needs to be invoked; `Conductor` implements it."""
+
+    async def invoke_many(
+        self, calls: Sequence[Invocation[R]], conn: psycopg.AsyncConnection[Any] | None
+    ) -> list[Handle[R]]:
+        """Insert one execution per call, all or none, and return their handles in the order of `calls`.
+
+        Uses `conn`, and then neither commits nor rolls back, or a connection of its own if it is None.
+        """
+        ...
+
+    def invoke_many_sync(
+        self, calls: Sequence[Invocation[R]], conn: psycopg.Connection[Any] | None
+    ) -> list[SyncHandle[R]]:
+        """The same on a sync connection, blocking the thread."""
+        ...
+
+
+class Invocable(ABC, Generic[P, R]):
+    """A task, or a task with options: what can be called with the handler's parameters, the context left out."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _target(self) -> tuple[Task[P, R], InvokeOptions, psycopg.AsyncConnection[Any] | None]:
+        """The task, the options and the connection that a call made here gets."""
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Invocation[R]:
+        """Return the call as a value for `invoke_many`. Does not wait.
+
+        Raises `InvalidPayload` if the arguments do not fit the handler or cannot be stored, `InvalidTask` if the
+        handler's annotations cannot be resolved.
+        """
+        task, options, _ = self._target()
+        return Invocation(task, task.payload.encode(args, kwargs), options)
+
+    async def invoke(self, *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
+        """Insert an execution and return its handle. Waits for the database, not for the execution.
+
+        Raises what `bind` does, `NotOpen` outside the conductor's block, and what the database refuses.
+        """
+        task, options, conn = self._target()
+        call: Invocation[R] = Invocation(task, task.payload.encode(args, kwargs), options)
+        return (await task.invoker.invoke_many([call], conn))[0]
+
+    async def invoke_many(self, calls: Iterable[Invocation[R]], /) -> list[Handle[R]]:
+        """Insert one execution per call in one statement, all or none; handles come in the order of `calls`.
+
+        The calls are this task's, made by `bind`, at most 10,000. A call bound with options of its own keeps them,
+        others get those of this object. No calls: no statement, an empty list. Raises as `invoke`; `InvalidTask` for
+        another task's call, `InvalidOption` for too many.
+        """
+        task, options, conn = self._target()
+        ready = task.adopted(calls, options)
+        return await task.invoker.invoke_many(ready, conn) if ready else []
+
+
+class TaskCall(Invocable[P, R]):
+    """A task with options, made by `Task.options`; may be used any number of times."""
+
+    __slots__ = ("_conn", "_options", "_task")
+
+    def __init__(self, task: Task[P, R], options: InvokeOptions, conn: psycopg.AsyncConnection[Any] | None) -> None:
+        self._task = task
+        self._options = options
+        self._conn = conn
+
+    def _target(self) -> tuple[Task[P, R], InvokeOptions, psycopg.AsyncConnection[Any] | None]:
+        return self._task, self._options, self._conn
+
+    def __repr__(self) -> str:
+        return f"<TaskCall of {self._task.name!r}, {self._options}>"
+
+
+class SyncTaskCall(Generic[P, R]):
+    """A task with options and the caller's sync connection, made by `Task.options(conn=...)`.
+
+    Its methods block the thread; what they insert belongs to the transaction that is open on the connection.
+    """
+
+    __slots__ = ("_conn", "_options", "_task")
+
+    def __init__(self, task: Task[P, R], options: InvokeOptions, conn: psycopg.Connection[Any]) -> None:
+        self._task = task
+        self._options = options
+        self._conn = conn
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Invocation[R]:
+        """As `Invocable.bind`."""
+        return Invocation(self._task, self._task.payload.encode(args, kwargs), self._options)
+
+    def invoke(self, *args: P.args, **kwargs: P.kwargs) -> SyncHandle[R]:
+        """Insert an execution on the connection and return its handle; raises as `Invocable.invoke`."""
+        call: Invocation[R] = Invocation(self._task, self._task.payload.encode(args, kwargs), self._options)
+        return self._task.invoker.invoke_many_sync([call], self._conn)[0]
+
+    def invoke_many(self, calls: Iterable[Invocation[R]], /) -> list[SyncHandle[R]]:
+        """Insert one execution per call on the connection; as `Invocable.invoke_many`."""
+        ready = self._task.adopted(calls, self._options)
+        return self._task.invoker.invoke_many_sync(ready, self._conn) if ready else []
+
+    def __repr__(self) -> str:
+        return f"<SyncTaskCall of {self._task.name!r}, {self._options}>"
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+class Task(Invocable[P, R]):
+    """A handler with a name, made by `Conductor.task`.
+
+    `name`, `queue`: as registered. `max_attempts`: how often it is started at most, failures of the handler counted.
+    `backoff`: the wait between attempts. `handler`: the function itself, to be called in tests. `is_async`: whether it
+    is a coroutine function (a plain ``def`` runs in a thread).
+    """
+
+    __slots__ = ("_shape", "backoff", "handler", "invoker", "is_async", "limits", "max_attempts", "name", "queue")
+
+    def __init__(
+        self,
+        handler: Callable[..., Any],
+        invoker: Invoker,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        max_attempts: int = 3,
+        backoff: Backoff = DEFAULT_BACKOFF,
+        limits: Limits | None = None,
+    ) -> None:
+        """As `Tasks.task` describes, which registers it too."""
+        self.limits = limits or Limits()
+        function = _require_function(handler)
+        self.name = checked_text(
+            "a task's name", function.__name__ if name is None else name, max_bytes=self.limits.name_bytes
+        )
+        self.queue = _checked_queue(queue, self.limits)
+        self.max_attempts = checked_int(
+            f"max_attempts of task {self.name!r}", max_attempts, minimum=1, maximum=MAX_ATTEMPTS
+        )
+        if not callable(getattr(backoff, "delay", None)):
+            raise InvalidOption(
+                f"backoff of task {self.name!r} must have a method delay(attempt, rng), as Exponential(initial=1.0) "
+                f"has; {type(backoff).__name__} has none"
+            )
+        self.backoff = backoff
+        self.handler = handler
+        self.invoker = invoker
+        self.is_async = inspect.iscoroutinefunction(function)
+        self._shape: _Shape[R] | None = None
+        _check_parameters(self.name, function)
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Always raises `Misuse`: calling a task could mean running it here or elsewhere."""
+        name = printable(self.name)
+        raise Misuse(
+            f"task {name!r} was called directly; use {self.handler.__name__}.invoke() to run it on a worker, "
+            f"or {self.handler.__name__}.handler() to call the function here"
+        )
+
+    def resolve(self) -> None:
+        """Resolve the handler's annotations now instead of at first use.
+
+        Raises `InvalidTask` if one cannot be resolved, if JSON cannot hold it, or if the context is misplaced.
+        """
+        if self._shape is None:
+            self._shape = _shape_of(self.name, self.handler, self.limits)
+
+    @property
+    def shape(self) -> _Shape[R]:
+        """What the annotations say; resolved at first use."""
+        if self._shape is None:
+            self.resolve()
+        return cast("_Shape[R]", self._shape)
+
+    @property
+    def wants_context(self) -> bool:
+        """Whether the handler's first parameter is annotated `Context`."""
+        return self.shape.wants_context
+
+    @property
+    def payload(self) -> PayloadCodec:
+        """Codec of the arguments."""
+        return self.shape.payload
+
+    @property
+    def result(self) -> ResultCodec[R]:
+        """Codec of what the handler returns."""
+        return self.shape.result
+
+    def decode(self, payload: str) -> dict[str, Any]:
+        """Return the keyword arguments from a payload's JSON text. Raises `InvalidPayload` if they do not fit."""
+        return (self._shape or self.shape).payload.decode(payload)
+
+    def call(self, ctx: Context, kwargs: dict[str, Any]) -> Any:
+        """Call the handler: a coroutine if `is_async`, else its return value. Raises what the handler raises."""
+        if (self._shape or self.shape).wants_context:
+            return self.handler(ctx, **kwargs)
+        return self.handler(**kwargs)
+
+    def _target(self) -> tuple[Task[P, R], InvokeOptions, psycopg.AsyncConnection[Any] | None]:
+        return self, DEFAULT_OPTIONS, None
+
+    @overload
+    def options(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        delay: float | timedelta | None = None,
+        dedupe_key: str | None = None,
+        conn: psycopg.Connection[Any],
+    ) -> SyncTaskCall[P, R]: ...
+    @overload
+    def options(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        delay: float | timedelta | None = None,
+        dedupe_key: str | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> TaskCall[P, R]: ...
+    def options(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        delay: float | timedelta | None = None,
+        dedupe_key: str | None = None,
+        conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any] | None = None,
+    ) -> TaskCall[P, R] | SyncTaskCall[P, R]:
+        """Return this task with options for `invoke`, `bind` and `invoke_many`. Does not wait.
+
+        `queue`: another queue than the task's; a worker there must have the task. `priority`: higher first, within
+        int4. `run_at`: not before this aware datetime (years 1 to 9998). `delay`: not before so many seconds (or a
+        `timedelta`, up to a century) from the database's now; not together with `run_at`. `dedupe_key`: 1 to 512 bytes;
+        while an execution with this key is live on the same queue and task, invoking returns it instead.
+        `conn`: the caller's psycopg connection, sync or Trio; the execution is part of its transaction. With a sync one
+        the methods of the result block instead of being awaited. Raises `InvalidOption` outside these ranges.
+        """
+        options = checked_options(
+            queue=queue, priority=priority, run_at=run_at, delay=delay, dedupe_key=dedupe_key, limits=self.limits
+        )
+        if conn is None:
+            return TaskCall(self, options, None)
+        driver = sys.modules.get("psycopg")  # whoever has a connection has imported it
+        if driver is not None and isinstance(conn, driver.Connection):
+            return SyncTaskCall(self, options, cast("psycopg.Connection[Any]", conn))
+        if driver is not None and isinstance(conn, driver.AsyncConnection):
+            return TaskCall(self, options, cast("psycopg.AsyncConnection[Any]", conn))
+        raise InvalidOption(
+            f"conn must be a psycopg Connection or AsyncConnection, not {type(conn).__name__}; "
+            f"other libraries keep the driver's connection inside theirs"
+        )
+
+    def adopted(self, calls: Iterable[Invocation[R]], options: InvokeOptions) -> list[Invocation[R]]:
+        """Return `calls` with `options` on those that have none of their own; the checks of `invoke_many`."""
+        ready: list[Invocation[R]] = []
+        for call in calls:
+            if call.task is not self:
+                raise InvalidTask(
+                    f"invoke_many of task {self.name!r} got a call of task {call.task.name!r}; "
+                    f"bind calls with {self.handler.__name__}.bind() and use one invoke_many per task"
+                )
+            if len(ready) == self.limits.batch:
+                raise InvalidOption(
+                    f"invoke_many of task {self.name!r} takes at most {self.limits.batch:,} calls at once; "
+                    f"split them, within one transaction if they belong together (options(conn=...))"
+                )
+            if call.options is DEFAULT_OPTIONS and options is not DEFAULT_OPTIONS:
+                ready.append(Invocation(call.task, call.payload, options))
+            else:
+                ready.append(call)
+        return ready
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name!r} on queue {self.queue!r}>"
+
+
+def checked_options(
+    *,
+    queue: str | None = None,
+    priority: int = 0,
+    run_at: datetime | None = None,
+    delay: float | timedelta | None = None,
+    dedupe_key: str | None = None,
+    limits: Limits | None = None,
+) -> InvokeOptions:
+    """Return validated options, ranges as `Task.options` states them; raises `InvalidOption`."""
+    limits = limits or Limits()
+    if run_at is not None and delay is not None:
+        raise InvalidOption("give run_at or delay, not both")
+    return InvokeOptions(
+        queue=None if queue is None else _checked_queue(queue, limits),
+        priority=checked_int("priority", priority, minimum=INT4_MIN, maximum=INT4_MAX),
+        run_at=None if run_at is None else checked_instant("run_at", run_at),
+        delay=None if delay is None else checked_seconds("delay", delay),
+        dedupe_key=None
+        if dedupe_key is None
+        else checked_text("dedupe_key", dedupe_key, max_bytes=limits.dedupe_key_bytes),
+    )
+
+
+def _checked_queue(queue: object, limits: Limits) -> str:
+    return checked_text("a queue's name", queue, max_bytes=limits.name_bytes)
+
+
+# --- what a handler's signature says ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape(Generic[R]):
+    wants_context: bool
+    payload: PayloadCodec
+    result: ResultCodec[R]
+
+
+def _require_function(handler: object) -> types.FunctionType:
+    """Return `handler` if it is a kind of function that can be a task; the cases below are refused, each by name."""
+    if isinstance(handler, Task):
+        raise InvalidTask(f"{handler!r} is a task already; one function is one task")
+    if isinstance(handler, functools.partial):
+        raise InvalidTask("a functools.partial cannot be a task: it has no name; write a function around it")
+    if isinstance(handler, type):
+        raise InvalidTask(f"class {handler.__qualname__} cannot be a task; write a function")
+    if isinstance(handler, types.MethodType):
+        raise InvalidTask(f"method {handler.__qualname__} cannot be a task; write a function at module level")
+    if not isinstance(handler, types.FunctionType):
+        raise InvalidTask(f"an object of type {type(handler).__qualname__} cannot be a task; write a function with def")
+    name = handler.__qualname__
+    if handler.__name__ == "<lambda>":
+        raise InvalidTask("a lambda cannot be a task: it has no name and no annotations; write a function with def")
+    if inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+        raise InvalidTask(f"{name} is a generator function (it has a yield) and cannot be a task; return a list")
+    if inspect.iscoroutinefunction(inspect.unwrap(handler)) and not inspect.iscoroutinefunction(handler):
+        raise InvalidTask(f"{name} is a coroutine function behind a decorator that is not; make its wrapper async def")
+    return handler
+
+
+def _check_parameters(task: str, function: types.FunctionType) -> None:
+    """The checks that need no resolved annotation, made at declaration."""
+    parameters = list(inspect.signature(function).parameters.values())
+    for position, parameter in enumerate(parameters):
+        bare = parameter.annotation is inspect.Parameter.empty
+        if bare and parameter.name in ("ctx", "context"):
+            raise InvalidTask(
+                f"parameter {parameter.name!r} of task {task!r} has no annotation; "
+                f"write `{parameter.name}: Context` (from pgconductor import Context), or rename it"
+            )
+        if bare and position == 0 and parameter.name in ("self", "cls"):
+            raise InvalidTask(
+                f"task {task!r} is a method (its first parameter is {parameter.name!r}); write a function"
+            )
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise InvalidTask(
+                f"task {task!r} takes *{parameter.name}, but a payload is an object of named parameters; take a list"
+            )
+        if parameter.kind is parameter.POSITIONAL_ONLY and position > 0:
+            raise InvalidTask(
+                f"parameter {parameter.name!r} of task {task!r} is positional-only, but arguments are passed by name; "
+                f"move it behind the `/`"
+            )
+
+
+def _shape_of(task: str, handler: Callable[..., Any], limits: Limits) -> _Shape[Any]:
+    hints = _resolved_hints(task, handler)
+    parameters = list(inspect.signature(handler).parameters.values())
+    first = parameters[0] if parameters else None
+    wants_context = first is not None and _is_context(hints.get(first.name))
+    reserved: tuple[str, ...] = ()
+    if first is not None:
+        if wants_context:
+            if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+                raise InvalidTask(
+                    f"parameter {first.name!r} of task {task!r} is the context and must be an ordinary first parameter"
+                )
+            parameters = parameters[1:]
+            reserved = (first.name,)
+        elif first.kind is first.POSITIONAL_ONLY:
+            raise InvalidTask(
+                f"parameter {first.name!r} of task {task!r} is positional-only, but arguments are passed by name; "
+                f"move it behind the `/`"
+            )
+        elif first.kind is first.POSITIONAL_OR_KEYWORD and hints.get(first.name) in (Any, object):
+            raise InvalidTask(
+                f"the first parameter {first.name!r} of task {task!r} is annotated Any or object, which type checkers "
+                f"take for the context; make it keyword-only: `*, {first.name}: ...`"
+            )
+    kinds: dict[str, Any] = {}
+    extra: Any = None
+    for parameter in parameters:
+        kind = hints.get(parameter.name, Any)
+        if _mentions_context(kind):
+            raise InvalidTask(
+                f"parameter {parameter.name!r} of task {task!r} is annotated with Context; "
+                f"the context must be the first parameter, annotated `Context` and nothing else"
+            )
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = kind
+            if get_origin(kind) is typing.Unpack:
+                raise InvalidTask(f"task {task!r} takes **{parameter.name}: Unpack[...]; name the parameters instead")
+        else:
+            kinds[parameter.name] = kind
+    returns = hints.get("return", Any)
+    if not inspect.iscoroutinefunction(handler) and get_origin(returns) in _AWAITABLES:
+        raise InvalidTask(f"task {task!r} is a plain def that returns an awaitable; write it as async def")
+    return _Shape(
+        wants_context=wants_context,
+        payload=PayloadCodec(
+            task,
+            kinds,
+            optional=[p.name for p in parameters if p.name in kinds and p.default is not p.empty],
+            positional=[p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD],
+            extra=extra,
+            reserved=reserved,
+            limits=limits,
+        ),
+        result=ResultCodec(task, Any if returns in (NoReturn, typing.Never) else returns, limits=limits),
+    )
+
+
+_AWAITABLES = (Coroutine, Awaitable)
+
+
+def _resolved_hints(task: str, handler: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(handler, include_extras=True)
+    except NameError as error:
+        raise InvalidTask(
+            f"an annotation of task {task!r} cannot be resolved: {error}; the name must exist at run time in the "
+            f"module of {handler.__qualname__} (not only under `if TYPE_CHECKING`, and not inside a function)"
+        ) from error
+    except (TypeError, SyntaxError, AttributeError) as error:
+        raise InvalidTask(f"an annotation of task {task!r} cannot be resolved: {error}") from error
+
+
+def _is_context(hint: Any) -> bool:
+    if get_origin(hint) is typing.Annotated:
+        hint = get_args(hint)[0]
+    return hint is Context
+
+
+def _mentions_context(hint: Any) -> bool:
+    return hint is Context or any(_mentions_context(part) for part in get_args(hint))
+
+
+# --- workers and the registry ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One queue's pipeline as a declaration, made by `create_worker`; an `Orchestrator` runs it.
+
+    Fields as the parameters of `Tasks.create_worker`. Raises `InvalidOption` or `InvalidTask` if they do not fit.
+    """
+
+    queue: str
+    tasks: tuple[Task[..., Any], ...]
+    concurrency: int = 10
+    sweep_interval: float = 5.0
+    flush_interval: float = 0.05
+    notify: NotifyMode = "adaptive"
+    claim_batch: int | None = None
+    flush_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"the worker of queue {self.queue!r}"
+        checked_int(f"concurrency of {where}", self.concurrency, minimum=1, maximum=MAX_CONCURRENCY)
+        checked_seconds(f"sweep_interval of {where}", self.sweep_interval, minimum=0.05, maximum=60.0)
+        checked_seconds(f"flush_interval of {where}", self.flush_interval, maximum=5.0)
+        for name, size in (("claim_batch", self.claim_batch), ("flush_batch", self.flush_batch)):
+            if size is not None:
+                checked_int(f"{name} of {where}", size, minimum=1, maximum=MAX_BATCH)
+        if self.notify not in NOTIFY_MODES:
+            raise InvalidOption(f"notify of {where} must be one of {', '.join(NOTIFY_MODES)}, not {self.notify!r}")
+        if not self.tasks:
+            raise InvalidTask(f"{where} has no tasks; give it at least one")
+        seen: set[str] = set()
+        for task in self.tasks:
+            if task.queue != self.queue:
+                raise InvalidTask(
+                    f"task {task.name!r} is on queue {task.queue!r}, but is given to {where}; "
+                    f"declare it with @conductor.task(queue={self.queue!r}) or give it to a worker of its queue"
+                )
+            if task.name in seen:
+                raise InvalidTask(f"task {task.name!r} is given twice to {where}")
+            seen.add(task.name)
+
+
+class Registry:
+    """The tasks of one conductor by name."""
+
+    __slots__ = ("_tasks",)
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task[..., Any]] = {}
+
+    def add(self, task: Task[..., Any]) -> None:
+        """Register a task. Raises `InvalidTask` if its name, or its function under another name, is registered."""
+        if (other := self._tasks.get(task.name)) is not None:
+            raise InvalidTask(
+                f"there are two tasks named {task.name!r}: {_place(other)} and {_place(task)}; "
+                f"give one of them another name with @conductor.task(name=...)"
+            )
+        for other in self._tasks.values():
+            if other.handler is task.handler:
+                raise InvalidTask(
+                    f"{_place(task)} is registered already as task {other.name!r}; "
+                    f"one function is one task, so wrap it to run it under the name {task.name!r} as well"
+                )
+        self._tasks[task.name] = task
+
+    def get(self, name: str) -> Task[..., Any] | None:
+        """Return the task of this name, or None."""
+        return self._tasks.get(name)
+
+    def __iter__(self) -> Iterator[Task[..., Any]]:
+        return iter(self._tasks.values())
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+def _place(task: Task[..., Any]) -> str:
+    return f"{task.handler.__module__}.{task.handler.__qualname__}"
+
+
+class TaskDecorator(Protocol):
+    """What ``conductor.task(...)`` with options returns: a decorator with the overloads of `Tasks.task`."""
+
+    @overload
+    def __call__(self, handler: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, handler: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, handler: Callable[Concatenate[Context, P], R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, handler: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class Tasks(Invoker):
+    """The declaring half of `Conductor`: `task`, `create_worker` and the registry. Constructing does no I/O."""
+
+    def __init__(self, *, limits: Limits | None = None) -> None:
+        """`limits`: bounds for payloads, results and names of all tasks, `Limits()` by default."""
+        self.limits = limits or Limits()
+        self.registry = Registry()
+
+    @overload
+    def task(self, handler: Callable[Concatenate[Context, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, handler: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, handler: Callable[Concatenate[Context, P], R], /) -> Task[P, R]: ...
+    @overload
+    def task(self, handler: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        max_attempts: int = 3,
+        backoff: Backoff = DEFAULT_BACKOFF,
+    ) -> TaskDecorator: ...
+    def task(
+        self,
+        handler: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        max_attempts: int = 3,
+        backoff: Backoff = DEFAULT_BACKOFF,
+    ) -> Any:
+        """Make a function a task, as ``@conductor.task`` or ``@conductor.task(queue=..., ...)``.
+
+        The handler is an ``async def``, or a plain ``def`` that then runs in a thread. Its first parameter annotated
+        `Context` is the context; the other parameters are the payload, by name.
+
+        `name`: what executions are stored under, 1 to 128 bytes of UTF-8; the function's name by default. `queue`: the
+        queue it runs on, 1 to 128 bytes. `max_attempts`: starts in all, 1 to 10,000. `backoff`: the wait between them.
+        Returns the `Task` in the function's place. Raises `InvalidTask` for what cannot be a task or is registered
+        already, `InvalidOption` outside these ranges.
+        """
+
+        def register(handler: Callable[..., Any]) -> Task[..., Any]:
+            task: Task[..., Any] = Task(
+                handler,
+                self,
+                name=name,
+                queue=queue,
+                max_attempts=max_attempts,
+                backoff=backoff,
+                limits=self.limits,
+            )
+            self.registry.add(task)
+            return task
+
+        return register if handler is None else register(handler)
+
+    def create_worker(
+        self,
+        *,
+        queue: str,
+        tasks: Iterable[Task[..., Any]],
+        concurrency: int = 10,
+        sweep_interval: float | timedelta = 5.0,
+        flush_interval: float | timedelta = 0.05,
+        notify: NotifyMode = "adaptive",
+        claim_batch: int | None = None,
+        flush_batch: int | None = None,
+    ) -> Worker:
+        """Declare a worker: which tasks of one queue run, and how many executions at once. Starts nothing.
+
+        `queue`: 1 to 128 bytes of UTF-8. `tasks`: at least one, all declared on that queue by this conductor.
+        `concurrency`: executions at once, 1 to 10,000. `sweep_interval`: seconds between looks at the queue that no
+        notification asked for, 0.05 to 60. `flush_interval`: seconds an outcome may wait for others, 0 to 5. `notify`:
+        ``adaptive`` (NOTIFY only to a sleeping worker), ``always``, or ``off`` (the sweep alone). `claim_batch`,
+        `flush_batch`: rows per statement, 1 to 10,000; None lets the worker adapt them. Returns the declaration for
+        ``Orchestrator(workers=[...])``. Raises `InvalidOption` or `InvalidTask`.
+        """
+        queue = _checked_queue(queue, self.limits)
+        where = f"the worker of queue {queue!r}"
+        given: list[Task[..., Any]] = []
+        for task in cast("Iterable[object]", tasks):
+            if not isinstance(task, Task):
+                raise InvalidTask(
+                    f"tasks of {where} holds {task!r}, which is no task; decorate it with @conductor.task"
+                )
+            task = cast("Task[..., Any]", task)
+            if task.invoker is not self:
+                raise InvalidTask(
+                    f"task {task.name!r} of {where} belongs to another conductor; "
+                    f"declare it with this conductor's task()"
+                )
+            given.append(task)
+        return Worker(
+            queue=queue,
+            tasks=tuple(given),
+            concurrency=concurrency,
+            sweep_interval=checked_seconds(f"sweep_interval of {where}", sweep_interval, minimum=0.05, maximum=60.0),
+            flush_interval=checked_seconds(f"flush_interval of {where}", flush_interval, maximum=5.0),
+            notify=notify,
+            claim_batch=claim_batch,
+            flush_batch=flush_batch,
+        )

@@ -1,0 +1,17 @@
+"""What all tests share: the library's own pytest plugin, also when the library is only on the path."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+
+if not entry_points(group="pytest11", name="pgconductor"):
+    pytest_plugins = ["pgconductor.testing.plugin"]
+
+
+def pytest_report_header() -> str:
+    """Say which server the databases will be on; the summary says what it turned out to be."""
+    chosen = {name: value for name, value in os.environ.items() if name.startswith("PGCONDUCTOR_TEST_")}
+    if "PGCONDUCTOR_TEST_DSN" in chosen:
+        chosen["PGCONDUCTOR_TEST_DSN"] = "(set)"  # it may hold a password
+    return f"pgconductor test server: {chosen or 'a throwaway one from the wheel'}"
