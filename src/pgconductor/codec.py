@@ -213,11 +213,8 @@ class PayloadCodec(_JsonCodec):
         if not self._required <= kwargs.keys():
             missing = ", ".join(repr(name) for name in sorted(self._required - kwargs.keys()))
             raise InvalidPayload(f"task {self._task!r} needs the argument {missing}")
-        if self._extra is None:
-            if not kwargs.keys() <= self._known:
-                self._refuse_unexpected(kwargs.keys() - self._known)
-        elif not self._reserved.isdisjoint(kwargs):
-            self._refuse_unexpected(self._reserved & kwargs.keys())
+        if self._extra is None and not kwargs.keys() <= self._known:
+            self._refuse_unexpected(kwargs.keys() - self._known)
         return self._encode(kwargs)
 
     def decode(self, text: str) -> dict[str, Any]:

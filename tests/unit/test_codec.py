@@ -317,7 +317,7 @@ def measured_depth(node: Any) -> int:
         node = list(cast("dict[str, Any]", node).values())
     if not isinstance(node, list):
         return 0
-    children: list[Any] = node
+    children: list[Any] = [*node]
     return 1 + max((measured_depth(child) for child in children), default=0)
 
 

@@ -55,6 +55,13 @@ def test_every_delay_lies_within_its_jitter_and_maximum(
     assert 0 <= delay <= longest <= initial + above
 
 
+def test_a_minute_start_grows_without_overflow() -> None:
+    """The power overflows a float although the delay itself is small."""
+    backoff = Exponential(initial=1e-300, factor=32.0, maximum=1e9, jitter=0.0)
+    assert backoff.delay(201, random.Random(0)) == pytest.approx(1e-300 * 32.0**100 * 32.0**100)
+    assert backoff.delay(10_000, random.Random(0)) == 1e9
+
+
 def test_delays_never_shrink_as_attempts_go_on() -> None:
     """The cross-over from the power to the maximum would dip."""
     backoff = Exponential(initial=0.3, factor=1.7, maximum=1234.5, jitter=0.0)
