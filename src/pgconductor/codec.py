@@ -3,7 +3,8 @@
 Owns the limits and everything that decides whether a value may be stored. JSON only: nothing here evaluates, imports
 or unpickles what a row holds. Whatever cannot be stored or would not come back is refused in the caller with
 `InvalidPayload`, which names the task and the argument; whatever a row holds, decoding either returns values of the
-annotated types or raises `InvalidPayload`, never `RecursionError` or a bare `ValueError`.
+annotated types or raises `InvalidPayload`, never `RecursionError` or a bare `ValueError` (only what a class's own
+`__post_init__` raises beyond `ValueError` and `TypeError` passes as it is).
 
 The hot path (one decode and one encode per execution) works on the encoded bytes: cheap signals such as ``null`` or a
 count of brackets decide whether the exact, slow check is needed at all.
@@ -263,7 +264,11 @@ class PayloadCodec(_JsonCodec):
 
 
 class ResultCodec(_JsonCodec, Generic[R]):
-    """What one handler returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can hold."""
+    """What one handler returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can hold.
+
+    Under `Any` the database decides what a number is: jsonb writes a float of 1e16 or more as an integer, and so it
+    comes back. The annotation `float` keeps it a float.
+    """
 
     __slots__ = ()
 

@@ -170,6 +170,23 @@ def test_a_handler_without_context_gets_none(conductor: Recorder) -> None:
     assert task.result.decode(task.result.encode(result)) == result
 
 
+def test_a_decorated_handler_keeps_the_signature_it_wraps(conductor: Recorder) -> None:
+    """Every decorator of an application would turn its handlers into ``*args, **kwargs``."""
+
+    @functools.wraps(with_context)
+    async def logged(*args: Any, **kwargs: Any) -> Any:
+        return await with_context(*args, **kwargs)
+
+    task: Task[..., Any] = conductor.task(logged)
+    assert task.wants_context
+    assert task.is_async
+    coroutine = task.call(a_context(), task.decode(task.bind(name="Ada").payload))
+    with pytest.raises(StopIteration, match="1 Ada"):
+        coroutine.send(None)
+    with pytest.raises(InvalidPayload, match="no argument 'other'"):
+        task.bind(name="Ada", other=1)
+
+
 def test_a_handler_that_never_returns_may_say_so(conductor: Recorder) -> None:
     """A task that always fails or is cancelled could not be annotated honestly."""
     conductor.task(never_returns).resolve()
