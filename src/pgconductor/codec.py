@@ -275,9 +275,7 @@ class ResultCodec(_JsonCodec, Generic[R]):
     def __init__(self, task: str, kind: Any, *, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         require_json_type(f"the result of task {task!r}", kind)
-        super().__init__(
-            f"the result of task {task!r}", _any_for_object(kind), max_bytes=limits.result_bytes, depth=limits.depth
-        )
+        super().__init__(f"the result of task {task!r}", kind, max_bytes=limits.result_bytes, depth=limits.depth)
 
     def encode(self, value: object) -> str:
         """Return `value` as JSON text (None is ``null``).
@@ -291,18 +289,11 @@ class ResultCodec(_JsonCodec, Generic[R]):
         return cast(R, self._decode(text))
 
 
-def _any_for_object(kind: Any) -> Any:
-    return Any if kind is object else kind
-
-
 def _parameters_struct(
     parameters: Mapping[str, Any], optional: Collection[str], *, strict: bool
 ) -> type[msgspec.Struct]:
     """A Struct with the parameters as fields: the fastest way to decode an object and to know what was absent."""
-    described = [
-        (name, _any_for_object(kind), UNSET) if name in optional else (name, _any_for_object(kind))
-        for name, kind in parameters.items()
-    ]
+    described = [(name, kind, UNSET) if name in optional else (name, kind) for name, kind in parameters.items()]
     return msgspec.defstruct("Parameters", described, kw_only=True, forbid_unknown_fields=strict, gc=False)
 
 
@@ -310,8 +301,8 @@ def require_json_type(what: str, kind: Any) -> None:
     """Raise `InvalidTask`, naming `what`, unless values of the annotation `kind` can be read back from JSON."""
     remedy = "use plain types, dataclasses, TypedDicts, attrs classes, msgspec Structs or pydantic models"
     try:
-        info = msgspec_inspect.type_info(_any_for_object(kind))
-        msgspec.json.Decoder(_any_for_object(kind), dec_hook=_decode_custom)
+        info = msgspec_inspect.type_info(kind)
+        msgspec.json.Decoder(kind, dec_hook=_decode_custom)
     except (TypeError, NameError) as error:
         raise InvalidTask(f"{what}: the annotation {kind!r} cannot be read from JSON: {error}; {remedy}") from error
     for custom in _custom_types(info):
@@ -539,10 +530,8 @@ def _traceback(error: BaseException, limit: int) -> list[str]:
     """Lines like those of an unhandled exception, causes first, made without asking the exceptions more than once."""
     chain: list[tuple[BaseException, str]] = []
     link = ""
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen and len(chain) < _MAX_CHAIN:
-        seen.add(id(current))
+    while current is not None and len(chain) < _MAX_CHAIN:
         chain.append((current, link))
         if current.__cause__ is not None:
             current, link = current.__cause__, "The above exception was the direct cause of the following exception:"

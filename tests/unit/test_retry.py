@@ -97,6 +97,7 @@ def test_the_last_attempt_is_not_followed_by_another() -> None:
 def test_an_immediate_retry_differs_from_giving_up() -> None:
     """A delay of 0 would be taken for None by whoever tests its truth."""
     assert decide(1, 2, Exponential(initial=0.0), random.Random(0)) == 0.0
+    assert decide(9_999, 10_000, Exponential(initial=0.0), random.Random(0)) == 0.0
 
 
 @pytest.mark.parametrize("answer", [-1.0, math.nan, math.inf, MAX_DELAY * 2, 10**400, None, "1", True])
