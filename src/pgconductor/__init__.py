@@ -34,6 +34,8 @@ from .errors import (
 from .handle import Handle, SyncHandle
 from .model import OrchestratorStatus, QueueStatus, State
 from .retry import Backoff, Exponential
+from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
+from .runtime.worker import WorkerStatistics
 from .sync_client import SyncClient
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Context",
     "Exponential",
     "Limits",
+    "Orchestrator",
     "Task",
     "Worker",
     # Invoking and waiting
@@ -55,6 +58,9 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncTaskCall",
     "TaskCall",
     # Reading
+    "Drained",
+    "OrchestratorStatistics",
+    "WorkerStatistics",
     "MigrationReport",
     "OrchestratorStatus",
     "QueueStatus",

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -30,7 +30,7 @@ from .db.calls import Calls, NewExecution
 from .db.connection import TrioConnection
 from .db.execute import run, run_sync
 from .db.pool import Pool, open_pool
-from .db.schema import MigrationReport, migrate
+from .db.schema import MigrationReport, SchemaVersion, check, migrate
 from .db.sql_files import validate_schema_name
 from .dsn import Database, explain, explain_connect
 from .errors import InvalidOption, Misuse, NotOpen
@@ -295,6 +295,17 @@ class Conductor(Tasks):
 
         Waits while another program does it. Raises `Unavailable`, `Refused`, `Incompatible`, `SchemaTooNew`, `NotOpen`.
         """
+        async with self._own_connection() as conn:
+            return await migrate(conn, self.schema)
+
+    async def check_schema(self) -> SchemaVersion:
+        """Return the installed schema's version. Raises `SchemaMissing`, `SchemaTooNew`, `NoDatabase`, `NotOpen`."""
+        async with self._own_connection() as conn:
+            return await check(conn, self.schema)
+
+    @asynccontextmanager
+    async def _own_connection(self) -> AsyncIterator[TrioConnection[TupleRow]]:
+        """A connection beside the pool, straight to the server, which is closed after use."""
         conninfo = self.listen_conninfo
         try:
             conn = await TrioConnection.connect(conninfo, autocommit=True)
@@ -303,7 +314,7 @@ class Conductor(Tasks):
                 raise
             raise ours from error
         async with conn:
-            return await migrate(conn, self.schema)
+            yield conn
 
     async def _ask(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T:
         """Execute a call on a connection of the pool.

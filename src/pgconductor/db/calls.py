@@ -104,8 +104,8 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
-    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
-    " oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
+    " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
