@@ -300,7 +300,6 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 if size == 0:
                     await self._wait_fd(fd, _WAIT_R)
                     pgconn.consume_input()
-        self._keep_notifies()
         # What was sent may or may not have prepared or dropped statements. Now, since psycopg would forget them only
         # after the next one, perhaps just prepared; in a failed transaction its rollback does it.
         self._prepared.clear()
