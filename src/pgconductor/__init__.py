@@ -10,7 +10,7 @@ from .conductor import Conductor
 from .context import Context
 from .db.connection import TrioConnection
 from .db.pool import Pool, PoolStatistics, open_pool
-from .db.schema import MigrationReport
+from .db.schema import MigrationReport, SchemaVersion
 from .errors import (
     ExecutionCancelled,
     ExecutionError,
@@ -19,6 +19,7 @@ from .errors import (
     InvalidOption,
     InvalidPayload,
     InvalidTask,
+    LeaseLost,
     Misuse,
     NoDatabase,
     NotOpen,
@@ -29,11 +30,14 @@ from .errors import (
     SchemaMissing,
     SchemaTooNew,
     Unavailable,
+    Unstorable,
     WaitTimeout,
 )
 from .handle import Handle, SyncHandle
 from .model import OrchestratorStatus, QueueStatus, State
 from .retry import Backoff, Exponential
+from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
+from .runtime.worker import WorkerStatistics
 from .sync_client import SyncClient
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
@@ -44,6 +48,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Context",
     "Exponential",
     "Limits",
+    "Orchestrator",
     "Task",
     "Worker",
     # Invoking and waiting
@@ -55,10 +60,14 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncTaskCall",
     "TaskCall",
     # Reading
+    "Drained",
     "MigrationReport",
+    "OrchestratorStatistics",
     "OrchestratorStatus",
     "QueueStatus",
+    "SchemaVersion",
     "State",
+    "WorkerStatistics",
     # psycopg on Trio
     "Pool",
     "PoolStatistics",
@@ -72,6 +81,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "InvalidOption",
     "InvalidPayload",
     "InvalidTask",
+    "LeaseLost",
     "Misuse",
     "NoDatabase",
     "NotOpen",
@@ -82,5 +92,6 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SchemaMissing",
     "SchemaTooNew",
     "Unavailable",
+    "Unstorable",
     "WaitTimeout",
 ]

@@ -8,8 +8,8 @@ failure.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -17,30 +17,12 @@ import psycopg
 import pytest
 import trio
 import trio.testing
-from psycopg.pq import TransactionStatus
-from psycopg.rows import TupleRow
+from db.sessions import Connection, connected, value
 from proxy import open_chaos_proxy
+from psycopg.pq import TransactionStatus
 
 from pgconductor.db.connection import TrioConnection
 from pgconductor.db.pool import Pool, open_pool
-
-Connection = TrioConnection[TupleRow]
-
-
-@asynccontextmanager
-async def connected(dsn: str, **kwargs: Any) -> AsyncGenerator[Connection]:
-    conn = await Connection.connect(dsn, **{"autocommit": True, **kwargs})
-    try:
-        yield conn
-    finally:
-        conn.drop()
-
-
-async def value(conn: Connection, query: str, *params: object) -> Any:
-    cursor = await conn.execute(query.encode(), params)
-    row = await cursor.fetchone()
-    assert row is not None
-    return row[0]
 
 
 async def cancelled_when_blocked(call: Callable[..., Awaitable[object]], *args: object) -> bool:
@@ -210,11 +192,13 @@ async def test_cancelled_copy_out_is_read_away(pgconductor_empty_dsn: str) -> No
     async with connected(pgconductor_empty_dsn) as conn:
 
         async def work() -> None:
-            async with conn.cursor() as cursor:
-                async with cursor.copy("copy (select repeat('x', 1000) from generate_series(1, 1e7)) to stdout") as copy:
-                    for _ in range(1000):
-                        await copy.read()
-                    await trio.sleep_forever()
+            async with (
+                conn.cursor() as cursor,
+                cursor.copy("copy (select repeat('x', 1000) from generate_series(1, 1e7)) to stdout") as copy,
+            ):
+                for _ in range(1000):
+                    await copy.read()
+                await trio.sleep_forever()
 
         assert await cancelled_when_blocked(work)
         assert conn.is_clean
@@ -283,7 +267,7 @@ async def test_waiting_for_the_turn_can_be_cancelled(pgconductor_empty_dsn: str)
     async with connected(pgconductor_empty_dsn) as conn, connected(pgconductor_empty_dsn) as other:
         await other.execute("select pg_advisory_lock(1)")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(conn.execute, "select pg_advisory_lock(1)")
+            nursery.start_soon(value, conn, "select pg_advisory_lock(1)")
             await trio.testing.wait_all_tasks_blocked(0.02)
             with trio.move_on_after(0.01) as scope:
                 await conn.execute("select 1")
@@ -392,10 +376,10 @@ async def copy_in(conn: Connection) -> None:
 
 
 async def copy_out(conn: Connection) -> None:
-    async with conn.cursor() as cursor:
-        async with cursor.copy("copy (select repeat('x', 1000) from generate_series(1, 2000)) to stdout") as copy:
-            async for _ in copy:
-                pass
+    query = "copy (select repeat('x', 1000) from generate_series(1, 2000)) to stdout"
+    async with conn.cursor() as cursor, cursor.copy(query) as copy:
+        async for _ in copy:
+            pass
 
 
 async def stream(conn: Connection) -> None:
@@ -442,7 +426,10 @@ SCENARIOS = [
 @pytest.mark.parametrize("how", ["cancel", "raise", "raise twice"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_every_wait_can_be_interrupted(
-    pgconductor_empty_dsn: str, monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Connection], Awaitable[None]], how: str
+    pgconductor_empty_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: Callable[[Connection], Awaitable[None]],
+    how: str,
 ) -> None:
     """Would break if there were one wait after whose interruption the connection is neither clean nor closed."""
     real_wait = Connection._wait_fd  # pyright: ignore[reportPrivateUsage]
@@ -562,9 +549,9 @@ async def test_ten_thousand_random_cancellations(pgconductor_empty_dsn: str) -> 
 
     async def copied(conn: Connection) -> None:
         number = next(numbers)
-        async with conn.cursor() as cursor:
-            async with cursor.copy(f"copy (select {number} from generate_series(1, 50)) to stdout".encode()) as copy:
-                assert [row async for row in copy.rows()] == [(str(number),)] * 50
+        query = f"copy (select {number} from generate_series(1, 50)) to stdout".encode()
+        async with conn.cursor() as cursor, cursor.copy(query) as copy:
+            assert [row async for row in copy.rows()] == [(str(number),)] * 50
 
     async def paged(conn: Connection) -> None:
         number = next(numbers)

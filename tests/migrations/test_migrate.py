@@ -254,6 +254,21 @@ def test_waiter_holds_no_snapshot_between_looks(conn: Connection, other: Connect
     assert set(map(str, between)) == {"[('idle', None)]"}
 
 
+def test_rival_that_finished_between_look_and_lock_is_seen(conn: Connection, other: Connection) -> None:
+    """Or the loser of a race goes by what it read before it had the lock, and applies a migration twice."""
+    steps = migrate_gen("pgconductor", V2, 1.0)
+    call = next(steps)
+    while not call.query.startswith(b"begin"):
+        call = steps.send(run_sync(conn, call))
+    migrate_sync(other, source=V2)
+    try:
+        while True:
+            call = steps.send(run_sync(conn, call))
+    except StopIteration as ended:
+        assert ended.value == MigrationReport((), False, 2)
+    assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
 # --- failures ---
 
 
@@ -469,6 +484,24 @@ def test_hostile_search_path_changes_nothing(conn: Connection) -> None:
     conn.execute("set search_path = evil, pg_catalog")
     assert migrate_sync(conn, source=V2, lock_wait=0.1).applied == (1, 2)
     assert total(conn) == 1
+
+
+def test_unqualified_name_lands_nowhere(conn: Connection) -> None:
+    """Or a slip in a migration puts our table into the user's schema."""
+    conn.execute("set search_path = public")
+    slip = Migration(1, "0001_slip.sql", "create table lost ()")
+    with pytest.raises(Refused, match="pg_catalog"):
+        migrate_sync(conn, source=SqlSource((slip,), ()))
+    assert conn.execute("select to_regclass('public.lost')").fetchall() == [(None,)]
+
+
+def test_client_encoding_does_not_matter(conn: Connection) -> None:
+    """Or the files' text is garbled where a DBA chose another one, or a name that it lacks cannot be sent."""
+    conn.execute("set client_encoding = 'LATIN1'")
+    text = Migration(1, "0001_text.sql", "create table @schema@.text as select '€ – 日本' as written")
+    migrate_sync(conn, "é", source=SqlSource((text,), ()))
+    conn.execute("set client_encoding = 'UTF8'")
+    assert conn.execute('select written from "é".text').fetchall() == [("€ – 日本",)]
 
 
 def test_read_only_session_is_told_so(conn: Connection) -> None:

@@ -104,12 +104,13 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
-    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
-    " oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
+    " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
+    "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
     "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
@@ -216,6 +217,10 @@ class Calls:
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""
         return Call(self._query["channel"], (queue,), lambda rows: str(_scalar(rows)))
+
+    def probe(self, channel: str) -> Call[None]:
+        """Notify a channel of the listener's own."""
+        return Call(self._query["probe"], (channel,), ignore)
 
     def results_channel(self) -> Call[str]:
         """The channel that announces buckets of ended executions, while anybody waits for one."""

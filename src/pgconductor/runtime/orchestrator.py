@@ -37,11 +37,11 @@ import trio
 from ..context import Resources, resources_by_type
 from ..db import schema
 from ..db.calls import WorkerRow
+from ..db.link import Link, OutageLog, Target, open_link
 from ..errors import InvalidOption, InvalidTask, Misuse, Unavailable
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
-from .link import Link, OutageLog, Target, open_link
 from .listener import Listener
 from .worker import Pipeline, WorkerStatistics
 

@@ -12,7 +12,7 @@ The plugin (`pgconductor.testing.plugin`) is found by pytest on its own. Its fix
 The server is the one ``PGCONDUCTOR_TEST_DSN`` names (the role must be allowed to create databases), a container if
 ``PGCONDUCTOR_TEST_CONTAINER=1``, else a throwaway server of the test run's own: the wheel's newest PostgreSQL, or
 what ``PGCONDUCTOR_TEST_SERVER`` says: a major version that the wheel has, or the path of another installation's
-``bin`` folder.
+``bin`` folder (for a container: a major version or the name of an image).
 """
 
 from __future__ import annotations
