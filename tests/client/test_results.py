@@ -18,6 +18,7 @@ from pgconductor import (
     Conductor,
     ExecutionCancelled,
     ExecutionFailed,
+    Handle,
     InvalidOption,
     InvalidPayload,
     NotOpen,
@@ -56,6 +57,12 @@ def results_of(conductor: Conductor) -> Results:
     return conductor._open.results
 
 
+async def finished(handle: Handle[Any]) -> Any:
+    """The result, within ten seconds; a timeout of the wait's own would look once more at its end."""
+    with trio.fail_after(10):
+        return await handle.result()
+
+
 async def until_listening(conductor: Conductor, *ids: UUID) -> None:
     """Wait until the flags of `ids` are raised, all looks are done, and the leader naps."""
     results = results_of(conductor)
@@ -86,7 +93,7 @@ async def test_result_arrives_by_notification(pgconductor_dsn: str) -> None:
                 assert worker.finish_all({"a": [1]}) == {handle.id}
 
             nursery.start_soon(finish)
-            assert await handle.result(timeout=20) == {"a": [1]}
+            assert await finished(handle) == {"a": [1]}
 
 
 async def test_result_that_is_there_needs_no_listener(pgconductor_dsn: str) -> None:
@@ -112,7 +119,7 @@ async def test_fifty_waiters_share_one_connection(pgconductor_dsn: str) -> None:
             handles = await task.invoke_many(task.bind(n) for n in range(25))
 
             async def wait(n: int) -> None:
-                got.append((handles[n % 25].id, await handles[n % 25].result(timeout=20)))
+                got.append((handles[n % 25].id, await finished(handles[n % 25])))
 
             async with trio.open_nursery() as nursery:
                 for n in range(50):
@@ -131,9 +138,9 @@ async def test_waiter_who_comes_later_is_looked_for_at_once(pgconductor_dsn: str
     with open_worker(pgconductor_dsn, ["echo"]) as worker:
         async with conductor, trio.open_nursery() as nursery:
             first, second = await task.invoke(1), await task.invoke(2)
-            nursery.start_soon(first.result)
+            nursery.start_soon(finished, first)
             await until_listening(conductor, first.id)
-            nursery.start_soon(second.result)
+            nursery.start_soon(finished, second)
             await until_listening(conductor, first.id, second.id)
             worker.finish_all(0)
 
@@ -154,7 +161,7 @@ async def test_cancelled_first_waiter_hands_on(pgconductor_dsn: str) -> None:
             nursery.start_soon(leave)
             await trio.testing.wait_all_tasks_blocked()
             for handle in handles[1:]:
-                nursery.start_soon(handle.result, 20)
+                nursery.start_soon(finished, handle)
             await until_listening(conductor, *(handle.id for handle in handles))
             leader = results_of(conductor)._leader
             assert leader is not None
@@ -188,7 +195,7 @@ async def test_waiter_cancelled_at_any_moment_leaves_others_served(pgconductor_d
                 with trio.fail_after(20):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(leave, handles[0], step * step)
-                        nursery.start_soon(handles[1].result)
+                        nursery.start_soon(finished, handles[1])
                         await until_listening(conductor, handles[1].id)
                         worker.finish_all(0)
                     assert await handles[0].result() == 0
@@ -220,9 +227,29 @@ async def test_result_arrives_without_any_notification(pgconductor_dsn: str, sch
     with open_worker(pgconductor_dsn, ["echo"]) as worker:
         async with conductor, trio.open_nursery() as nursery:
             handle = await task.invoke(1)
-            nursery.start_soon(handle.result, 20)
+            nursery.start_soon(finished, handle)
             await until_listening(conductor, handle.id)
             worker.finish_all(0)
+
+
+async def test_what_ends_before_the_flags_are_raised_is_found(
+    pgconductor_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the flags nobody announces: who does not look again sleeps for ever."""
+    conductor = conductor_that(pgconductor_dsn, NEVER)
+    task = conductor.task(echo)
+    raise_flags = Results._raise_flags
+    with open_worker(pgconductor_dsn, ["echo"]) as worker:
+
+        async def finish_then_raise(results: Results) -> None:
+            if any(awaited.looks for awaited in results._awaited.values()):
+                worker.finish_all(3)
+            await raise_flags(results)
+
+        monkeypatch.setattr(Results, "_raise_flags", finish_then_raise)
+        async with conductor:
+            handle = await task.invoke(1)
+            assert await handle.result(timeout=5) == 3
 
 
 async def test_killed_listener_is_replaced(pgconductor_dsn: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,7 +259,7 @@ async def test_killed_listener_is_replaced(pgconductor_dsn: str, caplog: pytest.
     with open_worker(pgconductor_dsn, ["echo"]) as worker:
         async with conductor, trio.open_nursery() as nursery:
             handle = await task.invoke(1)
-            nursery.start_soon(handle.result, 20)
+            nursery.start_soon(finished, handle)
             for _ in range(3):
                 await until_listening(conductor, handle.id)
                 listener = results_of(conductor)._listener
@@ -255,7 +282,7 @@ async def test_listener_that_cannot_connect_leaves_polling(
     with open_worker(pgconductor_dsn, ["echo"]) as worker:
         async with conductor, trio.open_nursery() as nursery:
             handle = await task.invoke(1)
-            nursery.start_soon(handle.result, 20)
+            nursery.start_soon(finished, handle)
             results = results_of(conductor)
             await until(lambda: results._backoff >= 1.0)  # it has failed twice
             begun = trio.current_time()
@@ -270,7 +297,7 @@ async def test_outage_is_waited_out_with_few_words(pgconductor_dsn: str, caplog:
     with open_worker(pgconductor_dsn, ["echo"]) as worker:
         async with conductor, trio.open_nursery() as nursery:
             handle = await task.invoke(1)
-            nursery.start_soon(handle.result, 20)
+            nursery.start_soon(finished, handle)
             await until_listening(conductor, handle.id)
             results = results_of(conductor)
             asked = 0
@@ -324,7 +351,7 @@ async def test_nobody_waits_nobody_is_notified(pgconductor_dsn: str) -> None:
         async with conductor:
             handle, other = await task.invoke_many([task.bind(1), task.bind(2)])
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(handle.result, 20)
+                nursery.start_soon(finished, handle)
                 await until_listening(conductor, handle.id)
                 claimed = {c.id: c for c in worker.claim()}
                 worker.complete(claimed[handle.id])
@@ -375,7 +402,7 @@ async def test_connection_that_rested_listens_again(pgconductor_dsn: str) -> Non
             for n in range(3):
                 async with trio.open_nursery() as nursery:
                     handle = await task.invoke(n)
-                    nursery.start_soon(handle.result, 20)
+                    nursery.start_soon(finished, handle)
                     await until_listening(conductor, handle.id)
                     listener = results_of(conductor)._listener
                     assert listener is not None
@@ -483,7 +510,7 @@ async def test_result_that_was_not_kept_is_an_error(pgconductor_dsn: str, waits_
 
                 async def wait() -> None:
                     with pytest.raises(ResultNotKept, match="of task 'echo'"):
-                        await handle.result(timeout=20)
+                        await finished(handle)
 
                 if waits_before:
                     nursery.start_soon(wait)

@@ -143,7 +143,7 @@ def test_result_arrives_by_notification(pgconductor_dsn: str) -> None:
             result = threads.submit(handle.result, 20)
             until(lambda: value(pgconductor_dsn, LISTENING) == 2)
             worker.finish_all({"n": n})
-            assert result.result() == {"n": n}
+            assert result.result(10) == {"n": n}
             assert value(pgconductor_dsn, LISTENING) == 0
             assert client._resting is not None
             pids.add(client._resting.backend_pid)
@@ -179,7 +179,7 @@ def test_result_arrives_without_any_notification(pgconductor_dsn: str) -> None:
         result = threads.submit(handle.result, 20)
         until(lambda: value(pgconductor_dsn, LISTENING) == 2)
         worker.finish_all(5)
-        assert result.result() == 5
+        assert result.result(10) == 5
 
 
 def test_killed_listener_is_replaced(pgconductor_dsn: str) -> None:
@@ -203,7 +203,7 @@ def test_killed_listener_is_replaced(pgconductor_dsn: str) -> None:
         until(lambda: rows(pgconductor_dsn, listeners) not in ([], [(pid,)]))
         until(lambda: value(pgconductor_dsn, LISTENING) == 2)
         worker.finish_all(6)
-        assert result.result() == 6
+        assert result.result(10) == 6
 
 
 def test_threads_share_a_client_while_others_wait(pgconductor_dsn: str) -> None:
@@ -221,7 +221,7 @@ def test_threads_share_a_client_while_others_wait(pgconductor_dsn: str) -> None:
         invoked = [threads.submit(client.invoke, task, n) for n in range(50)]
         assert len({each.result().id for each in invoked}) == 50
         worker.finish_all("done")
-        assert [result.result() for result in results] == ["done"] * 4
+        assert [result.result(10) for result in results] == ["done"] * 4
         until(lambda: value(pgconductor_dsn, LISTENING) == 0)
 
 
