@@ -50,14 +50,8 @@ def _claim(rows: list[Row]) -> Claim:
     return Claim([Claimed._make(row[:7]) for row in rows], None)
 
 
-def _queue_status(*columns: Any) -> QueueStatus:
-    *counts, without_worker = columns
-    return QueueStatus(*counts, tuple(without_worker))
-
-
-def _orchestrator_status(*columns: Any) -> OrchestratorStatus:
-    *facts, queues = columns
-    return OrchestratorStatus(*facts, tuple(queues))
+def _last_as_tuple(row: Row) -> list[Any]:
+    return [*row[:-1], tuple(row[-1])]
 
 
 def _scalar(rows: list[Row]) -> object:
@@ -200,14 +194,14 @@ class Calls:
         return Call(
             self._query["queue_status"],
             (),
-            lambda rows: [_queue_status(*row) for row in rows],
+            lambda rows: [QueueStatus(*_last_as_tuple(row)) for row in rows],
         )
 
     def orchestrator_status(self) -> Call[list[OrchestratorStatus]]:
         return Call(
             self._query["orchestrator_status"],
             (),
-            lambda rows: [_orchestrator_status(*row) for row in rows],
+            lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
     def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
