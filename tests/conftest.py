@@ -1,4 +1,4 @@
-"""What all tests share: the library's own pytest plugin, also when the library is not installed but only on the path."""
+"""What all tests share: the library's own pytest plugin, also when the library is only on the path."""
 
 from __future__ import annotations
 
@@ -15,4 +15,3 @@ def pytest_report_header() -> str:
     if "PGCONDUCTOR_TEST_DSN" in chosen:
         chosen["PGCONDUCTOR_TEST_DSN"] = "(set)"  # it may hold a password
     return f"pgconductor test server: {chosen or 'a throwaway one from the wheel'}"
-

@@ -1,7 +1,7 @@
 """The embedded server, above all who may rely on it when somebody is killed.
 
-Other programs are real processes. What the kernel knows is waited for with the kernel: a blocking lock on `server.lock` returns when
-the last process of the server is gone, one on `start.lock` when the keeper has cleaned up.
+Other programs are real processes. What the kernel knows is waited for with the kernel: a blocking lock on
+`server.lock` returns when the last process of the server is gone, one on `start.lock` when the keeper has cleaned up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from pgconductor import embedded
-from pgconductor.embedded import EmbeddedServer, embedded_server, own_server
+from pgconductor.embedded import EmbeddedServer, embedded_server, installation, own_server
 from pgconductor.errors import InvalidOption, Misuse, NoDatabase
 from pgconductor.testing import debian_binaries
 
@@ -187,7 +187,7 @@ def test_ctrl_c_reaches_the_program_and_not_its_server() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["x" * 90, "a,b", "quo'te \"and\" space"])
+@pytest.mark.parametrize("name", ["x" * 90, "a,b", 'quo\'te "and" space'])
 def test_socket_path_may_be_long_or_odd(data_dir: Path, name: str) -> None:
     """A socket path has 107 bytes at most, and a DSN and a setting each have characters of their own."""
     base = data_dir / name
@@ -201,7 +201,7 @@ def test_socket_path_may_be_long_or_odd(data_dir: Path, name: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another account")
 def test_root_serves_from_binaries_its_account_cannot_reach(monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
-    """A virtual environment below /root, the usual place in a container."""
+    """A virtual environment in root's closed home, the usual place in a container."""
     bin_dir = embedded.wheel_binaries()[max(embedded.wheel_binaries())]
     package = bin_dir.parents[1]
     closed = data_dir / "closed"
@@ -209,7 +209,7 @@ def test_root_serves_from_binaries_its_account_cannot_reach(monkeypatch: pytest.
     shutil.copytree(bin_dir.parent, closed / package.name / bin_dir.parent.name)
     if (libraries := package.with_name(f"{package.name}.libs")).exists():
         shutil.copytree(libraries, closed / libraries.name)
-    monkeypatch.setattr(embedded, "_data_home", lambda: data_dir / "home")
+    monkeypatch.setattr(installation, "data_home", lambda: data_dir / "home")
     for _ in range(2):  # the second time the copy is there
         with own_server(closed / package.name / bin_dir.parent.name / "bin") as server:
             assert _scalar(server.dsn(), "select 1") == 1
@@ -295,13 +295,21 @@ def test_stale_pid_file_that_names_a_living_process_is_ignored(data_dir: Path) -
     """After a reboot the recorded process id belongs to somebody else, and PostgreSQL itself would refuse to start."""
     with embedded_server(data_dir=data_dir) as server:
         lines = (server.data_path / "postmaster.pid").read_text().splitlines()
-    (_home(data_dir) / "data.new").mkdir()  # what a killed initdb leaves
     with own_server() as other:  # a process that PostgreSQL takes for the owner of the folder
         (server.data_path / "postmaster.pid").write_text("\n".join([str(other.postmaster_pid), *lines[1:]]) + "\n")
         with embedded_server(data_dir=data_dir) as again:
             assert again.postmaster_pid != other.postmaster_pid
             assert _scalar(again.dsn(), "select 1") == 1
         assert _scalar(other.dsn(), "select 1") == 1
+
+
+def test_half_made_cluster_is_made_again(data_dir: Path) -> None:
+    """A program killed during the very first start would have spoilt the folder for good."""
+    home = _home(data_dir)
+    (home / "data.new-abandoned" / "base").mkdir(parents=True)
+    with embedded_server(data_dir=data_dir) as server:
+        assert _scalar(server.dsn(), "select 1") == 1
+    assert [path.name for path in home.glob("data*")] == ["data"]
 
 
 def test_temporary_databases_of_killed_programs_are_dropped(data_dir: Path) -> None:
@@ -327,7 +335,10 @@ def test_settings_are_those_of_the_first_user(data_dir: Path) -> None:
         for harmless in ({}, {"max_connections": "15"}):
             with embedded_server(data_dir=data_dir, settings=harmless):
                 pass
-        with pytest.raises(Misuse, match="max_connections"), embedded_server(data_dir=data_dir, settings={"max_connections": "16"}):
+        with (
+            pytest.raises(Misuse, match="max_connections"),
+            embedded_server(data_dir=data_dir, settings={"max_connections": "16"}),
+        ):
             pass
         assert _scalar(server.dsn(), "select 1") == 1  # the refused one did not stop it
 
@@ -344,7 +355,10 @@ def test_setting_names_are_checked(name: str) -> None:
 
 def test_wrong_setting_value_shows_the_servers_own_words() -> None:
     """`did not start` alone helps nobody."""
-    with pytest.raises(NoDatabase, match=r'(?s)did not start.*invalid value.*"fsync"|requires a Boolean'), own_server(settings={"fsync": "?"}):
+    with (
+        pytest.raises(NoDatabase, match=r'(?s)did not start.*invalid value.*"fsync"|requires a Boolean'),
+        own_server(settings={"fsync": "?"}),
+    ):
         pass
 
 
@@ -365,7 +379,10 @@ def test_missing_wheel_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_unknown_major_names_those_there_are(data_dir: Path) -> None:
     """Version 9 would be searched for in vain."""
-    with pytest.raises(InvalidOption, match=r"PostgreSQL 9 is not in the wheel; it has \d+"), embedded_server(major=9, data_dir=data_dir):
+    with (
+        pytest.raises(InvalidOption, match=r"PostgreSQL 9 is not in the wheel; it has \d+"),
+        embedded_server(major=9, data_dir=data_dir),
+    ):
         pass
 
 

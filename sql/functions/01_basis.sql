@@ -1,13 +1,13 @@
 -- What the other functions stand on: the clock, ids, names of locks and channels.
 
--- The one clock of due times, leases and ticks. Read it once into a variable: in a condition it would keep an index from
--- being used. Test databases replace this function by one that adds an offset.
+-- The one clock of due times, leases and ticks. Read it once into a variable: in a condition it would keep an index
+-- from being used. Test databases replace this function by one that adds an offset.
 create or replace function @schema@._private_clock() returns timestamptz
     language sql volatile parallel safe
     return pg_catalog.clock_timestamp();
 
--- A new id, UUIDv8: 48 bits of Unix milliseconds, the queue's number (4 + 8 bits in bytes 6 and 7 behind the version, 8 bits in
--- byte 9), 58 random bits. It sorts by time and tells its partition.
+-- A new id, UUIDv8: 48 bits of Unix milliseconds, the queue's number (4 + 8 bits in bytes 6 and 7 behind the version,
+-- 8 bits in byte 9), 58 random bits. It sorts by time and tells its partition.
 create or replace function @schema@._private_new_id(p_queue_no int, p_now timestamptz) returns uuid
     language sql volatile parallel safe
     return pg_catalog.encode(

@@ -34,8 +34,8 @@ begin
     perform pg_notify(@schema@._private_channel(p_queue), '');
 end $$;
 
--- An insert wakes a sleeper if it is due now, or due before any worker's next sweep (sweeps are at most a minute apart), so
--- that the sleeper's timer is set anew.
+-- An insert wakes a sleeper if it is due now, or due before any worker's next sweep (sweeps are at most a minute
+-- apart), so that the sleeper's timer is set anew.
 create or replace function @schema@._private_on_insert() returns trigger
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp

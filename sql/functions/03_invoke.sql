@@ -1,9 +1,9 @@
 -- Producing executions: any number in one call, or one by named arguments from any SQL client.
 
--- Returns a row per position of the arrays (all of one length): the execution's id, and whether this call created it. With a dedupe
--- key that a live execution of the same queue and task holds, the row is that one's, which stays as it is. Two positions with one key
--- are one execution, created by the first.
--- Locks: dedupe keys in the order of (queue, task, key), waiting for whoever is inserting or ending one of them; then the trigger's K.
+-- Returns a row per position of the arrays (all of one length): the execution's id, and whether this call created it.
+-- With a dedupe key that a live execution of the same queue and task holds, the row is that one's, which stays as it
+-- is. Two positions with one key are one execution, created by the first. Locks: dedupe keys in the order of (queue,
+-- task, key), waiting for whoever is inserting or ending one of them; then the trigger's K.
 create or replace function @schema@.invoke_many(
     p_tasks text[],
     p_payloads jsonb[],
@@ -55,8 +55,8 @@ begin
         return;
     end if;
 
-    -- With keys: take the keys first, each for the first position that names it, then insert the executions whose key is theirs or
-    -- who have none. A key whose holder ended between the two looks is tried again.
+    -- With keys: take the keys first, each for the first position that names it, then insert the executions whose key
+    -- is theirs or who have none. A key whose holder ended between the two looks is tried again.
     select array_agg(r.queue order by i.n), array_agg(coalesce(q.no, 0) order by i.n),
         array_agg(@schema@._private_new_id(coalesce(q.no, 0), v_now) order by i.n)
     into v_queues, v_nos, v_ids

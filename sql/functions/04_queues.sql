@@ -1,8 +1,9 @@
 -- Queues: a number, a partition, nothing named by text.
 
--- Register a queue, or find it registered; returns its number. To be called in a transaction of its own: the DDL locks the parent
--- against other DDL only (SHARE UPDATE EXCLUSIVE), so open readers and producers delay nobody and are delayed by nobody. Fails with
--- 55P03 (lock_not_available) when other DDL is in the way for a second; call it again.
+-- Register a queue, or find it registered; returns its number. To be called in a transaction of its own: the DDL
+-- locks the parent against other DDL only (SHARE UPDATE EXCLUSIVE), so open readers and producers delay nobody and
+-- are delayed by nobody. Fails with 55P03 (lock_not_available) when other DDL is in the way for a second; call it
+-- again.
 create or replace function @schema@.register_queue(p_queue text) returns int
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp

@@ -1,7 +1,7 @@
 -- pending → running.
 
--- Make due scheduled executions of a queue ready, at most p_limit of them (T2's first half). They are promoted before a claim, so that
--- priorities hold between them and those that were ready. Locks: rows, skipping those another holds.
+-- Make due scheduled executions of a queue ready, at most p_limit of them (T2's first half). They are promoted before
+-- a claim, so that priorities hold between them and those that were ready. Locks: rows, skipping those another holds.
 create or replace function @schema@._private_promote(p_queue text, p_queue_no int, p_now timestamptz, p_limit int) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -26,13 +26,15 @@ begin
     return v_count;
 end $$;
 
--- Claim up to p_limit due executions of a queue, of the given tasks only, highest priority first, for one live orchestrator.
+-- Claim up to p_limit due executions of a queue, of the given tasks only, highest priority first, for one live
+-- orchestrator.
 --
--- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim, a single row with
--- id null and due_in: seconds until the next one is due, null if none is. `waited`: seconds it has been due.
--- Holds the queue's K until it commits: what it locks is hidden from other claimers and would be seen by nobody if it died.
--- Commits asynchronously: a claim that a server crash forgets is harmless, since its token then fits nothing (an orchestrator takes a
--- new id after a restart). Partition named, so that the cost does not depend on the number of queues; index (priority, run_at, id).
+-- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim,
+-- a single row with id null and due_in: seconds until the next one is due, null if none is. `waited`: seconds it has
+-- been due. Holds the queue's K until it commits: what it locks is hidden from other claimers and would be seen by
+-- nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
+-- fits nothing (an orchestrator takes a new id after a restart). Partition named, so that the cost does not depend on
+-- the number of queues; index (priority, run_at, id).
 create or replace function @schema@.claim(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
@@ -59,8 +61,11 @@ begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     perform set_config('synchronous_commit', 'off', true);
     v_now := @schema@._private_clock();
-    if not exists (select from @schema@._private_orchestrators o where o.id = p_owner and o.died_at is null and o.expires_at > v_now) then
-        raise exception using errcode = 'PC003', message = 'the orchestrator is not registered or its lease has ended';
+    -- Checked without locking the orchestrator's row (that made claims three times slower): a claim that commits
+    -- after its owner was declared dead is found from the executions' side.
+    if not exists (select from @schema@._private_orchestrators o
+            where o.id = p_owner and o.died_at is null and o.expires_at > v_now and o.server_epoch = @schema@._private_server_epoch()) then
+        raise exception using errcode = 'PC003', message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
     end if;
     select no into v_no from @schema@._private_queues where name = p_queue;
     if v_no is null then
@@ -78,8 +83,8 @@ begin
     end if;
 
     if exists (select from @schema@._private_queue_0 where queue = p_queue and state = 'ready') then
-        -- Some were produced before the queue was registered: pick from both partitions by one order. What is locked beyond the
-        -- limit stays ready.
+        -- Some were produced before the queue was registered: pick from both partitions by one order. What is locked
+        -- beyond the limit stays ready.
         return query execute format($sql$
             with own as materialized (
                 select ctid, 1 as part, priority, run_at, id from @schema@.%1$I where state = 'ready' and task = any ($3)
@@ -109,7 +114,7 @@ begin
     end if;
     if not v_found then
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now));
+            case when least(v_due, v_due_0) is not null then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
     end if;
 end $$;
 

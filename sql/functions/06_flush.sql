@@ -1,6 +1,7 @@
 -- running → completed, failed, scheduled, ready: what a claim's owner reports, and what recovery does in its place.
 
--- Tell those who wait for results, if anybody does: the buckets of the ended executions, as numbers, since any role may listen.
+-- Tell those who wait for results, if anybody does: the buckets of the ended executions, as numbers, since any role
+-- may listen.
 create or replace function @schema@._private_notify_results(p_ids uuid[]) returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -30,11 +31,12 @@ as $$
 $$;
 
 -- Write the outcomes of claims of one orchestrator, all of one partition. Arrays of one length:
---   p_outcomes: completed | failed | retried (after p_delays seconds) | released (the attempt is given back; also after p_delays)
+--   p_outcomes: completed | failed | retried (after p_delays seconds) | released (the attempt is given back; also
+-- after p_delays)
 --   p_keeps: seconds to keep the finished row; null for ever, 0 not at all
--- Each row is written whole if its token (id, claim_no, owner, running) holds, or not at all; a row whose token does not hold changes
--- nothing. Returns the ids that were written now. Locks: the rows (owned by the caller, so nobody else waits for them but recovery, which
--- skips), their dedupe keys.
+-- Each row is written whole if its token (id, claim_no, owner, running) holds, or not at all; a row whose token does
+-- not hold changes nothing. Returns the ids that were written now. Locks: the rows (owned by the caller, so nobody
+-- else waits for them but recovery, which skips), their dedupe keys.
 create or replace function @schema@._private_flush_partition(
     p_queue_no int, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_crashes int
@@ -49,8 +51,9 @@ as $$
 begin
     return query execute format($sql$
         with o as materialized (
-            -- Rows are found by id here, and by their place below, where the token is tested in a form that no index answers: stale
-            -- statistics would make the planner walk all running rows for each outcome (100 times slower; benchmarks/throughput.py).
+            -- Rows are found by id here, and by their place below, where the token is tested in a form that no index
+            -- answers: stale statistics would make the planner walk all running rows for each outcome (100 times
+            -- slower; benchmarks/throughput.py).
             select o.*, row.tid from unnest($3, $4, $5, $6, $7, $8, $9) as o (id, claim_no, outcome, result, error, delay, keep)
                 cross join lateral (select e.ctid as tid from @schema@.%1$I e where e.id = o.id offset 0) row
         ), gone as (
@@ -94,9 +97,9 @@ begin
     using @schema@._private_clock(), p_owner, p_ids, p_claim_nos, p_outcomes, p_results, p_errors, p_delays, p_keeps, p_crashes;
 end $$;
 
--- Flush outcomes. Returns only those that were not written now, with why: "already" (an earlier flush of the same claim did it: the reply was
--- lost), or "fenced" (the claim is no longer the caller's). Sending a flush twice changes nothing the second time.
--- Holds K and announces for every queue on which something was made ready again.
+-- Flush outcomes. Returns only those that were not written now, with why: "already" (an earlier flush of the same
+-- claim did it: the reply was lost), or "fenced" (the claim is no longer the caller's). Sending a flush twice changes
+-- nothing the second time. Holds K and announces for every queue on which something was made ready again.
 create or replace function @schema@.flush(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[]

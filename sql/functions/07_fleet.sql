@@ -1,6 +1,7 @@
 -- Orchestrators: registered once, kept alive, declared dead, and what they held given back.
 
--- Register an incarnation with its workers, as arrays of one length plus the tasks of each as a JSON array. The lease is in seconds.
+-- Register an incarnation with its workers, as arrays of one length plus the tasks of each as a JSON array. The lease
+-- is in seconds.
 create or replace function @schema@.register_orchestrator(
     p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version int,
     p_queues text[], p_tasks jsonb[], p_concurrencies int[]
@@ -20,8 +21,9 @@ begin
     from unnest(p_queues, p_tasks, p_concurrencies) as w (queue, tasks, concurrency);
 end $$;
 
--- Renew a lease by p_lease seconds. False: declared dead, or expired (which nobody revives), or the server was restarted or another one
--- promoted since registration, so that claims committed asynchronously may be lost. The caller must stop what it holds and register anew.
+-- Renew a lease by p_lease seconds. False: declared dead, or expired (which nobody revives), or the server was
+-- restarted or another one promoted since registration, so that claims committed asynchronously may be lost. The
+-- caller must stop what it holds and register anew.
 create or replace function @schema@.heartbeat(p_id uuid, p_lease double precision) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -35,9 +37,10 @@ begin
     return found;
 end $$;
 
--- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition (T10), and fail those that
--- have now brought down p_max_crashes claims (T10'). A crash is charged, the attempt is not.
--- Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a day.
+-- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition (T10),
+-- and fail those that have now brought down p_max_crashes claims (T10'). A crash is charged, the attempt is not.
+-- Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
+-- day.
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000, p_max_crashes int default 3)
     returns table (recovered bigint, failed bigint)
     language plpgsql volatile
@@ -106,8 +109,8 @@ begin
     return next;
 end $$;
 
--- Give back what an orchestrator holds on a queue beyond what it knows of: claims whose reply was lost. Neither attempt nor crash is
--- charged. To be called only by that orchestrator, with no claim of its own in flight.
+-- Give back what an orchestrator holds on a queue beyond what it knows of: claims whose reply was lost. Neither
+-- attempt nor crash is charged. To be called only by that orchestrator, with no claim of its own in flight.
 create or replace function @schema@.release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -137,8 +140,8 @@ begin
     return v_released;
 end $$;
 
--- The last word of an orchestrator whose handlers have all ended: what it still held becomes claimable at once, and its row goes. Returns how
--- many came back. Harmless for an unknown id.
+-- The last word of an orchestrator whose handlers have all ended: what it still held becomes claimable at once, and
+-- its row goes. Returns how many came back. Harmless for an unknown id.
 create or replace function @schema@.retire_orchestrator(p_id uuid) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp

@@ -13,7 +13,8 @@ create or replace view @schema@.executions as
         f.result, f.errors
     from @schema@._private_finished f;
 
--- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON text, error the last one.
+-- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON
+-- text, error the last one.
 create or replace function @schema@.results(p_ids uuid[])
     returns table (id uuid, state text, result text, error jsonb, reason text)
     language sql stable
@@ -24,8 +25,8 @@ as $$
     order by f.id, f.generation desc
 $$;
 
--- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the workers of living
--- orchestrators that serve the queue and have the task.
+-- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the
+-- workers of living orchestrators that serve the queue and have the task.
 create or replace function @schema@.standing(p_ids uuid[])
     returns table (id uuid, state text, task text, queue text, live_workers bigint, due_in double precision)
     language sql volatile
@@ -34,7 +35,7 @@ as $$
     select i, coalesce(e.state, f.state)::text, coalesce(e.task, f.task), coalesce(e.queue, f.queue),
         (select count(*) from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
          where w.queue = e.queue and e.task = any (w.tasks) and o.died_at is null and o.expires_at > @schema@._private_clock()),
-        greatest(0, date_part('epoch', e.run_at - @schema@._private_clock()))
+        case when e.run_at is not null then greatest(0, date_part('epoch', e.run_at - @schema@._private_clock())) end
     from unnest(p_ids) as i
         left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
         left join lateral (select * from @schema@._private_finished f where f.id = i order by f.generation desc limit 1) f on true
@@ -66,7 +67,7 @@ as $$
         coalesce(sum(l.scheduled), 0)::bigint, coalesce(sum(l.ready), 0)::bigint, coalesce(sum(l.running), 0)::bigint,
         coalesce(sum(l.waiting), 0)::bigint, coalesce(max(f.completed), 0), coalesce(max(f.failed), 0), coalesce(max(f.cancelled), 0),
         (select count(*) from workers w where w.queue = n.queue),
-        greatest(0, date_part('epoch', @schema@._private_clock() - min(l.oldest))),
+        case when min(l.oldest) is not null then greatest(0, date_part('epoch', @schema@._private_clock() - min(l.oldest))) end,
         coalesce(array_agg(l.task order by l.task) filter (where l.task is not null and not exists (
             select from workers w where w.queue = n.queue and l.task = any (w.tasks))), '{}')
     from names n left join live l on l.queue = n.queue left join finished f on f.queue = n.queue
@@ -86,26 +87,33 @@ as $$
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 
--- Is anything of the queue ready, running, or due within p_horizon seconds, among the given tasks? What drain waits for.
-create or replace function @schema@.is_quiet(p_queue text, p_tasks text[], p_horizon double precision) returns boolean
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until
+-- the next one is due, if that is within p_horizon; null: nothing to wait for.
+create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
 as $$
 declare
-    v_until constant timestamptz := @schema@._private_clock() + make_interval(secs => p_horizon);
+    v_now constant timestamptz := @schema@._private_clock();
     v_no int;
-    v_busy boolean;
+    v_is_busy boolean;
+    v_due timestamptz;
+    v_next timestamptz;
 begin
     for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
         execute format($sql$
             select exists (select from @schema@.%1$I where state = 'ready' and queue = $1 and task = any ($2))
-                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2))
-                or exists (select from @schema@.%1$I where state in ('scheduled', 'waiting') and run_at <= $3 and queue = $1 and task = any ($2))
-            $sql$, '_private_queue_' || v_no) into v_busy using p_queue, p_tasks, v_until;
-        if v_busy then
-            return false;
+                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2)),
+                (select min(run_at) from @schema@.%1$I where state in ('scheduled', 'waiting') and queue = $1 and task = any ($2))
+            $sql$, '_private_queue_' || v_no) into v_is_busy, v_due using p_queue, p_tasks;
+        if v_is_busy then
+            return 0;
         end if;
+        v_next := least(v_next, v_due);
     end loop;
-    return true;
+    if v_next <= v_now + make_interval(secs => p_horizon) then
+        return greatest(0, date_part('epoch', v_next - v_now));
+    end if;
+    return null;
 end $$;

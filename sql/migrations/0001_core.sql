@@ -94,7 +94,7 @@ create table @schema@._private_executions (
 -- Payloads above the threshold of `_private_is_large` live here, so that claiming and finishing never copy them.
 create table @schema@._private_payloads (
     execution_id uuid primary key,
-    payload jsonb not null check (pg_column_size(payload) <= 4194304)
+    payload jsonb not null check (pg_column_size(payload) <= 8388608)
 );
 
 -- At most one live execution per queue, task and key. Rows go in the statement that ends their execution.
@@ -135,8 +135,8 @@ create table @schema@._private_waits (
 );
 create index _private_waits_target on @schema@._private_waits (kind, target) where resolved_at is null;
 
--- Slots of expiry: each is one partition of the finished table, to be emptied as a whole once `expires_upto` has passed.
--- Slot 0 is for ever; slot 1 takes what expires later than every other slot.
+-- Slots of expiry: each is one partition of the finished table, to be emptied as a whole once `expires_upto` has
+-- passed. Slot 0 is for ever; slot 1 takes what expires later than every other slot.
 create table @schema@._private_expiry_slots (
     no int primary key,
     expires_upto timestamptz not null

@@ -1,7 +1,7 @@
 """Records that cross the wall between the database and the rest, and the names of states and outcomes.
 
-The words are those of the SQL enum, in its order; a test compares them. `Claimed` and `Outcome` are named tuples because the
-worker makes one of each per execution (benchmarks/throughput.py); the others are frozen dataclasses.
+The words are those of the SQL enum, in its order; a test compares them. `Claimed` and `Outcome` are named tuples
+because the worker makes one of each per execution (benchmarks/throughput.py); the others are frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class State(StrEnum):
 
 
 class Claimed(NamedTuple):
-    """An execution that this process may run: `(id, claim_no)` and the orchestrator's id are the token of every write for it."""
+    """An execution that this process may run: `(id, claim_no)` and the orchestrator's id are the token of every write
+    for it.
+    """
 
     id: UUID
     claim_no: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from psycopg import sql
@@ -50,6 +50,10 @@ def _claim(rows: list[Row]) -> Claim:
     return Claim([Claimed._make(row[:7]) for row in rows], None)
 
 
+def _last_as_tuple(row: Row) -> list[Any]:
+    return [*row[:-1], tuple(row[-1])]
+
+
 def _scalar(rows: list[Row]) -> object:
     return rows[0][0]
 
@@ -66,18 +70,23 @@ def _text_or_none(rows: list[Row]) -> str | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns text
 
 
+def _float_or_none(rows: list[Row]) -> float | None:
+    return rows[0][0]  # type: ignore[no-any-return]  # the function returns double precision
+
+
 def _optional_boolean(rows: list[Row]) -> bool | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns boolean
 
 
 # Text of each call; {s} is the schema. Casts say what the driver cannot know of a Python list or string.
 _QUERIES = {
-    "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[], %s::timestamptz[],"
-    ' %s::float8[], %s::text[]) order by "position"',
-    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, due_in from {s}.claim(%s, %s, %s::text[], %s)",
+    "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
+    ' %s::timestamptz[], %s::float8[], %s::text[]) order by "position"',
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, due_in"
+    " from {s}.claim(%s, %s, %s::text[], %s)",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
-    "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[], %s::jsonb[], %s::float8[],"
-    " %s::float8[]) /*flush*/",
+    "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
+    " %s::jsonb[], %s::float8[], %s::float8[]) /*flush*/",
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
@@ -89,11 +98,13 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
-    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
-    " oldest_ready, tasks_without_worker from {s}.queue_status()",
-    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues from {s}.orchestrator_status()",
-    "is_quiet": "select {s}.is_quiet(%s, %s::text[], %s)",
+    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
+    " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    " from {s}.orchestrator_status()",
+    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
+    "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
     "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
@@ -139,9 +150,19 @@ class Calls:
         return Call(self._query["register_tasks"], (names, queue), ignore)
 
     def register_orchestrator(
-        self, owner: UUID, name: str, lease: float, program_version: str, schema_version: int, workers: Sequence[WorkerRow]
+        self,
+        owner: UUID,
+        name: str,
+        lease: float,
+        program_version: str,
+        schema_version: int,
+        workers: Sequence[WorkerRow],
     ) -> Call[None]:
-        arrays = [w.queue for w in workers], [json.dumps(list(w.tasks)) for w in workers], [w.concurrency for w in workers]
+        arrays = (
+            [w.queue for w in workers],
+            [json.dumps(list(w.tasks)) for w in workers],
+            [w.concurrency for w in workers],
+        )
         return Call(
             self._query["register_orchestrator"], (owner, name, lease, program_version, schema_version, *arrays), ignore
         )
@@ -170,26 +191,37 @@ class Calls:
         )
 
     def queue_status(self) -> Call[list[QueueStatus]]:
-        return Call(self._query["queue_status"], (), lambda rows: [QueueStatus(*row[:11], tuple(row[11])) for row in rows])
+        return Call(
+            self._query["queue_status"],
+            (),
+            lambda rows: [QueueStatus(*_last_as_tuple(row)) for row in rows],
+        )
 
     def orchestrator_status(self) -> Call[list[OrchestratorStatus]]:
         return Call(
-            self._query["orchestrator_status"], (), lambda rows: [OrchestratorStatus(*row[:6], tuple(row[6])) for row in rows]
+            self._query["orchestrator_status"],
+            (),
+            lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
-    def is_quiet(self, queue: str, tasks: list[str], horizon: float) -> Call[bool]:
-        return Call(self._query["is_quiet"], (queue, tasks, horizon), _boolean)
+    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
+        """Seconds until one of these tasks is due, 0 if one is ready or running; None: nothing within the horizon."""
+        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
 
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""
         return Call(self._query["channel"], (queue,), lambda rows: str(_scalar(rows)))
+
+    def probe(self, channel: str) -> Call[None]:
+        """Notify a channel of the listener's own."""
+        return Call(self._query["probe"], (channel,), ignore)
 
     def results_channel(self) -> Call[str]:
         """The channel that announces buckets of ended executions, while anybody waits for one."""
         return Call(self._query["results_channel"], (), lambda rows: str(_scalar(rows)))
 
     def await_results(self, buckets: list[int]) -> Call[None]:
-        """Say, on the connection that listens, that somebody waits: bucket -1 for anybody at all, 0-255 for an id's last byte."""
+        """Say, on the listening connection, that somebody waits: bucket -1 for anybody, 0-255 for an id's last byte."""
         return Call(self._query["await_results"], (buckets,), ignore)
 
     def leave_results(self, buckets: list[int]) -> Call[None]:

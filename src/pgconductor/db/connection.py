@@ -192,10 +192,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                     await trio.lowlevel.checkpoint()
                 want = gen.send(ready)
         except StopIteration as stop:
+            if not has_waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             result: T = stop.value
-        if not has_waited:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        return result
+            return result
 
     @trio.lowlevel.enable_ki_protection
     async def wait(self, gen: PQGen[T], interval: float = 0.0, timeout: float | None = None) -> T:
@@ -229,6 +229,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             raise
         except Exception:
             _check_in_trio()
+            self._end(gen)
             raise
         except BaseException:
             await self._interrupt(gen)
@@ -247,8 +248,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """After an interrupted wait: see that nothing stays in flight, or close."""
         is_clean = False
         try:
-            self._forget_pipeline_results()
-            gen.close()
+            self._end(gen)
             with trio.move_on_after(self.cleanup_timeout, shield=True):
                 with suppress(psycopg.Error):
                     await self._abort()
@@ -257,11 +257,16 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             if not is_clean:
                 self.drop()
 
-    def _forget_pipeline_results(self) -> None:
-        # Before the generator is closed: those of a pipeline otherwise yield once more, to fetch what is queued.
+    def _end(self, gen: Generator[Any, Any, Any]) -> None:
+        """End a generator that will not be resumed."""
+        # One that has ended by itself may have raised the error of one statement of a pipeline that goes on.
+        if getattr(gen, "gi_frame", None) is None:
+            return
+        # Those of a pipeline otherwise yield once more, to fetch what is queued.
         if (pipeline := self._pipeline) is not None:
             pipeline.command_queue.clear()
             pipeline.result_queue.clear()
+        gen.close()
 
     async def _abort(self) -> None:
         """Cancel what runs at the server and read its replies away, until nothing is in flight.
@@ -276,8 +281,6 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             raise psycopg.OperationalError("interrupted in a two-phase transaction")
         if pgconn.pipeline_status != pq.PipelineStatus.OFF:
             pgconn.pipeline_sync()
-        # What was sent may or may not have prepared or dropped statements.
-        self._prepared.clear()
         await self._send_cancel()
         fd = pgconn.socket
         while pgconn.transaction_status == _ACTIVE:
@@ -297,7 +300,11 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 if size == 0:
                     await self._wait_fd(fd, _WAIT_R)
                     pgconn.consume_input()
-        self._keep_notifies()
+        # What was sent may or may not have prepared or dropped statements. Now, since psycopg would forget them only
+        # after the next one, perhaps just prepared; in a failed transaction its rollback does it.
+        self._prepared.clear()
+        if pgconn.transaction_status in (_IDLE, _INTRANS):
+            await self._drive(self._prepared.maintain_gen(self))
 
     async def _send_cancel(self) -> None:
         if psycopg.capabilities.has_cancel_safe():
@@ -319,11 +326,15 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             with trio.move_on_after(self.cleanup_timeout, shield=True):
                 async with self.lock:
                     try:
-                        return await self._drive(gen)
-                    finally:
-                        is_finished = self.pgconn.transaction_status != _ACTIVE or self._pipeline is not None
+                        result = await self._drive(gen)
+                    except psycopg.Error:
+                        is_finished = self.pgconn.transaction_status != _ACTIVE
+                        raise
+                    is_finished = True
+                    return result
         finally:
             if not is_finished:
+                self._end(gen)
                 self.drop()
         return None
 
@@ -489,9 +500,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 yield transaction
         except BaseException as error:
             # COMMIT may have been queued and dropped with the rest of the queue.
-            if not isinstance(error, Exception) and is_outermost and not self.closed:
-                if self.pgconn.transaction_status != _IDLE:
-                    await self.finish(self._rollback_gen())
+            is_interrupted = not isinstance(error, Exception)
+            if is_interrupted and is_outermost and self.pgconn.transaction_status in (_INTRANS, _INERROR):
+                await self.finish(self._rollback_gen())
             raise
 
     async def __aexit__(
@@ -520,7 +531,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if not self.closed:
             self._closed = True
             self.drop()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        await trio.lowlevel.checkpoint()
 
     # Notifications
 
@@ -639,8 +650,7 @@ class _TurnLock:
             await self._queue.park()  # whoever wakes us has made us the owner
 
     async def __aexit__(self, *_: object) -> None:
-        woken = self._queue.unpark()
-        self._owner = woken[0] if woken else None
+        self._owner = self._queue.unpark()[0] if self._queue else None
 
 
 class _Transaction(psycopg.AsyncTransaction):
@@ -683,9 +693,13 @@ class _Transaction(psycopg.AsyncTransaction):
             self.status = self.Status.FAILED
         elif self.status is self.Status.ACTIVE:
             await self._conn.finish(self._exit_gen(type(error), error, None))
-        elif not isinstance(error, Exception) and not self._outer_transaction:
-            if self.pgconn.transaction_status == _INERROR and not self.pgconn.pipeline_status:
-                await self._conn.finish(self._conn.commands_gen(self._get_rollback_commands()))
+        elif (
+            not isinstance(error, Exception)
+            and not self._outer_transaction
+            and not self.pgconn.pipeline_status
+            and self.pgconn.transaction_status == _INERROR
+        ):
+            await self._conn.finish(self._conn.commands_gen(self._get_rollback_commands()))
 
 
 class _ServerCursor(psycopg.AsyncServerCursor[Row]):
@@ -700,9 +714,12 @@ class _ServerCursor(psycopg.AsyncServerCursor[Row]):
             if not self.closed:
                 conn = self._conn
                 assert isinstance(conn, TrioConnection)
-                if not conn.closed:
-                    await conn.finish(self._close_gen())
-                self._close()
+                try:
+                    if not conn.closed:
+                        self._described = False  # it may be closed already: look before closing it again
+                        await conn.finish(self._close_gen())
+                finally:
+                    self._close()
             raise
 
 

@@ -6,24 +6,24 @@ transaction. The cursor is ours, whatever row or cursor factory the connection h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg.rows import tuple_row
 
-from ..errors import Misuse, Refused, SchemaMissing
+from ..errors import LeaseLost, Misuse, Refused, SchemaMissing
 from .call import Call
 
 T = TypeVar("T")
 
 # SQLSTATEs our functions raise; class "PC" is in the range the standard leaves to applications.
-_OURS: dict[str, type[Misuse | Refused]] = {"PC001": Misuse, "PC002": Refused}
+_OURS: dict[str, type[Misuse | Refused]] = {"PC001": Misuse, "PC002": Refused, "PC003": LeaseLost}
 
 
 @contextmanager
-def mapped_errors() -> Iterator[None]:
+def mapped_errors() -> Generator[None, None, None]:
     """Turn the SQLSTATEs our functions raise into our exceptions; let every other error pass."""
     try:
         yield
@@ -32,7 +32,8 @@ def mapped_errors() -> Iterator[None]:
             raise ours(error.diag.message_primary or str(error)) from error
         if isinstance(error, (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction)):
             raise SchemaMissing(
-                f"{error.diag.message_primary}: the schema is missing or older than this program; run `pgconductor migrate`"
+                f"{error.diag.message_primary}: the schema is missing or older than this program; "
+                f"run `pgconductor migrate`"
             ) from error
         raise
 

@@ -1,7 +1,8 @@
 """Fresh databases, each a clone of a template, so that a test pays for a file copy and not for the migrations.
 
-Owns the databases it makes and nothing else on the server: names begin with ``pgconductor_test_`` and a random part, so that several
-test runs and xdist workers may share a server. A database is dropped with its sessions, so a test that leaks connections harms none.
+Owns the databases it makes and nothing else on the server: names begin with ``pgconductor_test_`` and a random part,
+so that several test runs and xdist workers may share a server. A database is dropped with its sessions, so a test
+that leaks connections harms none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .server import DatabaseServer
 
 
 class Databases:
-    """Makes and drops databases on `server`; the template with `schema` is made when first needed. Close it at the end."""
+    """Makes and drops databases on `server`; the template with `schema` is made when first needed. Close it at the
+    end.
+    """
 
     def __init__(self, server: DatabaseServer, schema: str = "pgconductor") -> None:
         self._server = server

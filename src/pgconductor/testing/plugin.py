@@ -1,7 +1,8 @@
 """The pytest plugin: database fixtures for this library's own tests and for those of its users.
 
-Loaded in every pytest run where the library is installed, so it imports nothing heavy and does nothing until a fixture is used. The
-server, its template and each database live exactly as long as the fixture that made them. With pytest-xdist every worker has its own.
+Loaded in every pytest run where the library is installed, so it imports nothing heavy and does nothing until a
+fixture is used. The server, its template and each database live exactly as long as the fixture that made them. With
+pytest-xdist every worker has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .databases import Databases
     from .server import DatabaseServer
 
+_NONE: list[str] = []
 _USED = pytest.StashKey[list[str]]()  # the servers that were used, in words, for the summary
 
 
@@ -76,7 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand what an xdist worker used to its controller."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["pgconductor_servers"] = session.config.stash.get(_USED, [])
+        output["pgconductor_servers"] = session.config.stash.get(_USED, _NONE)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -88,5 +90,6 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print each server that was used, once."""
-    for line in dict.fromkeys(config.stash.get(_USED, [])):
+    used: list[str] = config.stash.get(_USED, _NONE)
+    for line in dict.fromkeys(used):
         terminalreporter.write_line(f"PostgreSQL for the tests: {line}")

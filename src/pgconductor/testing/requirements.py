@@ -1,4 +1,4 @@
-"""What a test needs beyond Python and a database, as reasons to skip: one line that names the missing thing and how to get it.
+"""What a test needs beyond Python and a database, as reasons to skip: each names the missing thing and the remedy.
 
     @pytest.mark.skipif(bool(reason := missing_program("pgbouncer", "apt-get install pgbouncer")), reason=reason)
 

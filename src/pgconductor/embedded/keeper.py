@@ -1,15 +1,20 @@
-"""The process between an embedded server and the programs that use it: it starts `postgres` and, when the last user is gone, stops it.
+"""The process between an embedded server and its users: starts `postgres`, and stops it when the last user is gone.
 
-Run as a script by `pgconductor.embedded`, with the standard library only (`python -I -S`). It leaves the caller's session, so that
-Ctrl-C or a closing terminal reaches neither it nor the server, and it is nobody's child, so that nobody has to wait for it.
+Run as a script by `pgconductor.embedded`, with the standard library only (`python -I -S`). It leaves the caller's
+session, so that Ctrl-C or a closing terminal reaches neither it nor the server, and it is nobody's child, so that
+nobody has to wait for it.
 
-Three lock files tell everything, and the kernel drops them with the processes that hold them; no process id is ever trusted alone:
+Three lock files tell everything, and the kernel drops them with the processes that hold them; no process id is ever
+trusted alone:
 
 - `start.lock`, exclusive: held while a server is being started or stopped.
-- `users.lock`, shared: held by every program that uses the server. The keeper waits for it exclusively: it gets it when all are gone.
-- `server.lock`, exclusive: taken here and inherited by `postgres` and all its children. While it is held, the server is alive.
+- `users.lock`, shared: held by every program that uses the server. The keeper waits for it exclusively: it gets it
+  when all are gone.
+- `server.lock`, exclusive: taken here and inherited by `postgres` and all its children. While it is held, the server
+  is alive.
 
-The keeper never waits for `start.lock` while it holds `users.lock`, for a starting program holds them the other way round.
+The keeper never waits for `start.lock` while it holds `users.lock`, for a starting program holds them the other way
+round.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ def _wait_ready(child: subprocess.Popen[bytes], data: Path, deadline: float) -> 
 
 
 def _tell(report: int, what: str) -> None:
-    """Report to the program that started us; if it has died meanwhile, its lock is free and we stop the server like any other time."""
+    """Report to the program that started us; if it has died meanwhile, its lock is free and we stop the server like
+    any other time.
+    """
     with suppress(BrokenPipeError):
         os.write(report, what.encode())
     os.close(report)
@@ -82,7 +89,8 @@ def _wait_until_unused(home: Path) -> int:
 
 def main(arguments: str) -> None:
     """Keep one server. `arguments` is JSON: `home`, `sockets`, `command`, `user` (uid and gid, or null), `environment`,
-    `timeout` in seconds, `report` (a descriptor to write "ready" or the problem to), `throwaway` (remove everything afterwards).
+    `timeout` in seconds, `report` (a descriptor to write "ready" or the problem to), `throwaway` (remove everything
+    afterwards).
     """
     options: dict[str, Any] = json.loads(arguments)
     home = Path(options["home"])
@@ -92,14 +100,12 @@ def main(arguments: str) -> None:
 
     server_lock = os.open(home / "server.lock", os.O_RDWR)
     fcntl.flock(server_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the caller looked while holding start.lock: it is free
-    identity: dict[str, Any] = {}
-    if options["user"] is not None:
-        uid, gid = options["user"]
-        identity = {"user": uid, "group": gid, "extra_groups": []}
+    uid, gid = options["user"] or (None, None)
     with (home / "server.log").open("ab") as log:
         try:
-            child = subprocess.Popen(
-                options["command"],
+            command: list[str] = options["command"]
+            child: subprocess.Popen[bytes] = subprocess.Popen(
+                command,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -107,7 +113,9 @@ def main(arguments: str) -> None:
                 env=options["environment"],
                 pass_fds=(server_lock,),
                 umask=0o077,
-                **identity,
+                user=uid,
+                group=gid,
+                extra_groups=None if uid is None else [],
             )
         except OSError as error:
             _tell(report, f"{options['command'][0]}: {error}")

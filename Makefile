@@ -1,0 +1,84 @@
+# Needs make and Python 3.11 or newer; everything else is set up by the targets, in .venv.
+#
+#   make demo    start an embedded PostgreSQL and watch 10,000 executions flow
+#   make test    the test suite: PostgreSQL 18, the part that meets the database again on 16 and 15, a part on the newest Python
+#   make check   format, lint, types, import directions
+#   make bench   the benchmarks, each with its settings; BENCH=name runs one
+#   make clean   remove environments and caches
+#
+# PYTHON=python3.12 chooses the interpreter, WORKERS=4 the number of processes for tests, PYTEST_ARGS='-k claim' what pytest gets.
+
+WORKERS ?= 2
+PYTEST_ARGS ?=
+PYTHON ?=
+export PYTHON
+
+VENV := .venv
+PYTEST := python -m pytest -n $(WORKERS) --durations=10 $(PYTEST_ARGS)
+DATABASE_TESTS := $(wildcard tests/sql tests/db tests/migrations tests/runtime)
+PYTHON_TESTS := $(wildcard tests/unit tests/sql tests/runtime)
+DEBIAN_15 := /usr/lib/postgresql/15/bin
+
+.PHONY: help demo test test-all test-16 test-15 test-newest-python check bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo:
+	@sh .ci/setup $(VENV) embedded
+	@$(VENV)/bin/pgconductor demo
+
+# The whole suite comes last, so that its closing line is the last; a failure before it is remembered.
+test:
+	@sh .ci/setup $(VENV) dev
+	@status=0; \
+	for part in test-newest-python test-16 test-15 test-all; do \
+		$(MAKE) --no-print-directory $$part || status=1; \
+	done; \
+	[ $$status = 0 ] || echo "make test: FAILED, see above"; \
+	exit $$status
+
+test-all:
+	@sh .ci/setup $(VENV) dev
+	@echo "== The whole suite, $$($(VENV)/bin/python --version), PostgreSQL as configured (default 18)"
+	@$(VENV)/bin/$(PYTEST)
+
+test-16:
+	@sh .ci/setup $(VENV) dev
+	@if [ -z "$(DATABASE_TESTS)" ]; then echo "== PostgreSQL 16: no tests"; \
+	elif [ -n "$$PGCONDUCTOR_TEST_DSN" ]; then echo "== PostgreSQL 16: left out, PGCONDUCTOR_TEST_DSN names the server"; \
+	else echo "== PostgreSQL 16"; PGCONDUCTOR_TEST_SERVER=16 $(VENV)/bin/$(PYTEST) $(DATABASE_TESTS); fi
+
+test-15:
+	@sh .ci/setup $(VENV) dev
+	@if [ -z "$(DATABASE_TESTS)" ]; then echo "== PostgreSQL 15: no tests"; \
+	elif [ -n "$$PGCONDUCTOR_TEST_DSN" ]; then echo "== PostgreSQL 15: left out, PGCONDUCTOR_TEST_DSN names the server"; \
+	elif [ ! -x $(DEBIAN_15)/initdb ]; then echo "== PostgreSQL 15: left out, not installed (Debian 12: apt-get install postgresql-15)"; \
+	else echo "== PostgreSQL 15"; PGCONDUCTOR_TEST_SERVER=$(DEBIAN_15) $(VENV)/bin/$(PYTEST) $(DATABASE_TESTS); fi
+
+test-newest-python:
+	@if [ -n "$(PYTHON)" ]; then echo "== Newest Python: left out, PYTHON names the interpreter"; \
+	elif [ -z "$(PYTHON_TESTS)" ]; then echo "== Newest Python: no tests"; \
+	else \
+		answer=$$(sh .ci/setup --newest $(VENV)-newest dev) || exit 1; \
+		if [ "$$answer" = same ]; then echo "== Newest Python: left out, only one supported version is installed"; \
+		else echo "== $$($(VENV)-newest/bin/python --version)"; $(VENV)-newest/bin/$(PYTEST) $(PYTHON_TESTS); fi; \
+	fi
+
+check:
+	@sh .ci/setup $(VENV) dev
+	@status=0; \
+	for tool in "ruff format --check ." "ruff check ." mypy "pyright --pythonpath $(VENV)/bin/python" lint-imports; do \
+		echo "== $$tool"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/$$tool || status=1; \
+	done; \
+	exit $$status
+
+bench:
+	@sh .ci/setup $(VENV) dev
+	@for file in $(if $(BENCH),benchmarks/$(BENCH).py,$(wildcard benchmarks/[a-z]*.py)); do \
+		echo "== $$file"; $(VENV)/bin/python $$file || exit 1; \
+	done
+
+clean:
+	rm -rf .venv .venv-newest .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

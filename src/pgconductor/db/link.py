@@ -1,0 +1,208 @@
+"""A connection of the engine: opened when needed, replaced when lost.
+
+Owns the settings of the engine's sessions and the only retry in the engine. A call that failed because the database was
+not there may or may not have been carried out; whoever insists on one must know that sending it twice is harmless.
+
+Cancellation: `TrioConnection` leaves the connection idle or closed; a closed one is replaced at the next call.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psycopg
+import trio
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
+
+from ..errors import SchemaMissing, Unavailable, Unstorable
+from .call import Call
+from .connection import TrioConnection
+from .execute import run
+
+T = TypeVar("T")
+
+logger = logging.getLogger("pgconductor.runtime")
+
+# SQLSTATE classes after which the same call may succeed later: connection, transaction rollback, resources, operator
+# intervention, system error, read-only server; and object_in_use, lock_not_available.
+_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
+_TRANSIENT_STATES = ("25006", "55006", "55P03", "0A000", "26000")
+# Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
+_DATA_CLASSES = ("22", "23", "54")
+
+# Brakes on our own sessions, whatever the administrator's defaults are. No statement of the engine waits long by
+# intention.
+_SETTINGS = {
+    "default_transaction_isolation": "read committed",
+    "statement_timeout": "30s",
+    "lock_timeout": "5s",
+    "idle_in_transaction_session_timeout": "60s",
+    "idle_session_timeout": "0",
+}
+_APPLY_SETTINGS = "select " + ", ".join(
+    f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()
+)
+
+# A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
+_TCP_USER_TIMEOUT = "10000"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the engine's connections go. `prepare_threshold` None: through a pooler, nothing is prepared."""
+
+    conninfo: str
+    listen_conninfo: str
+    prepare_threshold: int | None
+
+
+def _is_transient(error: psycopg.Error) -> bool:
+    """Whether the same call may succeed later, on a new connection if need be."""
+    state = error.sqlstate
+    if state is None:  # raised by the client: the connection broke, or could not be made
+        return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
+    return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
+
+
+def backoff(failures: int, rng: random.Random, *, initial: float = 0.05, maximum: float = 5.0) -> float:
+    """Seconds to wait after `failures` failures in a row: full jitter, so that a fleet does not return at once."""
+    return rng.uniform(0.0, min(maximum, initial * math.pow(2.0, min(failures, 20))))
+
+
+class OutageLog:
+    """At most one line per second about the same trouble, however many tasks meet it."""
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+
+    def warn(self, message: str, *args: object) -> None:
+        now = trio.current_time()
+        if now >= self._next:
+            self._next = now + 1.0
+            logger.warning(message, *args)
+
+
+async def _open_session(conninfo: str, role: str, prepare_threshold: int | None) -> TrioConnection[TupleRow]:
+    """Connect with the engine's settings; `role` shows in pg_stat_activity. Raises what connecting raises."""
+    given = conninfo_to_dict(conninfo)
+    defaults = {
+        "application_name": f"pgconductor {role}",
+        "connect_timeout": "5",
+        "tcp_user_timeout": _TCP_USER_TIMEOUT,
+        "keepalives_idle": "10",
+    }
+    conn = await TrioConnection.connect(
+        make_conninfo("", **{**defaults, **given}), autocommit=True, prepare_threshold=prepare_threshold
+    )
+    try:
+        await conn.execute(_APPLY_SETTINGS)
+    except BaseException:
+        conn.drop()
+        raise
+    return conn
+
+
+class Link:
+    """A connection that comes back. Of two tasks that use it at once the second waits for the first one's reply."""
+
+    def __init__(
+        self, target: Target, role: str, outages: OutageLog, rng: random.Random, *, listens: bool = False
+    ) -> None:
+        self._conninfo = target.listen_conninfo if listens else target.conninfo
+        self._prepare_threshold = 5 if listens else target.prepare_threshold
+        self._role = role
+        self._outages = outages
+        self._rng = rng
+        self._conn: TrioConnection[TupleRow] | None = None
+        self._connecting = trio.Lock()
+
+    async def attempt(self, call: Call[T]) -> T:
+        """Execute once. Raises `Unavailable` if the database was not there: it may have been carried out or not.
+
+        Raises `Unstorable` if a value cannot be stored; what else goes wrong is an error of ours and passes as it is.
+        """
+        with self._errors():
+            return await run(await self._open(), call)
+
+    async def listen(self, channels: Iterable[str]) -> None:
+        """Listen to more channels; for a link made with `listens`. Raises `Unavailable`."""
+        with self._errors():
+            conn = await self._open()
+            for channel in channels:
+                await conn.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+
+    async def receive(self) -> set[str]:
+        """Wait until somebody notified; return the channels. Cancelling it loses nothing. Raises `Unavailable`."""
+        with self._errors():
+            # Not reopened here: a new connection would listen to nothing.
+            if self._conn is None:
+                raise psycopg.OperationalError("the connection is closed")
+            return {notify.channel for notify in await self._conn.receive_notifies()}
+
+    async def _open(self) -> TrioConnection[TupleRow]:
+        conn = self._conn
+        if conn is None or conn.closed:
+            async with self._connecting:
+                conn = self._conn
+                if conn is None or conn.closed:
+                    conn = self._conn = await _open_session(self._conninfo, self._role, self._prepare_threshold)
+        return conn
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except psycopg.Error as error:
+            if _is_transient(error):
+                self.drop()
+                raise Unavailable(f"{self._role}: {_first_line(error)}") from error
+            if (error.sqlstate or "").startswith(_DATA_CLASSES):
+                # The driver's text may quote the value; its class says what is wrong.
+                raise Unstorable(f"{type(error).__name__}, SQLSTATE {error.sqlstate}") from error
+            raise
+
+    async def insist(self, call: Call[T]) -> T:
+        """Execute until the database has answered. Only for calls that may be carried out twice."""
+        failures = 0
+        while True:
+            try:
+                return await self.attempt(call)
+            except Unavailable as error:
+                failures += 1
+                self._outages.warn("%s; trying again", error)
+            except SchemaMissing as error:
+                # A server that is being restored or migrated: not the caller's fault, and not for ever.
+                failures += 1
+                self._outages.warn("%s", error)
+            await trio.sleep(backoff(failures, self._rng))
+
+    def drop(self) -> None:
+        """Close at once; the next call connects anew."""
+        if self._conn is not None:
+            self._conn.drop()
+            self._conn = None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@asynccontextmanager
+async def open_link(
+    target: Target, role: str, outages: OutageLog, rng: random.Random, *, listens: bool = False
+) -> AsyncIterator[Link]:
+    """A link that is closed at the end of the block, in a cancelled scope too."""
+    link = Link(target, role, outages, rng, listens=listens)
+    try:
+        yield link
+    finally:
+        link.drop()

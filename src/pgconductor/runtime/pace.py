@@ -1,0 +1,70 @@
+"""How much to claim, and whether to go on looking before going to sleep: decisions from what was measured, no I/O.
+
+`Prefetch` keeps a small stock of claimed executions so that no runner waits for a round trip while executions end fast,
+and none at all when they take long: the stock doubles when the runners ran dry before a claim came back, and halves
+when an execution had waited in it for longer than `longest_wait`.
+
+`Linger` tells a busy worker from an idle one. A worker that raised its sleep flag after every empty claim would make
+producers notify it for nearly every insert; one that always lingered first would double the latency at light load. So
+the measured rate of arrivals decides, with hysteresis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Prefetch:
+    """How many executions to hold beyond those that run."""
+
+    maximum: int = 2000
+    longest_wait: float = 0.05
+    size: int = 0
+    _worst_wait: float = field(default=0.0, repr=False)
+
+    def note_start(self, waited: float) -> None:
+        """An execution was started that had waited in stock for `waited` seconds."""
+        if waited > self._worst_wait:
+            self._worst_wait = waited
+
+    def note_claim(self, *, asked: int, got: int, ran_dry: bool) -> None:
+        """A claim came back; `ran_dry`: a runner had nothing to do when it did."""
+        if self._worst_wait > self.longest_wait:
+            self.size //= 2
+        elif ran_dry and got == asked:
+            self.size = min(self.maximum, max(8, self.size * 2))
+        self._worst_wait = 0.0
+
+    def note_stuck(self) -> None:
+        """What was in stock had to be given back: the executions before it take long."""
+        self.size = 0
+
+
+@dataclass(slots=True)
+class Linger:
+    """Whether an empty claim should be followed by more looks (True) or by sleep.
+
+    `begin` and `end`: arrivals per second above which lingering begins, below which it ends. `period`: how long to
+    look, in seconds, `interval` apart. The rate is averaged over about `memory` seconds.
+    """
+
+    begin: float = 250.0
+    end: float = 100.0
+    period: float = 0.03
+    interval: float = 0.0015
+    memory: float = 0.25
+    rate: float = 0.0
+    is_lingering: bool = False
+    _noted_at: float = field(default=-math.inf, repr=False)
+
+    def note_arrivals(self, now: float, count: int) -> None:
+        """`count` executions were claimed at `now` (0 for an empty claim)."""
+        elapsed = now - self._noted_at
+        self._noted_at = now
+        self.rate = self.rate * math.exp(-elapsed / self.memory) + count / self.memory
+        if self.rate >= self.begin:
+            self.is_lingering = True
+        elif self.rate < self.end:
+            self.is_lingering = False

@@ -1,0 +1,108 @@
+"""Every form of declaring and invoking a task, with the types that callers see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, assert_type
+
+import psycopg
+
+from pgconductor.context import Context
+from pgconductor.handle import Handle, SyncHandle
+from pgconductor.retry import Exponential
+from pgconductor.tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Tasks, Worker
+
+
+@dataclass
+class Report:
+    day: date
+
+
+def forms(conductor: Tasks) -> None:
+    @conductor.task
+    async def with_context(ctx: Context, name: str) -> str:
+        return name
+
+    @conductor.task
+    async def without_context(*, day: date, times: int = 1) -> Report:
+        return Report(day)
+
+    @conductor.task
+    def plain_with_context(ctx: Context, day: date) -> Report:
+        return Report(day)
+
+    @conductor.task
+    def plain(name: str) -> int:
+        return len(name)
+
+    @conductor.task(name="configured", queue="fast", max_attempts=5, backoff=Exponential(initial=0.1))
+    async def configured(ctx: Context, name: str) -> str:
+        return name
+
+    @conductor.task(queue="fast")
+    def configured_plain(name: str) -> int:
+        return len(name)
+
+    @conductor.task()
+    async def nothing() -> None:
+        return None
+
+    assert_type(with_context.bind("Ada"), Invocation[str])
+    assert_type(with_context.bind(name="Ada"), Invocation[str])
+    assert_type(without_context.bind(day=date(2024, 1, 1), times=2), Invocation[Report])
+    assert_type(plain_with_context.bind(date(2024, 1, 1)), Invocation[Report])
+    assert_type(plain.bind("Ada"), Invocation[int])
+    assert_type(configured.bind(name="Ada"), Invocation[str])
+    assert_type(configured_plain.bind(name="Ada"), Invocation[int])
+    assert_type(nothing.bind(), Invocation[None])
+
+    as_task: Task[[str], int] = plain
+    as_invocable: Invocable[[str], int] = plain
+    also_invocable: Invocable[[str], int] = plain.options(priority=1)
+    print(as_task, as_invocable, also_invocable)
+
+    worker = conductor.create_worker(
+        queue="fast", tasks=[configured, configured_plain], concurrency=10, notify="always"
+    )
+    assert_type(worker, Worker)
+
+
+async def invoking(
+    conductor: Tasks, sync_conn: psycopg.Connection[Any], trio_conn: psycopg.AsyncConnection[Any], later: datetime
+) -> None:
+    @conductor.task(queue="fast")
+    async def greet(ctx: Context, name: str) -> str:
+        return name
+
+    handle = await greet.invoke(name="World")
+    assert_type(handle, Handle[str])
+    assert_type(await handle.result(timeout=5), str)
+    assert_type(await handle.result(timeout=timedelta(seconds=5)), str)
+    assert_type(await greet.invoke_many([greet.bind(name=n) for n in "ab"]), list[Handle[str]])
+
+    await greet.options(priority=10, run_at=later, dedupe_key="w").invoke(name="World")
+    await greet.options(queue="other", delay=timedelta(minutes=1)).invoke("World")
+    await greet.options(run_at=datetime.now(UTC), conn=trio_conn).invoke("World")
+    await greet.options(conn=None).invoke("World")
+
+    call = greet.options(conn=sync_conn)
+    assert_type(call.bind("Ada"), Invocation[str])
+    assert_type(call.invoke("Ada"), SyncHandle[str])
+    assert_type(call.invoke("Ada").result(), str)
+    assert_type(call.invoke_many([call.bind("Ada")]), list[SyncHandle[str]])
+
+
+async def through_protocol(call: TaskCall[[str], int], sync: SyncTaskCall[[str], int]) -> None:
+    assert_type(await call.invoke("x"), Handle[int])
+    assert_type(sync.invoke("x"), SyncHandle[int])
+
+
+class Pool:
+    """A resource."""
+
+
+async def resources(ctx: Context) -> None:
+    assert_type(ctx.resource(Pool), Pool)
+    assert_type(ctx.attempt, int)
+    ctx.logger.info("started")
