@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from .errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable
+from ..errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable, Unstorable
 
 VARIABLES: Final = ("PGCONDUCTOR_DSN", "DATABASE_URL")
 EMBEDDED_DATABASE: Final = "pgconductor"
@@ -56,7 +56,7 @@ class Database:
         """
         if not self.embedded:
             return self.resolve()
-        from .embedded import embedded_server  # only for those who ask for it
+        from ..embedded import embedded_server  # only for those who ask for it
 
         conninfo = stack.enter_context(embedded_server()).ensure_database(EMBEDDED_DATABASE)
         return Addresses(conninfo, conninfo)
@@ -124,6 +124,10 @@ def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = 
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return Refused(
             f"the role may not do this ({server}) while {doing}: {error.diag.message_primary}; grant it the privilege"
+        )
+    if isinstance(error, (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)):
+        return Unstorable(
+            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: {error}"
         )
     if not isinstance(error, psycopg.OperationalError):
         return None
