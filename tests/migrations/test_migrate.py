@@ -557,5 +557,5 @@ def test_shipped_functions_work_in_a_schema_of_any_name(conn: Connection, schema
     (invoked,) = run_sync(conn, calls.invoke_many([NewExecution("greet", "{}", queue)]))
     (claimed,) = run_sync(conn, calls.claim(queue, owner, ["greet"], 10)).claimed
     assert claimed.id == invoked.id
-    assert run_sync(conn, calls.heartbeat(owner, 10.0))
+    assert run_sync(conn, calls.heartbeat(owner, 10.0, [queue])).is_alive
     assert queue in [status.queue for status in run_sync(conn, calls.queue_status())]

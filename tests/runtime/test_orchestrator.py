@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -182,7 +182,9 @@ async def test_an_interrupted_thread_keeps_its_claim(conductor: Conductor, query
 
 
 async def test_a_lost_lease_interrupts_and_begins_a_new_incarnation(conductor: Conductor, query: Any) -> None:
-    """Declared dead, an orchestrator stops what it holds, writes nothing under its old id, and goes on under a new one."""
+    """Declared dead, an orchestrator stops what it holds, writes nothing under its old id, and goes on under a new
+    one.
+    """
     begun = trio.Event()
     attempts: list[int] = []
 
@@ -401,7 +403,7 @@ async def test_declarations_are_checked() -> None:
         await Orchestrator(conductor).run()
     for options in ({"lease": 0.5}, {"lease": float("nan")}, {"grace": -1}, {"listen": "both"}):
         with pytest.raises(InvalidOption):
-            Orchestrator(conductor, workers=[worker], **options)  # type: ignore[arg-type]
+            Orchestrator(conductor, workers=[worker], **cast(Any, options))
     with pytest.raises(InvalidOption):
         await Orchestrator(conductor, workers=[worker]).drain(horizon=-1)
 

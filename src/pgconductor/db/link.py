@@ -103,7 +103,8 @@ async def _open_session(conninfo: str, role: str, prepare_threshold: int | None)
         make_conninfo("", **{**defaults, **given}), autocommit=True, prepare_threshold=prepare_threshold
     )
     try:
-        await conn.execute(_APPLY_SETTINGS)
+        if prepare_threshold is not None:  # behind a pooler they would stay with a server session that others use next
+            await conn.execute(_APPLY_SETTINGS)
     except BaseException:
         conn.drop()
         raise

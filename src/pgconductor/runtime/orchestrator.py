@@ -26,17 +26,18 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 import trio
+from trio_util import periodic
 
 from ..context import Resources, resources_by_type
 from ..db import schema
-from ..db.calls import WorkerRow
+from ..db.calls import Heartbeat, WorkerRow
 from ..db.link import Link, OutageLog, Target, open_link
 from ..errors import InvalidOption, InvalidTask, Misuse, Unavailable
 from ..options import MAX_DELAY, checked_seconds
@@ -340,7 +341,6 @@ class Orchestrator:
         try:
             async with trio.open_nursery() as keepers:
                 keepers.start_soon(self._renew, owner, lease, process, name="renew the lease")
-                keepers.start_soon(self._rescue, target, outages, name="rescue")
                 for listener in listeners:
                     await keepers.start(listener.run, name=repr(listener))
                 async with trio.open_nursery() as workers:
@@ -358,34 +358,33 @@ class Orchestrator:
                     await self._retire(owner, process.control)
 
     async def _renew(self, owner: UUID, lease: trio.CancelScope, process: _Process) -> None:
-        """The heartbeat. What counts is when it was sent: a reply that comes late says nothing about the time since."""
-        interval = min(process.lease / 4, 15.0)
-        while True:
-            await trio.sleep(interval)
-            sent_at = trio.current_time()
-            try:
-                with trio.move_on_after(interval):
-                    if not await process.control.attempt(self._conductor.calls.heartbeat(owner, process.lease)):
-                        lease.cancel()
-                        return
-                    lease.deadline = sent_at + _trusted(process.lease)
-            except Unavailable as error:
-                process.outages.warn("the lease could not be renewed: %s", error)
+        """The heartbeat, which also rescues what dead orchestrators held on our queues.
 
-    async def _rescue(self, target: Target, outages: OutageLog) -> None:
-        """Give back what dead orchestrators held on our queues."""
-        interval = min(2.5, self._lease / 4)
-        async with open_link(target, "rescue", outages, self._rng) as link:
-            while True:
-                for worker in self.workers:
-                    recovered, failed = await link.insist(self._conductor.calls.recover(worker.queue))
-                    self._recovered += recovered + failed
-                    if recovered or failed:
-                        logger.warning(
-                            "queue %r: %d executions of dead orchestrators given back, %d failed for good",
-                            worker.queue, recovered, failed,
-                        )  # fmt: skip
-                await trio.sleep(interval * self._rng.uniform(0.8, 1.0))
+        What counts for the lease is when it was sent: a reply that comes late says nothing about the time since.
+        """
+        queues = [worker.queue for worker in self.workers]
+        call = self._conductor.calls.heartbeat(owner, process.lease, queues)
+        interval = min(process.lease / 4, 15.0)
+        async with aclosing(periodic(interval)) as beats:
+            async for _ in beats:
+                sent_at = trio.current_time()
+                try:
+                    with trio.move_on_after(interval):
+                        beat = await process.control.attempt(call)
+                        if not beat.is_alive:
+                            lease.cancel()
+                            return
+                        lease.deadline = sent_at + _trusted(process.lease)
+                        self._note_rescue(beat)
+                except Unavailable as error:
+                    process.outages.warn("the lease could not be renewed: %s", error)
+
+    def _note_rescue(self, beat: Heartbeat) -> None:
+        if beat.recovered or beat.failed:
+            self._recovered += beat.recovered + beat.failed
+            logger.warning(
+                "%d executions of dead orchestrators were given back, %d failed for good", beat.recovered, beat.failed
+            )
 
     async def _stop_when(self, process: _Process) -> None:
         async with open_link(process.target, "drain", process.outages, self._rng) as link:
