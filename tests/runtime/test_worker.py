@@ -187,9 +187,11 @@ async def test_what_postgres_refuses_is_split_from_the_batch(
 
     give.resolve()
     encode = give.result.encode
-    monkeypatch.setattr(
-        type(give.result), "encode", lambda self, value: '"\\u0000"' if value in (3, 8) else encode(value)
-    )
+
+    def let_pass(_: object, value: int) -> str:
+        return '"\\u0000"' if value in (3, 8) else encode(value)
+
+    monkeypatch.setattr(type(give.result), "encode", let_pass)
     async with conductor:
         await give.invoke_many([give.bind(n) for n in range(10)])
         worker = conductor.create_worker(queue="q", tasks=[give])

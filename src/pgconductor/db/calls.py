@@ -97,11 +97,11 @@ _QUERIES = {
     "register_queue": "select {s}.register_queue(%s)",
     "register_tasks": "select {s}.register_tasks(%s::text[], %s)",
     "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
-    # One statement, so that an idle process sends no other: the lease first, then, if it holds, the rescue of others'
-    # work.
+    # The lease first, then the rescue of others' work, in one statement: an idle process sends no other.
     "heartbeat": "select h.alive, r.recovered, r.failed from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
     " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
-    " coalesce(sum(r.failed), 0)::int8 as failed from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r",
+    " coalesce(sum(r.failed), 0)::int8 as failed"
+    " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",

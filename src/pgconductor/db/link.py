@@ -47,9 +47,9 @@ _SETTINGS = {
     "idle_in_transaction_session_timeout": "60s",
     "idle_session_timeout": "0",
 }
-_APPLY_SETTINGS = "select " + ", ".join(
-    f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()
-)
+_APPLY_SETTINGS = (
+    "select " + ", ".join(f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
+).encode()
 
 # A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
 _TCP_USER_TIMEOUT = "10000"

@@ -26,14 +26,13 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 import trio
-from trio_util import periodic
 
 from ..context import Resources, resources_by_type
 from ..db import schema
@@ -365,19 +364,19 @@ class Orchestrator:
         queues = [worker.queue for worker in self.workers]
         call = self._conductor.calls.heartbeat(owner, process.lease, queues)
         interval = min(process.lease / 4, 15.0)
-        async with aclosing(periodic(interval)) as beats:
-            async for _ in beats:
-                sent_at = trio.current_time()
-                try:
-                    with trio.move_on_after(interval):
-                        beat = await process.control.attempt(call)
-                        if not beat.is_alive:
-                            lease.cancel()
-                            return
-                        lease.deadline = sent_at + _trusted(process.lease)
-                        self._note_rescue(beat)
-                except Unavailable as error:
-                    process.outages.warn("the lease could not be renewed: %s", error)
+        while True:
+            sent_at = trio.current_time()
+            try:
+                with trio.move_on_after(interval):
+                    beat = await process.control.attempt(call)
+                    if not beat.is_alive:
+                        lease.cancel()
+                        return
+                    lease.deadline = sent_at + _trusted(process.lease)
+                    self._note_rescue(beat)
+            except Unavailable as error:
+                process.outages.warn("the lease could not be renewed: %s", error)
+            await trio.sleep(interval)
 
     def _note_rescue(self, beat: Heartbeat) -> None:
         if beat.recovered or beat.failed:
