@@ -127,16 +127,16 @@ def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = 
         )
     if isinstance(error, (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)):
         return Unstorable(
-            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: {error}"
+            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: {_said(error)}"
         )
     if not isinstance(error, psycopg.OperationalError):
         return None
     if is_lost:
         return Unavailable(
             f"the connection to the server ({server}) was lost while {doing}; it may have taken effect or not: "
-            f"repeat it, with a dedupe_key if it must not happen twice: {error}"
+            f"repeat it, with a dedupe_key if it must not happen twice: {_said(error)}"
         )
-    return Unavailable(f"the server ({server}) could not serve while {doing}; try again later: {error}")
+    return Unavailable(f"the server ({server}) could not serve while {doing}; try again later: {_said(error)}")
 
 
 def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | None:
@@ -144,6 +144,11 @@ def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | N
     if not isinstance(error, psycopg.OperationalError):
         return None
     return NoDatabase(
-        f"cannot connect to the server ({describe_server(conninfo)}): {error}; start it, or name another one with "
+        f"cannot connect to the server ({describe_server(conninfo)}): {_said(error)}; start it, or name another one with "
         f"dsn=, PGCONDUCTOR_DSN or DATABASE_URL"
     )
+
+
+def _said(error: psycopg.Error) -> str:
+    """The driver's message on one line."""
+    return " ".join(str(error).split())
