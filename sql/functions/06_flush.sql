@@ -148,7 +148,8 @@ begin
     if cardinality(v_written) < cardinality(p_ids) then
         return query
         select o.id, case
-                when exists (select from @schema@._private_finished f where f.id = o.id and f.claim_no = o.claim_no and f.owner = p_owner)
+                when exists (select from @schema@._private_finished f where f.id = o.id and f.claim_no = o.claim_no
+                            and f.owner = p_owner and f.state::text = o.outcome)
                     or exists (select from @schema@._private_executions e
                         where e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id
                             and e.outcome_claim = o.claim_no and e.outcome = o.outcome)
