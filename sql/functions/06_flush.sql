@@ -126,6 +126,7 @@ create or replace function @schema@.flush(
 ) returns table (id uuid, status text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
