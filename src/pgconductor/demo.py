@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import trio
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.logging import RichHandler
@@ -226,8 +227,9 @@ class _Demo:
             await trio.sleep_until(begun_at + (fast_sent + slow_sent) * step)
         for worker in self._orchestrator.statistics().workers:
             self._pickups[worker.queue] = _pickup(worker.pickups)
-        self._backlog = trio.current_time(), sum(
-            worker.outcomes.get("completed", 0) for worker in self._orchestrator.statistics().workers
+        self._backlog = (
+            trio.current_time(),
+            sum(worker.outcomes.get("completed", 0) for worker in self._orchestrator.statistics().workers),
         )
         await self._invoke_all(self._fast, fast_sent, fast)
         await self._invoke_all(self._slow, slow_sent, slow)
@@ -353,11 +355,11 @@ def _line(row: _Row) -> str:
 
 
 def _picture(rows: Sequence[_Row], seconds: float) -> RenderableType:
-    table = Table(title=f"pgconductor, {seconds:.1f} s", title_justify="left")
+    table = Table(title=f"pgconductor, {seconds:.1f} s", title_justify="left", box=SIMPLE)
     table.add_column("queue")
-    for column in ("ready", "running", "finished", "rate", "pick-up p50", "p99"):
-        table.add_column(column, justify="right", min_width=8)
-    table.add_column("", min_width=20)
+    for column in ("ready", "running", "finished", "rate", "p50", "p99"):
+        table.add_column(column, justify="right", min_width=7, no_wrap=True)
+    table.add_column("", min_width=10)
     for row in rows:
         table.add_row(
             row.queue,
@@ -367,23 +369,25 @@ def _picture(rows: Sequence[_Row], seconds: float) -> RenderableType:
             f"{row.rate:,.0f}/s",
             _milliseconds(row.pickup.p50),
             _milliseconds(row.pickup.p99),
-            ProgressBar(total=max(1, row.expected), completed=row.finished, width=20),
+            ProgressBar(total=max(1, row.expected), completed=row.finished, width=10),
         )
-    return Group(table, Text("Pick-up: from due to the start of the handler, the latest 2,000. Ctrl-C ends the demo."))
+    return Group(table, Text("p50, p99: from due to the start of the handler, the latest 2,000. Ctrl-C ends it."))
 
 
 def _print_summary(summary: Summary, console: Console) -> None:
     completed = sum(queue.completed for queue in summary.queues)
     failed = sum(queue.failed for queue in summary.queues)
+    noun = "execution" if summary.executions == 1 else "executions"
     console.print(
-        f"{summary.executions:,} executions in {summary.seconds:.1f} s on {summary.server}: {completed:,} completed, "
+        f"{summary.executions:,} {noun} in {summary.seconds:.1f} s on {summary.server}: {completed:,} completed, "
         f"{failed:,} failed, {summary.retried:,} retried once.",
         soft_wrap=True,
     )
     for queue in summary.queues:
-        console.print(
-            f"  {queue.queue}: {queue.completed:,} completed; picked up after {_milliseconds(queue.pickup.p50)} (p50), "
-            f"{_milliseconds(queue.pickup.p99)} (p99) while they trickled in",
-            soft_wrap=True,
-        )
+        if queue.pickup != _UNMEASURED:
+            console.print(
+                f"  {queue.queue}: picked up after {_milliseconds(queue.pickup.p50)} (p50), "
+                f"{_milliseconds(queue.pickup.p99)} (p99) while they trickled in",
+                soft_wrap=True,
+            )
     console.print(f"  then {summary.rate:,.0f} a second while the backlog was worked off, the slow ones among them")

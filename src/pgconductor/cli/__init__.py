@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import trio
 import typer
@@ -229,7 +229,7 @@ def demo(
         typer.Option(
             "--dsn",
             metavar="DSN",
-            help="Use a schema of its own in this database, not the embedded server; environment variables are ignored.",
+            help="Use a schema of its own in this database, not the embedded server. The environment is ignored.",
         ),
     ] = None,
     as_json: Json = False,
@@ -248,13 +248,14 @@ def _parse_payload(text: str) -> dict[str, Any]:
     try:
         payload: object = json.loads(sys.stdin.read() if text == "-" else text)
     except (ValueError, RecursionError) as error:
-        raise InvalidPayload(f"the payload is not JSON ({error}); for example '{{\"name\": \"Ada\"}}'") from None
+        raise InvalidPayload(f'the payload is not JSON ({error}); for example \'{{"name": "Ada"}}\'') from None
     if not isinstance(payload, dict):
+        kind = {list: "an array", str: "a string", type(None): "null"}.get(type(payload), "a number or a boolean")
         raise InvalidPayload(
-            f"the payload is a JSON {type(payload).__name__}, and must be an object of the task's parameters, "
-            f"for example '{{\"name\": \"Ada\"}}'"
+            f"the payload is {kind}, and must be a JSON object of the task's parameters, "
+            f'for example \'{{"name": "Ada"}}\''
         )
-    return {str(name): value for name, value in payload.items()}  # pyright: ignore[reportUnknownVariableType]
+    return cast("dict[str, Any]", payload)
 
 
 def _parse_instant(text: str) -> datetime:

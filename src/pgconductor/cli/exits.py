@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import typer
 
@@ -44,9 +45,10 @@ def complain(message: str) -> None:
 
 def leaves(error: BaseException) -> list[BaseException]:
     """The errors in a group and the groups in it; of a single error, that one."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
-    return [error]
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
+    return [leaf for each in inner for leaf in leaves(each)]
 
 
 @contextmanager

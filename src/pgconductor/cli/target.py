@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import cast
 
 from ..db.calls import Calls
 from ..db.sql_files import validate_schema_name
@@ -100,4 +99,4 @@ def redirect(
         conductor._database = Database(dsn, listen_dsn, embedded=embedded)  # pyright: ignore[reportPrivateUsage]
     if schema is not None:
         conductor.schema = validate_schema_name(schema)
-        conductor.calls = Calls(cast(str, schema))
+        conductor.calls = Calls(schema)
