@@ -27,10 +27,9 @@ from .db.address import Database
 from .db.call import Call
 from .db.calls import Calls, NewExecution
 from .db.connection import TrioConnection
-from .db.execute import run, run_sync
 from .db.pool import Pool, open_pool
 from .db.schema import MigrationReport, SchemaVersion, check, migrate
-from .db.session import ask, connect, is_async_connection
+from .db.session import ask, connect, insert, insert_sync, is_async_connection
 from .db.sql_files import validate_schema_name
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import Handle, SyncHandle
@@ -257,7 +256,7 @@ class Conductor(Tasks):
             return []
         if conn is None:
             raise NotOpen("invoking without an event loop needs a sync client: use `with conductor.sync() as client:`")
-        invoked = run_sync(conn, self.calls.invoke_many(new_executions(calls)))
+        invoked = insert_sync(conn, self.calls.invoke_many(new_executions(calls)))
         return [
             SyncHandle(self._sync_clients, c.task, i.id, created=i.created) for c, i in zip(calls, invoked, strict=True)
         ]
@@ -273,7 +272,7 @@ class Conductor(Tasks):
         call = self.calls.invoke_many(executions)
         if conn is not None:
             _require_fitting(conn)
-            return await run(conn, call)
+            return await insert(conn, call)
         return await self._ask(call, "invoking", is_repeatable=all(e.dedupe_key is not None for e in executions))
 
     # Results and reading

@@ -24,10 +24,9 @@ from uuid import UUID
 
 from .db.address import Database
 from .db.calls import Calls, NewExecution
-from .db.execute import run_sync
 from .db.result_listener import SyncResultListener, bucket_of
 from .db.schema import MigrationReport, migrate_sync
-from .db.session import SyncSession, connect_sync, is_sync_connection
+from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connection
 from .errors import InvalidOption, Misuse, NotOpen, Unavailable, WaitTimeout
 from .handle import SyncHandle
 from .invocations import InvocationByName, new_executions
@@ -172,7 +171,7 @@ class SyncClient:
         if conn is None:
             (invoked,) = self._insert([execution])
         elif is_sync_connection(conn):
-            (invoked,) = run_sync(conn, self._calls.invoke_many([execution]))
+            (invoked,) = insert_sync(conn, self._calls.invoke_many([execution]))
         else:
             raise InvalidOption(f"conn must be a psycopg.Connection here, not {type(conn).__name__}")
         return SyncHandle(self._clients, task, invoked.id, created=invoked.created)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio  # noqa: TID251 - programs on asyncio are users too
+import functools
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ from client.database import execute, live, rows, sleeping_worker, value, wakeups
 from client.worker_by_hand import open_worker
 from proxy import open_chaos_proxy
 from psycopg.pq import TransactionStatus
-from psycopg.rows import dict_row
+from psycopg.rows import DictRow, dict_row
 
 from pgconductor import (
     Conductor,
@@ -69,7 +70,8 @@ async def test_ten_thousand_calls_are_inserted_at_once_and_in_order(pgconductor_
     task = conductor.task(greet)
     async with conductor:
         handles = await task.invoke_many(task.bind(name=str(n)) for n in range(10_000))
-        by_id = dict(rows(pgconductor_dsn, "select id, payload->>'name' from pgconductor._private_executions"))
+        found = rows(pgconductor_dsn, "select id, payload->>'name' from pgconductor._private_executions")
+        by_id: dict[Any, Any] = dict(found)
         assert [by_id[handle.id] for handle in handles] == [str(n) for n in range(10_000)]
         with pytest.raises(InvalidOption, match="at most 10,000 calls"):
             await task.invoke_many([task.bind(name="x")] * 10_001)
@@ -190,7 +192,8 @@ def test_rolled_back_sync_invoke_leaves_no_row_and_no_wakeup(pgconductor_dsn: st
 async def test_callers_connection_is_left_as_it_was(pgconductor_dsn: str, autocommit: bool) -> None:
     """A commit in the middle of the caller's transaction, or settings changed under its feet."""
     task = Conductor().task(greet)
-    async with await TrioConnection.connect(pgconductor_dsn, autocommit=autocommit, row_factory=dict_row) as conn:
+    connect = TrioConnection[DictRow].connect
+    async with await connect(pgconductor_dsn, autocommit=autocommit, row_factory=dict_row) as conn:
         settings = conn.settings()
         handle = await task.options(conn=conn).invoke(name="x")
         assert handle.created
@@ -201,6 +204,19 @@ async def test_callers_connection_is_left_as_it_was(pgconductor_dsn: str, autoco
         async with conn.transaction(force_rollback=True):
             await task.options(conn=conn).invoke(name="x")
             assert conn.info.transaction_status == TransactionStatus.INTRANS
+
+
+async def test_invoke_in_the_callers_pipeline_returns_its_handles(pgconductor_dsn: str) -> None:
+    """Rows inserted, and an error instead of handles: in a pipeline a result is there only when asked for."""
+    task = Conductor().task(greet)
+    async with await TrioConnection.connect(pgconductor_dsn) as conn, conn.pipeline():
+        await conn.execute("create temporary table before ()")
+        handle = await task.options(conn=conn).invoke(name="x")
+        await conn.execute("create temporary table after ()")
+    with psycopg.connect(pgconductor_dsn) as sync_conn, sync_conn.pipeline():
+        other = task.options(conn=sync_conn).invoke(name="y")
+    ids = rows(pgconductor_dsn, "select id from pgconductor._private_executions order by payload->>'name'")
+    assert ids == [(handle.id,), (other.id,)]
 
 
 async def test_callers_aborted_transaction_speaks_for_itself(pgconductor_dsn: str) -> None:
@@ -474,9 +490,7 @@ async def test_connection_that_broke_while_idle_is_replaced(pgconductor_dsn: str
 
 # --- bad input: nothing is sent ---
 
-_DEEP: list[Any] = []
-for _ in range(100):
-    _DEEP = [_DEEP]
+_DEEP = functools.reduce(lambda inner, _: [inner], range(100), list[Any]())
 _CYCLE: list[Any] = []
 _CYCLE.append(_CYCLE)
 

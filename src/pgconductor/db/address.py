@@ -127,7 +127,8 @@ def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = 
         )
     if isinstance(error, (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)):
         return Unstorable(
-            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: {_said(error)}"
+            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: "
+            f"{_said(error)}"
         )
     if not isinstance(error, psycopg.OperationalError):
         return None
@@ -144,8 +145,8 @@ def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | N
     if not isinstance(error, psycopg.OperationalError):
         return None
     return NoDatabase(
-        f"cannot connect to the server ({describe_server(conninfo)}): {_said(error)}; start it, or name another one with "
-        f"dsn=, PGCONDUCTOR_DSN or DATABASE_URL"
+        f"cannot connect to the server ({describe_server(conninfo)}): {_said(error)}; start it, or name another one "
+        f"with dsn=, PGCONDUCTOR_DSN or DATABASE_URL"
     )
 
 

@@ -18,13 +18,13 @@ from contextlib import ExitStack
 from typing import Any, Final, TypeGuard, TypeVar
 
 import psycopg
-from psycopg.rows import TupleRow
+from psycopg.rows import TupleRow, tuple_row
 
 from ..errors import Misuse, NotOpen
 from .address import Addresses, Database, explain, explain_connect
 from .call import Call
 from .connection import TrioConnection
-from .execute import run, run_sync
+from .execute import mapped_errors, run, run_sync
 from .pool import Pool
 
 T = TypeVar("T")
@@ -41,6 +41,25 @@ def is_async_connection(conn: object) -> TypeGuard[psycopg.AsyncConnection[Any]]
 def is_sync_connection(conn: object) -> TypeGuard[psycopg.Connection[Any]]:
     """Whether `conn` is a blocking connection of psycopg's."""
     return isinstance(conn, psycopg.Connection)
+
+
+async def insert(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
+    """Execute a call that returns rows on the caller's connection, which may be in a pipeline.
+
+    There nothing is known of a result until its rows are asked for; that sends what is queued and waits for it. The
+    driver's errors pass as they are, but for those our functions raise.
+    """
+    with mapped_errors():
+        async with psycopg.AsyncCursor(conn, row_factory=tuple_row) as cursor:
+            await cursor.execute(call.query, call.params)
+            return call.decode(await cursor.fetchall())
+
+
+def insert_sync(conn: psycopg.Connection[Any], call: Call[T]) -> T:
+    """`insert` on a blocking connection."""
+    with mapped_errors(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+        cursor.execute(call.query, call.params)
+        return call.decode(cursor.fetchall())
 
 
 async def connect(conninfo: str) -> TrioConnection[TupleRow]:
