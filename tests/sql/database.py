@@ -21,7 +21,7 @@ from psycopg import sql
 from pgconductor.db.call import Call
 from pgconductor.db.calls import Calls, Claim, NewExecution, WorkerRow
 from pgconductor.db.execute import run_sync
-from pgconductor.model import Claimed, Invoked, Outcome
+from pgconductor.model import Claimed, Invoked, Outcome, QueueStatus
 
 T = TypeVar("T")
 
@@ -122,6 +122,9 @@ class Session:
 
     def recover(self, queue: str = "q") -> tuple[int, int]:
         return self.run(self.calls.recover(queue))
+
+    def queue_status(self) -> list[QueueStatus]:
+        return self.run(self.calls.queue_status())
 
     def live(self, execution: UUID, columns: str = "state::text, attempt, crashes, claim_no") -> Row | None:
         """Columns of a live execution, None if there is none."""
