@@ -36,4 +36,4 @@ async def _write(conn: TrioConnection[tuple[object, ...]], file: int) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(listen, *sys.argv[1:])
+    trio.run(listen, sys.argv[1], sys.argv[2], sys.argv[3])

@@ -44,8 +44,7 @@ def main() -> None:
 
     @conductor.task(queue=options.queue)
     async def hold(until: str) -> None:
-        path = Path(until)
-        while not path.exists():  # noqa: ASYNC110  # another process makes it
+        while not await trio.Path(until).exists():  # noqa: ASYNC110  # another process makes it
             await trio.sleep(0.05)
 
     worker = conductor.create_worker(

@@ -1,4 +1,4 @@
-"""What every measurement shares: a server whose settings are shown, fresh databases, processes, figures, the last check.
+"""What every measurement shares: a server whose settings are shown, fresh databases, processes, figures, a last check.
 
 A benchmark is a function of a `Bench`. It notes figures under a label, once per run; at the end each label is printed
 with its median and its extremes, and written to ``--json FILE``. It must call `Database.check_exactly_once` for each
@@ -87,9 +87,7 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[Bench], None]
 class Bench:
     """One benchmark under way. `own` is None on a server that the user named; `folder` is for the processes' files."""
 
-    def __init__(
-        self, name: str, dsn: str, own: OwnServer | None, options: Mapping[str, object], folder: Path
-    ) -> None:
+    def __init__(self, name: str, dsn: str, own: OwnServer | None, options: Mapping[str, object], folder: Path) -> None:
         self.name = name
         self.dsn = dsn
         self.own = own
@@ -130,7 +128,11 @@ class Bench:
 
     def note_percentiles(self, label: str, seconds: Sequence[float]) -> None:
         """Record p50, p99 and the greatest of some durations, in milliseconds."""
-        for name, value in (("p50", percentile(seconds, 0.5)), ("p99", percentile(seconds, 0.99)), ("max", max(seconds))):
+        for name, value in (
+            ("p50", percentile(seconds, 0.5)),
+            ("p99", percentile(seconds, 0.99)),
+            ("max", max(seconds)),
+        ):
             self.note(f"{label}, {name}", 1000 * value, "ms")
 
     def problem(self, text: str) -> None:
@@ -228,6 +230,17 @@ class Database:
                 p_delays => array_fill(%(delay)s::float8, array[%(count)s]))""".encode(),
             {"task": task, "count": count, "queue": queue, "delay": delay},
         )
+
+    def enable_wake_trigger(self, is_enabled: bool) -> None:
+        """Enable or disable the trigger that announces inserts, on all partitions of this database."""
+        verb = sql.SQL("enable" if is_enabled else "disable")
+        table = "pgconductor._private_executions"
+        self.conn.execute(sql.SQL("alter table {} {} trigger _private_announce").format(sql.SQL(table), verb))
+        states = self.value(
+            "select array_agg(distinct tgenabled::text) from pg_trigger where tgname = '_private_announce'"
+        )
+        if states != ["O" if is_enabled else "D"]:
+            raise BenchmarkError(f"the trigger's state is {states}")
 
     def wait_drained(self, timeout: float = 120.0) -> None:
         """Wait until nothing is live. Polls: not for use while something is measured."""

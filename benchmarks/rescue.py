@@ -68,7 +68,9 @@ def _kill_one(bench: Bench, number: int, count: int, seconds: float, concurrency
         bench.note("of these begun", len(in_flight & begun), "")
         bench.note("handler starts", len(first) + len(second), "")
         if len(first) + len(second) > count + len(in_flight):
-            bench.problem(f"{len(first) + len(second)} handler starts for {count} executions and {len(in_flight)} in flight")
+            bench.problem(
+                f"{len(first) + len(second)} handler starts for {count} executions and {len(in_flight)} in flight"
+            )
         if not in_flight:
             bench.problem("nothing was in flight at the kill: use more executions, or longer ones")
         elif len(restarts) != len(in_flight):
