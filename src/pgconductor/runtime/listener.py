@@ -155,9 +155,10 @@ class Listener:
             await self._link.listen((*self._channels, self._probe_channel))
         if listening.cancelled_caught:
             raise Unavailable(f"listen: no reply within {_TIMEOUT} s")
+        # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.
+        self._is_up = True
         for subscriber in self._subscribers.values():
             await subscriber.on_listening()
-        self._is_up = True
 
     async def _serve(self) -> None:
         probe_at = trio.current_time() + self._probe_interval * self._rng.uniform(0.5, 1.0)
