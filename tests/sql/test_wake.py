@@ -1,8 +1,8 @@
 """The wake-up protocol's SQL half: who notifies, who sees a change in flight, in each order of the two sides' steps.
 
-The argument is in `pgconductor/runtime/reactor.py`. K: "a change that makes work is in flight". M: "somebody is asleep".
-Every race is an explicit order of steps on sessions of their own; whether a NOTIFY was sent is decided without waiting:
-notifications arrive in the order of commits, so one of the test's own closes the list.
+The argument is in `pgconductor/runtime/reactor.py`. K: "a change that makes work is in flight"; M: "somebody sleeps".
+Every race is an explicit order of steps on sessions of their own; whether a NOTIFY was sent is decided without
+waiting: notifications arrive in the order of commits, so one of the test's own closes the list.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Sleeper:
     def heard(self) -> int:
         """How many wake-ups were committed since the last call."""
         self.session.rows(f"notify {self.fence}")
-        count = 0
+        heard: list[tuple[str, str]] = []
         arriving = self.session.conn.notifies(timeout=20)
         for notification in arriving:
             if notification.channel == self.fence:
                 arriving.close()
-                return count
-            assert (notification.channel, notification.payload) == (self.channel, "")
-            count += 1
+                assert set(heard) <= {(self.channel, "")}
+                return len(heard)
+            heard.append((notification.channel, notification.payload))
         raise AssertionError("a notification of one's own did not arrive")
 
 
