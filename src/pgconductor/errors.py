@@ -7,7 +7,8 @@
     │   ├── InvalidPayload            arguments or result do not fit the annotations or the limits (also a ValueError)
     │   └── NotOpen                   the conductor or pool is not open here
     ├── Refused                       the database said no, for good
-    │   └── LeaseLost                 this incarnation of an orchestrator is dead; it registers anew by itself
+    │   ├── LeaseLost                 this incarnation of an orchestrator is dead; it registers anew by itself
+    │   └── Unstorable                PostgreSQL cannot store a value
     ├── Unavailable                   try again later
     │   ├── NoDatabase                no server was named, or none answers
     │   ├── PoolTimeout               no connection became free in time (also a TimeoutError)
@@ -56,6 +57,10 @@ class Refused(PgconductorError):
 
 class LeaseLost(Refused):
     """The lease of an orchestrator ended, or the server was restarted: what it holds is no longer its own."""
+
+
+class Unstorable(Refused):
+    """PostgreSQL cannot store a value; the others sent with it were not stored either."""
 
 
 class Unavailable(PgconductorError):

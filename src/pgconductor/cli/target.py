@@ -14,7 +14,7 @@ from types import ModuleType
 
 from ..db.calls import Calls
 from ..db.sql_files import validate_schema_name
-from ..dsn import Database
+from ..db.address import Database
 from ..errors import Misuse
 from ..runtime.orchestrator import Orchestrator
 
