@@ -115,12 +115,14 @@ def run_demo(executions: int, *, dsn: str | None = None, is_quiet: bool = False)
 
     console.print("Starting the embedded PostgreSQL ...")
     with embedded_server() as server:
-        with _uninterrupted():
-            database = server.create_database("pgconductor_demo")
+        database: str | None = None
         try:
+            with _uninterrupted():
+                database = server.create_database("pgconductor_demo")
             return _run(Conductor(database), executions, console)
         finally:
-            server.drop_database(database)
+            if database is not None:
+                server.drop_database(database)
 
 
 def _run(conductor: Conductor, executions: int, console: Console) -> Summary:
