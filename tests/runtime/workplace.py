@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString
 from uuid import UUID, uuid4
 
 import psycopg
@@ -29,6 +29,10 @@ from pgconductor.tasks import NotifyMode, Task
 
 Place = Literal["before look", "after look", "before sleep", "after sleep"]
 Session = psycopg.Connection[tuple[Any, ...]]
+
+INSERT: LiteralString = (
+    "select pgconductor.invoke(%s, jsonb_build_object('n', %s::int), queue => %s, delay => make_interval(secs => %s))"
+)
 
 LIMIT = 20.0
 """Seconds in which all that waits for no sweep has happened, even on a slow machine."""
@@ -65,8 +69,9 @@ class Stop:
 class WatchedWorker:
     """One queue's pipeline, what it did, and where it is to stop."""
 
-    def __init__(self, pipeline: Pipeline, owner: UUID, sweep_interval: float) -> None:
+    def __init__(self, pipeline: Pipeline, owner: UUID, listener: Listener | None, sweep_interval: float) -> None:
         self.pipeline = pipeline
+        self.listener = listener
         self.owner = owner
         self.queue = pipeline.worker.queue
         self.reactor = pipeline.reactor
@@ -165,7 +170,7 @@ class Workplace:
         pipeline = Pipeline(
             worker, owner, trio.CancelScope(), self._target, self.calls, {}, listener, self._outages, random.Random()
         )
-        watched = WatchedWorker(pipeline, owner, sweep_interval)
+        watched = WatchedWorker(pipeline, owner, listener, sweep_interval)
         self.workers.append(watched)
         return watched
 
@@ -215,11 +220,7 @@ def register(conn: Session, conductor: Conductor, queue: str) -> UUID:
 def insert(conn: Session, *numbers: int, queue: str = "q", delay: float = 0.0) -> None:
     """Invoke the queue's task, one statement for each number."""
     for n in numbers:
-        conn.execute(
-            "select pgconductor.invoke(%s, jsonb_build_object('n', %s::int), queue => %s,"
-            " delay => make_interval(secs => %s))",
-            [queue, n, queue, delay],
-        )
+        conn.execute(INSERT, [queue, n, queue, delay])
 
 
 def claim(conn: Session, place: Workplace, queue: str = "q") -> list[Claimed]:

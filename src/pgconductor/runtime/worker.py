@@ -286,7 +286,7 @@ class Pipeline:
                 if self._counts.claimed > before:
                     until = trio.current_time() + self._linger.period
         nap = 0.002
-        while self._wants_more():
+        while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
             before = self._counts.claimed
             drained, due_in = await self._claim(link)
