@@ -40,7 +40,7 @@ def live(dsn: str) -> int:
 async def until(is_so: Callable[[], bool]) -> None:
     """Wait until something that no event announces is so."""
     with trio.fail_after(10):
-        while not is_so():  # noqa: ASYNC110 - the event is the database's
+        while not is_so():
             await trio.sleep(0.005)
 
 
