@@ -26,6 +26,8 @@ Messages name the object and the remedy. The cause, where a driver's error lies 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class PgconductorError(Exception):
     """Base of all errors of this library."""
@@ -96,7 +98,14 @@ class ExecutionError(PgconductorError):
 
 
 class ExecutionFailed(ExecutionError):
-    """The execution failed for good; the message carries its last error."""
+    """The execution failed for good; the message carries its last error.
+
+    `error`: that error as data, with the keys ``type``, ``message`` and ``traceback``; as much of it as was kept.
+    """
+
+    def __init__(self, message: str, error: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.error: Mapping[str, str] = error or {}
 
 
 class ExecutionCancelled(ExecutionError):

@@ -81,8 +81,7 @@ def outcome(task: Task[..., R], ended: Ended) -> R:
         raise ExecutionCancelled(f"{subject} was cancelled" + (f": {ended.reason}" if ended.reason else ""))
     record = error_record(ended.error)
     said = ": ".join(printable(record[name]) for name in ("type", "message") if record.get(name))
-    failure = ExecutionFailed(f"{subject} failed" + (f": {said}" if said else ""))
-    vars(failure)["error"] = record
+    failure = ExecutionFailed(f"{subject} failed" + (f": {said}" if said else ""), record)
     if traceback := record.get("traceback"):
         failure.add_note(f"Traceback of the last attempt:\n{traceback}")
     raise failure

@@ -15,6 +15,7 @@ import pytest
 import trio
 import typer
 from cli.programs import pgconductor
+from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
@@ -31,7 +32,7 @@ def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, st
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
-    with psycopg.connect(dsn, row_factory=psycopg.rows.dict_row) as conn:
+    with psycopg.connect(dsn, row_factory=dict_row) as conn:
         (row,) = conn.execute("select * from pgconductor.executions").fetchall()
     return row
 
@@ -116,7 +117,7 @@ async def _beside_a_worker(dsn: str, command: Callable[[], T]) -> T:
     async def work() -> None:
         conductor = Conductor(dsn)
         async with conductor:
-            while not any(queue.ready for queue in await conductor.queue_status()):  # noqa: ASYNC110  # it is the database's
+            while not any(queue.ready for queue in await conductor.queue_status()):  # it is the database's
                 await trio.sleep(0.02)
         await _drain(dsn)
 

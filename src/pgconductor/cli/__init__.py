@@ -248,10 +248,10 @@ def _parse_payload(text: str) -> dict[str, Any]:
     try:
         payload: object = json.loads(sys.stdin.read() if text == "-" else text)
     except (ValueError, RecursionError) as error:
-        raise InvalidPayload(f"the payload is not JSON ({error}); for example '{{\"name\": \"Ada\"}}'") from None
+        raise InvalidPayload(f'the payload is not JSON ({error}); for example \'{{"name": "Ada"}}\'') from None
     if not isinstance(payload, dict):
         raise InvalidPayload(
-            "the payload must be a JSON object of the task's parameters, for example '{\"name\": \"Ada\"}'"
+            'the payload must be a JSON object of the task\'s parameters, for example \'{"name": "Ada"}\''
         )
     return cast("dict[str, Any]", payload)
 
