@@ -127,7 +127,7 @@ table _private_orchestrators
 table _private_payloads
     execution_id uuid not null
     payload jsonb not null
-    constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 4194304))
+    constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 8388608))
     constraint _private_payloads_pkey PRIMARY KEY (execution_id)
 
 table _private_queues
@@ -225,11 +225,11 @@ function _private_queue_no(p_id uuid) returns integer language sql immutable par
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_server_epoch() returns text language sql stable
 function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set enable_bitmapscan=off
-function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp
+function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text) returns uuid language sql set search_path=pg_catalog, pg_temp
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql set search_path=pg_catalog, pg_temp
-function is_quiet(p_queue text, p_tasks text[], p_horizon double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[]) language sql set search_path=pg_catalog, pg_temp

@@ -85,7 +85,6 @@ def test_metadata_names_licence_python_and_extras(wheel: Path) -> None:
         "psycopg[binary]",
         "rich",
         "trio",
-        "trio-util",
         "typer",
     ]
     assert "pgconductor = pgconductor.cli:main" in entry_points

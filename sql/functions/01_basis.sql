@@ -24,20 +24,21 @@ create or replace function @schema@._private_queue_no(p_id uuid) returns int
         | (pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 7) << 8)
         | pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 9);
 
--- Keys of advisory locks: 64-bit hashes of purpose, schema and queue, so as not to meet an application's own.
+-- Keys of advisory locks: 64-bit hashes of purpose, schema and queue, so as not to meet an application's own. The schema
+-- goes in as a hash of fixed length, here and below: else queue "b c" of schema "a" were queue "c" of schema "a b".
 -- K, "a change that makes work is in flight"; M, "somebody is asleep"; W, "somebody waits for a result".
 create or replace function @schema@._private_key_k(p_queue text) returns bigint
     language sql immutable parallel safe strict
-    return pg_catalog.hashtextextended(@schema_literal@ || ' K ' || p_queue, 7263381);
+    return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' K ' || p_queue, 7263381);
 
 create or replace function @schema@._private_key_m(p_queue text) returns bigint
     language sql immutable parallel safe strict
-    return pg_catalog.hashtextextended(@schema_literal@ || ' M ' || p_queue, 7263381);
+    return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' M ' || p_queue, 7263381);
 
 -- -1 is the key of "anybody waits at all", 0-255 are the buckets of execution ids.
 create or replace function @schema@._private_key_w(p_bucket int) returns bigint
     language sql immutable parallel safe strict
-    return pg_catalog.hashtextextended(@schema_literal@ || ' W ' || p_bucket, 7263381);
+    return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' W ' || p_bucket, 7263381);
 
 create or replace function @schema@._private_bucket(p_id uuid) returns int
     language sql immutable parallel safe strict
@@ -46,7 +47,7 @@ create or replace function @schema@._private_bucket(p_id uuid) returns int
 -- Names of channels: a prefix and 128 bits of hash, whatever the schema's and the queue's names are.
 create or replace function @schema@._private_channel(p_queue text) returns text
     language sql immutable parallel safe strict
-    return 'pgconductor_q_' || pg_catalog.md5(@schema_literal@ || ' ' || p_queue);
+    return 'pgconductor_q_' || pg_catalog.md5(pg_catalog.md5(@schema_literal@) || p_queue);
 
 create or replace function @schema@._private_results_channel() returns text
     language sql immutable parallel safe

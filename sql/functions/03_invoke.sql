@@ -30,6 +30,12 @@ begin
         raise exception using errcode = 'PC001',
             message = 'the payload must be a JSON object: the handler''s parameters by name';
     end if;
+    -- A transaction that has produced before holds all locks it needs, and without taking a lock a session does not
+    -- learn of partitions attached since: the insert would find none for a queue registered meanwhile. Opening any
+    -- catalogue makes it learn.
+    if pg_current_xact_id_if_assigned() is not null then
+        perform pg_get_constraintdef(0);
+    end if;
     if not v_deduped then
         return query
         with item as materialized (

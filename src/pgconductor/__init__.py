@@ -10,7 +10,7 @@ from .conductor import Conductor
 from .context import Context
 from .db.connection import TrioConnection
 from .db.pool import Pool, PoolStatistics, open_pool
-from .db.schema import MigrationReport
+from .db.schema import MigrationReport, SchemaVersion
 from .errors import (
     ExecutionCancelled,
     ExecutionError,
@@ -19,6 +19,7 @@ from .errors import (
     InvalidOption,
     InvalidPayload,
     InvalidTask,
+    LeaseLost,
     Misuse,
     NoDatabase,
     NotOpen,
@@ -29,6 +30,7 @@ from .errors import (
     SchemaMissing,
     SchemaTooNew,
     Unavailable,
+    Unstorable,
     WaitTimeout,
 )
 from .handle import Handle, SyncHandle
@@ -59,12 +61,13 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "TaskCall",
     # Reading
     "Drained",
-    "OrchestratorStatistics",
-    "WorkerStatistics",
     "MigrationReport",
+    "OrchestratorStatistics",
     "OrchestratorStatus",
     "QueueStatus",
+    "SchemaVersion",
     "State",
+    "WorkerStatistics",
     # psycopg on Trio
     "Pool",
     "PoolStatistics",
@@ -78,6 +81,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "InvalidOption",
     "InvalidPayload",
     "InvalidTask",
+    "LeaseLost",
     "Misuse",
     "NoDatabase",
     "NotOpen",
@@ -88,5 +92,6 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SchemaMissing",
     "SchemaTooNew",
     "Unavailable",
+    "Unstorable",
     "WaitTimeout",
 ]

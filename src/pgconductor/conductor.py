@@ -12,27 +12,25 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from uuid import UUID
 
-import psycopg
 import trio
-from psycopg.rows import TupleRow
 
 from .codec import Limits
+from .db.address import Database
 from .db.call import Call
 from .db.calls import Calls, NewExecution
 from .db.connection import TrioConnection
-from .db.execute import run, run_sync
 from .db.pool import Pool, open_pool
 from .db.schema import MigrationReport, SchemaVersion, check, migrate
+from .db.session import ask, connect, insert, insert_sync, is_async_connection
 from .db.sql_files import validate_schema_name
-from .dsn import Database, explain, explain_connect
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
@@ -41,6 +39,10 @@ from .options import checked_int
 from .results import PollSchedule, Results
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.rows import TupleRow
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -254,7 +256,7 @@ class Conductor(Tasks):
             return []
         if conn is None:
             raise NotOpen("invoking without an event loop needs a sync client: use `with conductor.sync() as client:`")
-        invoked = run_sync(conn, self.calls.invoke_many(new_executions(calls)))
+        invoked = insert_sync(conn, self.calls.invoke_many(new_executions(calls)))
         return [
             SyncHandle(self._sync_clients, c.task, i.id, created=i.created) for c, i in zip(calls, invoked, strict=True)
         ]
@@ -270,7 +272,7 @@ class Conductor(Tasks):
         call = self.calls.invoke_many(executions)
         if conn is not None:
             _require_fitting(conn)
-            return await run(conn, call)
+            return await insert(conn, call)
         return await self._ask(call, "invoking", is_repeatable=all(e.dedupe_key is not None for e in executions))
 
     # Results and reading
@@ -295,26 +297,16 @@ class Conductor(Tasks):
 
         Waits while another program does it. Raises `Unavailable`, `Refused`, `Incompatible`, `SchemaTooNew`, `NotOpen`.
         """
-        async with self._own_connection() as conn:
+        async with await connect(self.listen_conninfo) as conn:
             return await migrate(conn, self.schema)
 
     async def check_schema(self) -> SchemaVersion:
-        """Return the installed schema's version. Raises `SchemaMissing`, `SchemaTooNew`, `NoDatabase`, `NotOpen`."""
-        async with self._own_connection() as conn:
-            return await check(conn, self.schema)
+        """Say whether the schema fits this program, changing nothing.
 
-    @asynccontextmanager
-    async def _own_connection(self) -> AsyncIterator[TrioConnection[TupleRow]]:
-        """A connection beside the pool, straight to the server, which is closed after use."""
-        conninfo = self.listen_conninfo
-        try:
-            conn = await TrioConnection.connect(conninfo, autocommit=True)
-        except psycopg.Error as error:
-            if (ours := explain_connect(error, conninfo)) is None:
-                raise
-            raise ours from error
-        async with conn:
-            yield conn
+        Raises `SchemaMissing`, `SchemaTooNew`, `Incompatible`, `Refused`, `Unavailable`, `NotOpen`.
+        """
+        async with await connect(self.listen_conninfo) as conn:
+            return await check(conn, self.schema)
 
     async def _ask(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T:
         """Execute a call on a connection of the pool.
@@ -322,22 +314,7 @@ class Conductor(Tasks):
         `is_repeatable`: it may be sent a second time, once, when the reply of the first is lost.
         """
         opened = self._require_open()
-        while True:
-            conn: TrioConnection[TupleRow] | None = None
-            try:
-                async with opened.pool.connection() as conn:
-                    return await run(conn, call)
-            except psycopg.Error as error:
-                if conn is None:
-                    ours = explain_connect(error, opened.conninfo)
-                else:
-                    if conn.closed and is_repeatable:
-                        is_repeatable = False
-                        continue
-                    ours = explain(error, opened.conninfo, doing, is_lost=conn.closed)
-                if ours is None:
-                    raise
-                raise ours from error
+        return await ask(opened.pool, opened.conninfo, call, doing, is_repeatable=is_repeatable)
 
 
 def _in_asyncio() -> bool:
@@ -361,7 +338,7 @@ def _require_trio() -> None:
 
 def _require_fitting(conn: object) -> None:
     """Refuse a connection that cannot be awaited here; by an asyncio program's own connection, one may invoke."""
-    if not isinstance(conn, psycopg.AsyncConnection):
+    if not is_async_connection(conn):
         raise InvalidOption(
             f"conn must be a TrioConnection here, not {type(conn).__name__}; "
             f"with a sync connection use task.options(conn=...).invoke() without await"

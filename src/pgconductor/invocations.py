@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from .codec import printable
 from .db.calls import NewExecution
 from .errors import InvalidPayload, Misuse
+from .options import checked_text
 from .tasks import Invocation, InvokeOptions, Task, Tasks
 
 # PostgreSQL takes a message of up to 1 GB; this leaves room for what the driver adds.
@@ -44,15 +45,10 @@ class InvocationByName:
         A task that is declared is validated by its annotations; of another one `payload` is any JSON object, and its
         queue, if not given, is looked up in the database when it is inserted. Raises `InvalidPayload`, `InvalidOption`.
         """
-        declared = self._tasks.registry.get(name) if isinstance(name, str) else None
+        checked_text("a task's name", name, max_bytes=self._tasks.limits.name_bytes)
+        declared = self._tasks.registry.get(name)
         task = declared or self._elsewhere(name)
-        given: object = payload
-        if given is not None and not isinstance(given, Mapping):
-            raise InvalidPayload(
-                f"the payload of task {printable(name)!r} must be a mapping of the handler's parameters by name, "
-                f"not {type(given).__name__}"
-            )
-        text = task.payload.encode((), dict(payload or {}))
+        text = task.payload.encode((), _parameters(name, payload))
         return task, _row(task.name, text, options, None if declared is None else declared.queue)
 
     def _stand_in(self, name: str) -> Task[..., Any]:
@@ -65,6 +61,24 @@ class InvocationByName:
     def tasks(self) -> Tasks:
         """The conductor's declaring half."""
         return self._tasks
+
+
+def _parameters(name: str, payload: object) -> dict[str, Any]:
+    if payload is None:
+        return {}
+    if not isinstance(payload, Mapping):
+        raise InvalidPayload(
+            f"the payload of task {printable(name)!r} must be a mapping of the handler's parameters by name, "
+            f"not {type(payload).__name__}"
+        )
+    parameters = dict(cast("Mapping[object, Any]", payload))
+    for key in parameters:
+        if not isinstance(key, str):
+            raise InvalidPayload(
+                f"the payload of task {printable(name)!r} has the key {key!r} of type {type(key).__name__}; "
+                f"its keys are names of parameters"
+            )
+    return cast("dict[str, Any]", parameters)
 
 
 def _row(name: str, payload: str, options: InvokeOptions, queue: str | None) -> NewExecution:

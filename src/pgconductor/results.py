@@ -19,21 +19,16 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 from uuid import UUID
 
-import psycopg
 import trio
-from psycopg import sql
-from psycopg.rows import TupleRow
 
 from .codec import printable
-from .db.call import Call, ignore
+from .db.call import Call
 from .db.calls import Calls
-from .db.connection import TrioConnection
-from .db.execute import run
+from .db.result_listener import ANYBODY, ResultListener, bucket_of
 from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, Unavailable, WaitTimeout
 from .model import Ended, Standing, State
 from .tasks import Task
@@ -41,16 +36,12 @@ from .tasks import Task
 R = TypeVar("R")
 T = TypeVar("T")
 
-ANYBODY: Final = -1  # the flag "somebody waits", beside those of the buckets
 FINISHED: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
-# For a network that loses a connection without a word: the listener never sends, so only keepalives notice.
-LISTENER_OPTIONS: Final[dict[str, int]] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 
 _LOOK_TIMEOUT = 10.0
 _LAST_LOOK_TIMEOUT = 2.0
 _CONNECT_TIMEOUT = 3.0  # looks wait for it: a listener that cannot connect must not delay polls for longer
 _REST_TIMEOUT = 1.0
-_PROBE_AFTER = 30.0
 _SURPLUS_FLAGS = 32  # flags nobody needs any more are lowered together
 _NAMED_STANDINGS = 100
 _MAX_BACKOFF = 30.0
@@ -79,35 +70,6 @@ class Ask(Protocol):
 
 
 # --- what both clients share: pure ---------------------------------------------------------------------------------
-
-
-def bucket_of(execution_id: UUID) -> int:
-    """Return the bucket that a flush names when it ends this execution."""
-    return execution_id.bytes[-1]
-
-
-def named_buckets(notifies: Iterable[psycopg.Notify], channel: str) -> set[int] | None:
-    """Return the buckets that notifications name, or None if one of them is not to be understood: look at all."""
-    named: set[int] = set()
-    for notify in notifies:
-        if notify.channel != channel:
-            continue
-        words = notify.payload.split()
-        if not words or not all(word.isascii() and word.isdecimal() and len(word) <= 3 for word in words):
-            return None
-        named.update(map(int, words))
-    return named
-
-
-def listen(channel: str) -> Call[None]:
-    """The call that listens on a channel."""
-    return Call(sql.SQL("listen {}").format(sql.Identifier(channel)).as_bytes(None), (), ignore)
-
-
-REST: Final[tuple[Call[None], ...]] = (
-    Call(b"unlisten *", (), ignore),
-    Call(b"select pg_advisory_unlock_all()", (), ignore),
-)
 
 
 def outcome(task: Task[..., R], ended: Ended) -> R:
@@ -175,64 +137,6 @@ def _within(timeout: float | None) -> str:
     return f" within {timeout:g} s" if timeout else " yet"
 
 
-# --- the listener --------------------------------------------------------------------------------------------------
-
-
-class _Listener:
-    """The connection that listens and holds the flags."""
-
-    def __init__(self, conn: TrioConnection[TupleRow], calls: Calls, channel: str) -> None:
-        self._conn = conn
-        self._calls = calls
-        self._channel = channel
-        self.opened_at = self._used_at = trio.current_time()
-        self.flags: set[int] = set()
-
-    @classmethod
-    async def open(cls, calls: Calls, conninfo: str) -> Self:
-        """Connect and listen. Raises psycopg's errors, and `SchemaMissing`."""
-        conn = await TrioConnection.connect(conninfo, autocommit=True, prepare_threshold=None, **LISTENER_OPTIONS)
-        try:
-            channel = await run(conn, calls.results_channel())
-            await run(conn, listen(channel))
-        except BaseException:
-            conn.drop()
-            raise
-        return cls(conn, calls, channel)
-
-    async def set_flags(self, wanted: set[int]) -> None:
-        """Raise the flags that are wanted and not raised, lower those that are raised and not wanted."""
-        if missing := sorted(wanted - self.flags):
-            await run(self._conn, self._calls.await_results(missing))
-            self.flags.update(missing)
-        if surplus := sorted(self.flags - wanted):
-            await run(self._conn, self._calls.leave_results(surplus))
-            self.flags.difference_update(surplus)
-
-    async def receive(self) -> set[int] | None:
-        """Wait for notifications; return the buckets they name, None for all."""
-        return named_buckets(await self._conn.receive_notifies(), self._channel)
-
-    async def rest(self) -> None:
-        """Stop listening and lower all flags: a listener that nobody reads would hold up the server's queue."""
-        for call in REST:
-            await run(self._conn, call)
-        self.flags.clear()
-        self._used_at = trio.current_time()
-
-    async def wake(self) -> bool:
-        """Listen again after a rest. False: the connection is gone."""
-        if self._conn.has_hung_up():
-            return False
-        if trio.current_time() - self._used_at > _PROBE_AFTER and not await self._conn.probe(_REST_TIMEOUT):
-            return False
-        await run(self._conn, listen(self._channel))
-        return True
-
-    def drop(self) -> None:
-        self._conn.drop()
-
-
 # --- the waiters ---------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +159,7 @@ class _Awaited:
     """An execution that somebody waits for. Times are Trio's."""
 
     id: UUID
-    waiters: dict[_Waiter, None] = field(default_factory=dict)
+    waiters: dict[_Waiter, None] = field(default_factory=dict[_Waiter, None])
     looks: int = 0
     next_look: float = -math.inf
     flagged_at: float = math.inf
@@ -276,8 +180,8 @@ class Results:
         self._sweep_at = -math.inf
         self._has_looked = False
         self._is_closed = False
-        self._listener: _Listener | None = None  # awake while there is a leader that uses it
-        self._resting: _Listener | None = None
+        self._listener: ResultListener | None = None  # awake while there is a leader that uses it
+        self._resting: ResultListener | None = None
         self._backoff = 0.0
         self._reconnect_at = -math.inf
         self._logged_at = -math.inf
@@ -403,7 +307,7 @@ class Results:
                     await trio.sleep_forever()
                 else:
                     self._note_named(await listener.receive())
-        except psycopg.OperationalError as error:
+        except Unavailable as error:
             self._lose_listener(error)
         finally:
             self._nap_scope = None
@@ -430,7 +334,7 @@ class Results:
                 if self._listener is None:
                     self._listener = await self._open_listener()
                 await self._listener.set_flags(wanted)
-        except psycopg.OperationalError as error:
+        except Unavailable as error:
             self._lose_listener(error)
             return
         except BaseException:
@@ -445,19 +349,19 @@ class Results:
                 awaited.flagged_at = now
                 awaited.next_look = -math.inf
 
-    async def _open_listener(self) -> _Listener:
+    async def _open_listener(self) -> ResultListener:
         resting, self._resting = self._resting, None
         if resting is not None:
             try:
                 if await resting.wake():
                     return resting
-            except psycopg.OperationalError:
+            except Unavailable:
                 pass  # it broke while it rested: connect anew
             except BaseException:
                 resting.drop()
                 raise
             resting.drop()
-        return await _Listener.open(self._calls, self._conninfo)
+        return await ResultListener.open(self._calls, self._conninfo)
 
     async def _look(self) -> None:
         """Look for all that are due, in one statement, and set the time of their next look."""
@@ -507,7 +411,7 @@ class Results:
     def _lose_listener(self, error: Exception) -> None:
         """Go on without a listener, and connect anew: at once if it had lasted, else after a growing while."""
         now = trio.current_time()
-        lasted = self._listener is not None and now - self._listener.opened_at > _MAX_BACKOFF
+        lasted = self._listener is not None and self._listener.age > _MAX_BACKOFF
         self._drop_listener()
         self._log("the connection that listens for results is lost; polling until it is back: %s", error)
         self._reconnect_at = now if lasted else now + random.uniform(0.5, 1) * self._backoff
@@ -527,7 +431,7 @@ class Results:
             with trio.move_on_after(_REST_TIMEOUT):
                 await listener.rest()
                 is_resting = True
-        except psycopg.Error:
+        except Unavailable:
             pass  # the result is there; the next waiter connects anew
         finally:
             if is_resting and self._resting is None and not self._is_closed:

@@ -12,52 +12,34 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
-import selectors
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, overload
 from uuid import UUID
 
-import psycopg
-from psycopg.rows import TupleRow
-
-from .db.call import Call
+from .db.address import Database
 from .db.calls import Calls, NewExecution
-from .db.execute import run_sync
+from .db.result_listener import SyncResultListener, bucket_of
 from .db.schema import MigrationReport, migrate_sync
-from .dsn import Addresses, Database, explain, explain_connect
+from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connection
 from .errors import InvalidOption, Misuse, NotOpen, Unavailable, WaitTimeout
 from .handle import SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import Ended, Invoked, OrchestratorStatus, QueueStatus
-from .results import (
-    ANYBODY,
-    FINISHED,
-    LISTENER_OPTIONS,
-    REST,
-    PollSchedule,
-    bucket_of,
-    listen,
-    named_buckets,
-    not_kept,
-    outcome,
-    unanswered_timeout,
-    wait_timeout,
-)
+from .model import Ended, Invoked, OrchestratorStatus, QueueStatus, Standing
+from .results import FINISHED, PollSchedule, not_kept, outcome, unanswered_timeout, wait_timeout
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
+
+if TYPE_CHECKING:
+    import psycopg
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 
-# An idle connection older than this is replaced, since nothing tells whether the network has forgotten it.
-_MAX_IDLE: Final = 30.0
 _MAX_BACKOFF: Final = 30.0
 
 logger = logging.getLogger("pgconductor.results")
@@ -95,21 +77,16 @@ class SyncClient:
     """
 
     def __init__(self, database: Database, calls: Calls, by_name: InvocationByName, clients: OpenClients) -> None:
-        self._database = database
         self._calls = calls
         self._by_name = by_name
         self._clients = clients
+        self._session = SyncSession(database)
         self._schedule = PollSchedule()
-        self._lock = threading.Lock()  # of the connection and of all below
-        self._stack: ExitStack | None = None
-        self._addresses: Addresses | None = None
-        self._pid = 0
-        self._conn: psycopg.Connection[TupleRow] | None = None
-        self._used_at = -math.inf
-        self._resting: tuple[psycopg.Connection[TupleRow], float] | None = None
+        self._resting_lock = threading.Lock()
+        self._resting: SyncResultListener | None = None
 
     def __repr__(self) -> str:
-        return f"<SyncClient of schema {self._calls.schema!r}, {'closed' if self._stack is None else 'open'}>"
+        return f"<SyncClient of schema {self._calls.schema!r}, {'open' if self._session.is_open else 'closed'}>"
 
     # Lifetime
 
@@ -118,13 +95,7 @@ class SyncClient:
 
         Raises `NoDatabase` if no database is named or the embedded one does not start; `Misuse` if it is open already.
         """
-        with self._lock:
-            if self._stack is not None:
-                raise Misuse("the sync client is open already; call conductor.sync() for each block")
-            with ExitStack() as stack:
-                self._addresses = self._database.open(stack)
-                self._pid = os.getpid()
-                self._stack = stack.pop_all()
+        self._session.open()
         self._clients.add(self)
         return self
 
@@ -135,16 +106,11 @@ class SyncClient:
         exc_tb: TracebackType | None,
     ) -> None:
         self._clients.remove(self)
-        with self._lock:
-            stack, self._stack = self._stack, None
-            conn, self._conn = self._conn, None
-            resting, self._resting = self._resting, None
-            if os.getpid() == self._pid:
-                for each in (conn, resting and resting[0]):
-                    if each is not None:
-                        each.close()
-            if stack is not None:
-                stack.close()
+        try:
+            self._session.close()
+        finally:
+            if (resting := self._swap_resting(None)) is not None:
+                resting.close()
 
     # Invoking
 
@@ -183,11 +149,7 @@ class SyncClient:
         return self._invoke_bound(target.adopted(calls, options))
 
     def _checked(self, task: Invocable[P, R]) -> Invocable[P, R]:
-        given: object = task
-        if isinstance(given, SyncTaskCall):
-            raise Misuse("a task with options(conn=...) has its own invoke(): call that, without the client")
-        if not isinstance(given, Invocable):
-            raise InvalidOption(f"task must be a task or a task's name, not {type(given).__name__}")
+        _require_invocable(task)
         target, _, conn = task._target()  # pyright: ignore[reportPrivateUsage]  # the clients' side of it
         if conn is not None:
             raise Misuse("the sync client cannot use an asynchronous connection; await task.options(conn=...).invoke()")
@@ -208,8 +170,8 @@ class SyncClient:
         task, execution = self._by_name.execution(name, payload, checked)
         if conn is None:
             (invoked,) = self._insert([execution])
-        elif isinstance(cast(object, conn), psycopg.Connection):
-            (invoked,) = run_sync(conn, self._calls.invoke_many([execution]))
+        elif is_sync_connection(conn):
+            (invoked,) = insert_sync(conn, self._calls.invoke_many([execution]))
         else:
             raise InvalidOption(f"conn must be a psycopg.Connection here, not {type(conn).__name__}")
         return SyncHandle(self._clients, task, invoked.id, created=invoked.created)
@@ -225,21 +187,21 @@ class SyncClient:
 
     def _insert(self, executions: list[NewExecution]) -> list[Invoked]:
         is_repeatable = all(execution.dedupe_key is not None for execution in executions)
-        return self._ask(self._calls.invoke_many(executions), "invoking", is_repeatable=is_repeatable)
+        return self._session.ask(self._calls.invoke_many(executions), "invoking", is_repeatable=is_repeatable)
 
     # Reading
 
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""
-        return self._ask(self._calls.queue_status(), "reading the queues", is_repeatable=True)
+        return self._session.ask(self._calls.queue_status(), "reading the queues", is_repeatable=True)
 
     def orchestrator_status(self) -> list[OrchestratorStatus]:
         """As `Conductor.orchestrator_status`."""
-        return self._ask(self._calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
+        return self._session.ask(self._calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
 
     def migrate(self) -> MigrationReport:
         """As `Conductor.migrate`."""
-        with self._connect(self._require_open().listen_conninfo, None) as conn:
+        with connect_sync(self._session.addresses.listen_conninfo) as conn:
             return migrate_sync(conn, self._calls.schema)
 
     # Waiting
@@ -258,84 +220,44 @@ class SyncClient:
         return outcome(task, ended)
 
     def _wait_ended(self, execution_id: UUID, task: Task[..., Any], deadline: float) -> Ended | None:
-        """Listen with the flag of this execution raised, and look when told to or when a look is due; see `results`."""
-        listener: psycopg.Connection[TupleRow] | None = None
-        channel = self._ask(self._calls.results_channel(), "looking for results", is_repeatable=True)
-        flagged_at = next_look = time.monotonic()
-        reconnect_at = -math.inf
-        backoff = 0.0
-        is_whole = False
-        try:
+        """Look when told to and when a look is due, until `deadline` by the monotonic clock; then return None."""
+        next_look = -math.inf
+        with self._open_ear(execution_id) as ear:
             while (now := time.monotonic()) < deadline:
-                if listener is None and now >= reconnect_at:
-                    try:
-                        listener = self._open_listener(channel, bucket_of(execution_id))
-                        flagged_at = time.monotonic()
-                    except (psycopg.OperationalError, Unavailable) as error:
-                        logger.warning("cannot listen for results, polling until it is possible: %s", error)
-                        backoff = min(_MAX_BACKOFF, max(1.0, 2 * backoff))
-                        reconnect_at = now + random.uniform(0.5, 1) * backoff
-                    next_look = now
-                if next_look > now:
-                    is_named = False
-                    try:
-                        is_named = self._nap(listener, channel, bucket_of(execution_id), min(next_look, deadline) - now)
-                    except psycopg.OperationalError as error:
-                        logger.warning("the connection that listens for results is lost: %s", error)
-                        listener = None
-                        reconnect_at = now + random.uniform(0, 1)
-                        next_look = time.monotonic()
-                        continue
-                    if not is_named and time.monotonic() < next_look:
-                        continue
-                looked_at = time.monotonic()
+                if ear.listen_if_due():
+                    next_look = -math.inf  # what ended before the flags were raised was not announced
+                if now < next_look:
+                    if ear.nap(min(next_look, deadline) - now):
+                        next_look = -math.inf
+                    continue
                 try:
-                    if (ended := self._look(execution_id)) is not None:
-                        is_whole = True
-                        return ended
-                    standing = self._ask(
-                        self._calls.standing([execution_id]), "looking for executions", is_repeatable=True
-                    )[execution_id]
-                    if standing.state is None:
-                        is_whole = True
-                        raise not_kept(task, execution_id)
-                    if standing.state in FINISHED:
-                        continue
+                    ended = self._look(execution_id)
+                    standing = self._read_standing(execution_id) if ended is None else None
                 except Unavailable as error:
                     logger.warning("cannot look for results, and try again: %s", error)
-                    next_look = looked_at + self._jittered(self._schedule.deaf)
+                    next_look = time.monotonic() + self._jittered(self._schedule.deaf)
                     continue
-                if listener is None:
-                    next_look = looked_at + self._jittered(self._schedule.deaf)
-                else:
-                    times = (flagged_at + seconds for seconds in self._schedule.first)
-                    later = looked_at + self._jittered(self._schedule.every)
-                    next_look = next((at for at in times if at > looked_at), later)
-            is_whole = True
-            return None
-        finally:
-            if listener is not None:
-                self._put_away(listener, is_whole=is_whole)
+                if standing is None:
+                    return ended
+                if standing.state is None:
+                    raise not_kept(task, execution_id)
+                # If it finished between the two questions, look again.
+                next_look = -math.inf if standing.state in FINISHED else self._next_look(ear.flagged_at)
+        return None
 
-    def _nap(self, listener: psycopg.Connection[TupleRow] | None, channel: str, bucket: int, seconds: float) -> bool:
-        """Wait for a notification; return whether there was one that may mean this bucket."""
-        if listener is None:
-            time.sleep(seconds)
-            return False
-        named = named_buckets(list(listener.notifies(timeout=seconds, stop_after=1)), channel)
-        return named is None or bucket in named
-
-    def _look(self, execution_id: UUID) -> Ended | None:
-        call = self._calls.results([execution_id])
-        return self._ask(call, "looking for results", is_repeatable=True).get(execution_id)
+    def _next_look(self, flagged_at: float | None) -> float:
+        now = time.monotonic()
+        if flagged_at is None:
+            return now + self._jittered(self._schedule.deaf)
+        times = (flagged_at + seconds for seconds in self._schedule.first)
+        return next((at for at in times if at > now), now + self._jittered(self._schedule.every))
 
     def _look_last(self, execution_id: UUID, task: Task[..., Any], timeout: float | None) -> Ended:
         try:
             for _ in range(2):  # it may finish between the two questions
                 if (ended := self._look(execution_id)) is not None:
                     return ended
-                call = self._calls.standing([execution_id])
-                standing = self._ask(call, "looking for executions", is_repeatable=True)[execution_id]
+                standing = self._read_standing(execution_id)
                 if standing.state is None:
                     raise not_kept(task, execution_id)
                 if standing.state not in FINISHED:
@@ -346,96 +268,114 @@ class SyncClient:
             raise unanswered_timeout(task, execution_id, timeout) from error
         raise unanswered_timeout(task, execution_id, timeout)
 
-    def _open_listener(self, channel: str, bucket: int) -> psycopg.Connection[TupleRow]:
-        with self._lock:
-            resting, self._resting = self._resting, None
-        if resting is not None and (time.monotonic() - resting[1] > _MAX_IDLE or _has_hung_up(resting[0])):
-            resting[0].close()
-            resting = None
-        listen_conninfo = self._require_open().listen_conninfo
-        conn = self._connect(listen_conninfo, None) if resting is None else resting[0]
-        try:
-            run_sync(conn, listen(channel))
-            run_sync(conn, self._calls.await_results([ANYBODY, bucket]))
-        except BaseException:
-            conn.close()
-            raise
-        return conn
+    def _look(self, execution_id: UUID) -> Ended | None:
+        call = self._calls.results([execution_id])
+        return self._session.ask(call, "looking for results", is_repeatable=True).get(execution_id)
 
-    def _put_away(self, listener: psycopg.Connection[TupleRow], *, is_whole: bool) -> None:
-        """Keep one listener for the next wait, without LISTEN and flags; close others."""
-        try:
-            if is_whole and not listener.closed:
-                for call in REST:
-                    run_sync(listener, call)
-                with self._lock:
-                    if self._resting is None and self._stack is not None:
-                        self._resting = listener, time.monotonic()
-                        return
-        except psycopg.Error as error:
-            logger.debug("closing the connection that listened for results: %s", error)
-        listener.close()
-
-    # The connection
-
-    def _require_open(self) -> Addresses:
-        if self._stack is None or self._addresses is None:
-            raise NotOpen("the sync client is not open; use it inside `with conductor.sync() as client:`")
-        if os.getpid() != self._pid:
-            raise Misuse("the sync client was opened before this process was forked; open one in each process")
-        return self._addresses
-
-    def _ask(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T:
-        """Execute a call on the connection, which is opened or replaced first if need be.
-
-        `is_repeatable`: it may be sent a second time, once, when the reply of the first is lost.
-        """
-        with self._lock:
-            conninfo = self._require_open().conninfo
-            while True:
-                conn = self._alive(conninfo)
-                try:
-                    return run_sync(conn, call)
-                except psycopg.Error as error:
-                    if conn.closed and is_repeatable:
-                        is_repeatable = False
-                        continue
-                    if (ours := explain(error, conninfo, doing, is_lost=conn.closed)) is None:
-                        raise
-                    raise ours from error
-                finally:
-                    self._used_at = time.monotonic()
-
-    def _alive(self, conninfo: str) -> psycopg.Connection[TupleRow]:
-        conn = self._conn
-        if conn is not None and (time.monotonic() - self._used_at > _MAX_IDLE or _has_hung_up(conn)):
-            conn.close()
-            conn = None
-        if conn is None:
-            conn = self._conn = self._connect(conninfo, self._database.prepare_threshold)
-        return conn
-
-    def _connect(self, conninfo: str, prepare_threshold: int | None) -> psycopg.Connection[TupleRow]:
-        try:
-            return psycopg.connect(conninfo, autocommit=True, prepare_threshold=prepare_threshold, **LISTENER_OPTIONS)
-        except psycopg.Error as error:
-            if (ours := explain_connect(error, conninfo)) is None:
-                raise
-            raise ours from error
+    def _read_standing(self, execution_id: UUID) -> Standing:
+        call = self._calls.standing([execution_id])
+        return self._session.ask(call, "looking for executions", is_repeatable=True)[execution_id]
 
     def _jittered(self, seconds: float) -> float:
         return seconds * random.uniform(0.9, 1.1)
 
+    @contextmanager
+    def _open_ear(self, execution_id: UUID) -> Generator[_Ear]:
+        """Listen for one execution; afterwards one listener is kept for the next wait, others are closed."""
+        conninfo = self._session.addresses.listen_conninfo
+        ear = _Ear(self._calls, conninfo, bucket_of(execution_id), self._swap_resting(None))
+        try:
+            yield ear
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._let_rest(ear)
+            else:
+                ear.close()
+            raise
+        self._let_rest(ear)
 
-def _has_hung_up(conn: psycopg.Connection[Any]) -> bool:
-    """Look, without waiting, whether an idle connection was ended by the server."""
-    try:
-        with selectors.DefaultSelector() as selector:
-            if not conn.closed:
-                selector.register(conn.fileno(), selectors.EVENT_READ)
-            # The server's farewell and the end of the stream may come one after the other.
-            while not conn.closed and selector.select(0):
-                conn.pgconn.consume_input()
-    except psycopg.Error:
+    def _let_rest(self, ear: _Ear) -> None:
+        resting = ear.rest()
+        if resting is not None and self._session.is_open:
+            resting = self._swap_resting(resting)
+        if resting is not None:
+            resting.close()
+
+    def _swap_resting(self, listener: SyncResultListener | None) -> SyncResultListener | None:
+        with self._resting_lock:
+            resting, self._resting = self._resting, listener
+        return resting
+
+
+def _require_invocable(task: object) -> None:
+    if isinstance(task, SyncTaskCall):
+        raise Misuse("a task with options(conn=...) has its own invoke(): call that, without the client")
+    if not isinstance(task, Invocable):
+        raise InvalidOption(f"task must be a task or a task's name, not {type(task).__name__}")
+
+
+class _Ear:
+    """What one wait listens with: a listener, that of an earlier wait if there is one, replaced when it is lost.
+
+    `flagged_at`: when the flags were raised, by the monotonic clock; None while nobody listens.
+    """
+
+    def __init__(self, calls: Calls, conninfo: str, bucket: int, resting: SyncResultListener | None) -> None:
+        self._calls = calls
+        self._conninfo = conninfo
+        self._bucket = bucket
+        self._listener = resting
+        self._reconnect_at = -math.inf
+        self._backoff = 0.0
+        self.flagged_at: float | None = None
+
+    def listen_if_due(self) -> bool:
+        """Listen, unless that is so already, or failed a moment ago; return whether this call began it."""
+        if self.flagged_at is not None or time.monotonic() < self._reconnect_at:
+            return False
+        try:
+            if self._listener is not None and not self._listener.is_fresh:
+                self.close()
+            if self._listener is None:
+                self._listener = SyncResultListener.open(self._calls, self._conninfo)
+            self._listener.start(self._bucket)
+        except Unavailable as error:
+            self._lose(error)
+            return False
+        self.flagged_at = time.monotonic()
         return True
-    return conn.closed
+
+    def nap(self, seconds: float) -> bool:
+        """Wait, `seconds` at most; return whether there is reason to look before the time."""
+        if self._listener is None or self.flagged_at is None:
+            time.sleep(seconds)
+            return False
+        try:
+            return self._listener.receive(seconds)
+        except Unavailable as error:
+            self._lose(error)
+            return True
+
+    def rest(self) -> SyncResultListener | None:
+        """Stop listening, and give away the listener if it is in order."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            try:
+                listener.rest()
+            except Unavailable:
+                listener.close()
+                return None
+        return listener
+
+    def close(self) -> None:
+        """Close the listener, if there is one."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
+    def _lose(self, error: Unavailable) -> None:
+        logger.warning("cannot listen for results, and poll until it is possible again: %s", error)
+        self.close()
+        self.flagged_at = None
+        self._reconnect_at = time.monotonic() + random.uniform(0.5, 1) * self._backoff
+        self._backoff = min(_MAX_BACKOFF, max(1.0, 2 * self._backoff))

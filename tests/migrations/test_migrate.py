@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -26,6 +27,7 @@ from migrations.small import (
 )
 from psycopg import sql
 
+from pgconductor.db.call import Call
 from pgconductor.db.calls import Calls, NewExecution, WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import (
@@ -254,6 +256,15 @@ def test_waiter_holds_no_snapshot_between_looks(conn: Connection, other: Connect
     assert set(map(str, between)) == {"[('idle', None)]"}
 
 
+def finish(conn: Connection, steps: Generator[Call[Any], Any, MigrationReport], call: Call[Any]) -> MigrationReport:
+    while True:
+        try:
+            call = steps.send(run_sync(conn, call))
+        except StopIteration as ended:
+            report: MigrationReport = ended.value
+            return report
+
+
 def test_rival_that_finished_between_look_and_lock_is_seen(conn: Connection, other: Connection) -> None:
     """Or the loser of a race goes by what it read before it had the lock, and applies a migration twice."""
     steps = migrate_gen("pgconductor", V2, 1.0)
@@ -261,11 +272,7 @@ def test_rival_that_finished_between_look_and_lock_is_seen(conn: Connection, oth
     while not call.query.startswith(b"begin"):
         call = steps.send(run_sync(conn, call))
     migrate_sync(other, source=V2)
-    try:
-        while True:
-            call = steps.send(run_sync(conn, call))
-    except StopIteration as ended:
-        assert ended.value == MigrationReport((), False, 2)
+    assert finish(conn, steps, call) == MigrationReport((), False, 2)
     assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
@@ -550,5 +557,5 @@ def test_shipped_functions_work_in_a_schema_of_any_name(conn: Connection, schema
     (invoked,) = run_sync(conn, calls.invoke_many([NewExecution("greet", "{}", queue)]))
     (claimed,) = run_sync(conn, calls.claim(queue, owner, ["greet"], 10)).claimed
     assert claimed.id == invoked.id
-    assert run_sync(conn, calls.heartbeat(owner, 10.0))
+    assert run_sync(conn, calls.heartbeat(owner, 10.0, [queue])).is_alive
     assert queue in [status.queue for status in run_sync(conn, calls.queue_status())]

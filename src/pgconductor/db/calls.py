@@ -24,6 +24,14 @@ class Claim(NamedTuple):
     due_in: float | None
 
 
+class Heartbeat(NamedTuple):
+    """Whether the lease still holds, and how many executions of dead owners were given back, or failed for good."""
+
+    is_alive: bool
+    recovered: int
+    failed: int
+
+
 class NewExecution(NamedTuple):
     """One position of `invoke_many`."""
 
@@ -58,10 +66,6 @@ def _scalar(rows: list[Row]) -> object:
     return rows[0][0]
 
 
-def _boolean(rows: list[Row]) -> bool:
-    return bool(rows[0][0])
-
-
 def _count(rows: list[Row]) -> int:
     return int(rows[0][0])
 
@@ -93,8 +97,11 @@ _QUERIES = {
     "register_queue": "select {s}.register_queue(%s)",
     "register_tasks": "select {s}.register_tasks(%s::text[], %s)",
     "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
-    "heartbeat": "select {s}.heartbeat(%s, %s)",
-    "recover": "select recovered, failed from {s}.recover(%s)",
+    # The lease first, then the rescue of others' work, in one statement: an idle process sends no other.
+    "heartbeat": "select h.alive, r.recovered, r.failed from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
+    " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
+    " coalesce(sum(r.failed), 0)::int8 as failed"
+    " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
@@ -167,11 +174,9 @@ class Calls:
             self._query["register_orchestrator"], (owner, name, lease, program_version, schema_version, *arrays), ignore
         )
 
-    def heartbeat(self, owner: UUID, lease: float) -> Call[bool]:
-        return Call(self._query["heartbeat"], (owner, lease), _boolean)
-
-    def recover(self, queue: str) -> Call[tuple[int, int]]:
-        return Call(self._query["recover"], (queue,), lambda rows: (rows[0][0], rows[0][1]))
+    def heartbeat(self, owner: UUID, lease: float, queues: list[str]) -> Call[Heartbeat]:
+        """Renew a lease, and give back what dead orchestrators held on these queues."""
+        return Call(self._query["heartbeat"], (owner, lease, queues), lambda rows: Heartbeat._make(rows[0]))
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)

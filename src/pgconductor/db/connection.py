@@ -308,7 +308,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
 
     async def _send_cancel(self) -> None:
         if psycopg.capabilities.has_cancel_safe():
-            await self._drive_conn(self._cancel_gen())
+            request = self.pgconn.cancel_conn()
+            request.start()
+            await self._drive_conn(generators.cancel(request))
         else:  # libpq before 17 can only do it by blocking; psycopg[binary] has a newer one
             await trio.to_thread.run_sync(self.cancel, abandon_on_cancel=True)
 
@@ -661,7 +663,8 @@ class _Transaction(psycopg.AsyncTransaction):
     async def __aenter__(self) -> Self:
         try:
             async with self._conn.lock:
-                self._check_enter()
+                if self.status is not self.Status.NOT_STARTED:
+                    raise TypeError("transaction blocks can be used only once")
                 await self._conn.wait(self._enter_gen())
         except BaseException as error:
             await self._undo(error)

@@ -47,9 +47,9 @@ _SETTINGS = {
     "idle_in_transaction_session_timeout": "60s",
     "idle_session_timeout": "0",
 }
-_APPLY_SETTINGS = "select " + ", ".join(
-    f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()
-)
+_APPLY_SETTINGS = (
+    "select " + ", ".join(f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
+).encode()
 
 # A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
 _TCP_USER_TIMEOUT = "10000"
@@ -103,7 +103,8 @@ async def _open_session(conninfo: str, role: str, prepare_threshold: int | None)
         make_conninfo("", **{**defaults, **given}), autocommit=True, prepare_threshold=prepare_threshold
     )
     try:
-        await conn.execute(_APPLY_SETTINGS)
+        if prepare_threshold is not None:  # behind a pooler they would stay with a server session that others use next
+            await conn.execute(_APPLY_SETTINGS)
     except BaseException:
         conn.drop()
         raise

@@ -27,7 +27,7 @@ from uuid import UUID
 import trio
 
 from ..context import Context, Resources
-from ..db.calls import Calls
+from ..db.calls import Calls, Claim
 from ..db.link import Link, OutageLog, Target, backoff, open_link
 from ..errors import LeaseLost, Unavailable, Unstorable
 from ..model import Claimed, Outcome
@@ -246,9 +246,10 @@ class Pipeline:
         call = self._calls.claim(self.worker.queue, self._owner, self._task_names, limit)
         self.reactor.clear()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
-        with trio.move_on_after(_CLAIM_TIMEOUT, shield=True) as claiming:
+        answer: Claim | None = None
+        with trio.move_on_after(_CLAIM_TIMEOUT, shield=True):
             answer = await link.attempt(call)
-        if claiming.cancelled_caught:
+        if answer is None:
             raise Unavailable(f"no reply to a claim within {_CLAIM_TIMEOUT} s")
         claimed, due_in = answer
         now = trio.current_time()

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from .errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable
+from ..errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable, Unstorable
 
 VARIABLES: Final = ("PGCONDUCTOR_DSN", "DATABASE_URL")
 EMBEDDED_DATABASE: Final = "pgconductor"
@@ -56,7 +56,7 @@ class Database:
         """
         if not self.embedded:
             return self.resolve()
-        from .embedded import embedded_server  # only for those who ask for it
+        from ..embedded import embedded_server  # only for those who ask for it
 
         conninfo = stack.enter_context(embedded_server()).ensure_database(EMBEDDED_DATABASE)
         return Addresses(conninfo, conninfo)
@@ -125,14 +125,19 @@ def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = 
         return Refused(
             f"the role may not do this ({server}) while {doing}: {error.diag.message_primary}; grant it the privilege"
         )
+    if isinstance(error, (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)):
+        return Unstorable(
+            f"the server ({server}) cannot store a value, and has stored nothing of this call, while {doing}: "
+            f"{_said(error)}"
+        )
     if not isinstance(error, psycopg.OperationalError):
         return None
     if is_lost:
         return Unavailable(
             f"the connection to the server ({server}) was lost while {doing}; it may have taken effect or not: "
-            f"repeat it, with a dedupe_key if it must not happen twice: {error}"
+            f"repeat it, with a dedupe_key if it must not happen twice: {_said(error)}"
         )
-    return Unavailable(f"the server ({server}) could not serve while {doing}; try again later: {error}")
+    return Unavailable(f"the server ({server}) could not serve while {doing}; try again later: {_said(error)}")
 
 
 def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | None:
@@ -140,6 +145,11 @@ def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | N
     if not isinstance(error, psycopg.OperationalError):
         return None
     return NoDatabase(
-        f"cannot connect to the server ({describe_server(conninfo)}): {error}; start it, or name another one with "
-        f"dsn=, PGCONDUCTOR_DSN or DATABASE_URL"
+        f"cannot connect to the server ({describe_server(conninfo)}): {_said(error)}; start it, or name another one "
+        f"with dsn=, PGCONDUCTOR_DSN or DATABASE_URL"
     )
+
+
+def _said(error: psycopg.Error) -> str:
+    """The driver's message on one line."""
+    return " ".join(str(error).split())

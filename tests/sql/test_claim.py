@@ -1,0 +1,252 @@
+"""claim: what it takes and in which order, whom it refuses, what an empty one tells, how it fares beside rivals."""
+
+from __future__ import annotations
+
+import random
+from uuid import UUID, uuid4
+
+import pytest
+from sql.database import Database, done
+
+from pgconductor.db.calls import NewExecution
+from pgconductor.errors import LeaseLost, Misuse
+from pgconductor.testing import DatabaseClock
+
+
+@pytest.fixture
+def owner(db: Database) -> UUID:
+    """An orchestrator with a worker on the registered queue "q"."""
+    db.register_queue()
+    return db.register_orchestrator()
+
+
+# --- order ---
+
+
+@pytest.mark.parametrize("where", ["own", "overflow", "both"])
+def test_higher_priority_comes_first_then_the_earlier_due_then_the_smaller_id(db: Database, where: str) -> None:
+    """Urgent work waits behind the rest, or one queue has two orders."""
+    if where == "own":
+        db.register_queue()
+    choose = random.Random(7)
+    expected: list[tuple[int, float, UUID]] = []
+    for n in range(40):
+        if n == 20 and where == "both":
+            db.register_queue()
+        priority, delay = choose.choice([-5, 0, 5]), choose.choice([-30.0, -20.0, -10.0])
+        expected.append((-priority, delay, db.invoke(priority=priority)))
+        db.rows(
+            "update {s}._private_executions set run_at = to_timestamp(1e9 + %s) where id = %s", delay, expected[-1][2]
+        )
+    db.register_queue()
+    owner = db.register_orchestrator()
+    assert db.value("select count(distinct queue_no) from {s}._private_executions") == (2 if where == "both" else 1)
+    claimed = [c.id for limit in (1, 7, 100) for c in db.claim(owner, limit=limit)]
+    assert claimed == [id_ for *_, id_ in sorted(expected)]
+
+
+def test_claim_takes_no_more_than_asked_for(db: Database, owner: UUID) -> None:
+    """A worker gets more than it has room for. What the overflow partition has beyond the limit stays as well."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    db.rows(
+        "with moved as (delete from {s}._private_queue_1 returning *) insert into {s}._private_queue_0"
+        " select (jsonb_populate_record(null::{s}._private_queue_0, to_jsonb(m) || '{\"queue_no\": 0}')).* from moved m"
+    )
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    assert db.claim(owner, limit=0) == []
+    assert [len(db.claim(owner, limit=n)) for n in (1, 3, 4, 100)] == [1, 3, 4, 2]
+
+
+def test_claim_takes_only_tasks_the_worker_has(db: Database, owner: UUID) -> None:
+    """In a rolling deployment the old program takes the new program's work and fails it."""
+    for task in ("a", "b", "c"):
+        db.invoke(task=task, priority=ord(task))
+    assert [c.task for c in db.claim(owner, tasks=["a", "b"])] == ["b", "a"]
+    assert db.look(owner, tasks=["a", "b"]) == ([], None)
+    assert db.claim(owner, tasks=[]) == []
+    assert [c.task for c in db.claim(owner, tasks=["c", "c"])] == ["c"]
+
+
+def test_claim_leaves_other_queues_alone(db: Database, owner: UUID) -> None:
+    """Another queue's rows in the overflow partition are taken with ours."""
+    db.invoke("other")
+    assert db.look(owner) == ([], None)
+    mine = db.invoke()
+    assert [c.id for c in db.claim(owner)] == [mine]
+
+
+# --- due times ---
+
+
+def test_due_ones_are_claimed_with_those_that_were_ready(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """A delayed execution loses its priority, or is never claimed. Also in the overflow partition."""
+    db.invoke("late", delay=60, priority=3)
+    db.register_queue("late")
+    for priority, delay in ((1, None), (9, 60.0), (5, None), (9, 3600.0)):
+        db.invoke("late", priority=priority, delay=delay)
+    assert len(db.claim(owner, "late", limit=1)) == 1
+    clock.advance(61)
+    priorities = [db.live_row(c.id, "priority")[0] for c in db.claim(owner, "late")]
+    assert priorities == [9, 3, 1]
+
+
+def test_many_due_at_once_are_promoted_in_batches_and_all_claimed(
+    db: Database, owner: UUID, clock: DatabaseClock
+) -> None:
+    """A wave of delayed executions is promoted by one endless statement, or its rest is forgotten."""
+    db.invoke_many(*[NewExecution("t", "{}", "q", 0, None, 60.0)] * 2500)
+    clock.advance(61)
+    assert len(db.claim(owner, limit=10)) == 10
+    assert db.value("select count(*) from {s}._private_executions where state = 'scheduled'") == 1500
+    sizes = [len(db.claim(owner, limit=1000)) for _ in range(3)]
+    assert sum(sizes) == 2490
+
+
+def test_empty_claim_tells_when_the_next_one_is_due(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """A worker polls for a delayed execution, or sleeps past it. None: there is none."""
+    assert db.look(owner) == ([], None)
+    db.invoke(delay=100)
+    db.invoke(delay=50)
+    db.invoke("other", delay=5)
+    due_in = db.look(owner).due_in
+    assert due_in is not None
+    assert 20 < due_in <= 50
+    clock.advance(49.9)
+    later = db.look(owner).due_in
+    if later is not None:  # else the machine was slow, and it was claimed
+        assert 0 <= later <= 0.1
+    clock.advance(60)
+    assert len(db.claim(owner)) >= 1
+
+
+def test_next_due_time_counts_the_overflow_and_the_waiting(db: Database, clock: DatabaseClock) -> None:
+    """The timeout of a waiting execution, or one produced before the queue was known, starts late."""
+    early = db.invoke(delay=30)
+    db.register_queue()
+    owner = db.register_orchestrator()
+    late = db.invoke(delay=60)
+    assert 0 < (db.look(owner).due_in or -1) <= 30
+    db.rows("update {s}._private_executions set run_at = run_at + interval '1 h' where id = %s", early)
+    assert 30 < (db.look(owner).due_in or -1) <= 60
+    db.rows("update {s}._private_executions set state = 'waiting' where id = %s", late)
+    assert 30 < (db.look(owner).due_in or -1) <= 60
+    db.rows("update {s}._private_executions set run_at = null where id = %s", late)
+    assert 3600 < (db.look(owner).due_in or -1) <= 3630
+
+
+def test_due_one_of_a_task_the_worker_has_not_is_no_reason_to_look_again(
+    db: Database, owner: UUID, clock: DatabaseClock
+) -> None:
+    """A worker spins while nobody has the task of a due execution."""
+    db.invoke(task="unknown", delay=5)
+    clock.advance(10)
+    db.look(owner)
+    assert db.look(owner) == ([], None)
+
+
+def test_claim_tells_how_long_it_was_due(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """The pick-up latency is measured from the insert, or by another clock."""
+    db.invoke(delay=60)
+    clock.advance(70)
+    (claimed,) = db.claim(owner)
+    assert 9.9 < claimed.waited < 40
+
+
+def test_clock_stepped_back_hides_no_ready_work(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """After a correction of the server's clock, what was ready waits for the time to come again."""
+    ids = [db.invoke()]
+    clock.advance(-600)
+    ids.append(db.invoke())
+    assert sorted(c.id for c in db.claim(owner)) == sorted(ids)
+
+
+# --- who may claim ---
+
+
+def test_only_a_living_registered_orchestrator_may_claim(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """A claim by somebody whom no recovery will ever find dead, or who was declared dead already."""
+    db.invoke()
+    with pytest.raises(LeaseLost):
+        db.claim(uuid4())
+    expired = db.register_orchestrator(lease=10)
+    clock.advance(11)
+    with pytest.raises(LeaseLost):
+        db.claim(expired)
+    db.recover()
+    with pytest.raises(LeaseLost):
+        db.claim(expired)
+    restarted = db.register_orchestrator()
+    db.rows("update {s}._private_orchestrators set server_epoch = 'before' where id = %s", restarted)
+    with pytest.raises(LeaseLost):
+        db.claim(restarted)
+    assert len(db.claim(owner)) == 1
+
+
+def test_queue_must_be_registered(db: Database, owner: UUID) -> None:
+    """A misspelt queue is empty for ever instead of an error."""
+    with pytest.raises(Misuse, match="queue 'qq' is not registered"):
+        db.claim(owner, "qq")
+
+
+# --- beside rivals ---
+
+
+def test_claimers_skip_what_a_rival_has_locked(db: Database, owner: UUID) -> None:
+    """Claimers of one queue wait for each other, or claim the same row."""
+    ids = [db.invoke(priority=-n) for n in range(6)]
+    rival, third = db.session(), db.session()
+    assert [c.id for c in rival.claim(owner, limit=2)] == ids[:2]
+    assert [c.id for c in third.claim(owner, limit=2)] == ids[2:4]
+    assert [c.id for c in db.claim(owner, limit=2)] == ids[4:]
+    assert db.look(owner) == ([], None)
+    rival.rollback()
+    assert [(c.id, c.claim_no) for c in db.claim(owner)] == [(ids[0], 1), (ids[1], 1)]
+
+
+def test_promotion_skips_what_a_rival_promotes(db: Database, owner: UUID, clock: DatabaseClock) -> None:
+    """Claimers queue up behind one another whenever something falls due."""
+    ids = [db.invoke(delay=n) for n in (10, 20)]
+    clock.advance(30)
+    rival = db.session()
+    rival.rows("select from {s}._private_executions where id = %s for update", ids[0])
+    assert [c.id for c in db.claim(owner)] == [ids[1]]
+    rival.rollback()
+    assert [c.id for c in db.claim(owner)] == [ids[0]]
+
+
+def test_work_is_claimable_the_moment_its_producer_commits(db: Database, owner: UUID) -> None:
+    """Uncommitted work claimed, or an older id skipped because a younger one committed first."""
+    first, second = db.session(), db.session()
+    older, younger = first.invoke(), second.invoke()
+    assert older < younger
+    assert db.claim(owner) == []
+    second.commit()
+    assert [c.id for c in db.claim(owner)] == [younger]
+    first.commit()
+    assert [c.id for c in db.claim(owner)] == [older]
+
+
+def test_claim_commits_asynchronously_and_flush_does_not(db: Database, owner: UUID) -> None:
+    """Claims wait for the disk for nothing, or a result is acknowledged before it is safe."""
+    db.invoke()
+    session = db.session()
+    assert session.value("show synchronous_commit") == "on"
+    (claimed,) = session.claim(owner)
+    assert session.value("show synchronous_commit") == "off"
+    session.commit()
+    assert session.value("show synchronous_commit") == "on"
+    session.flush(owner, done(claimed))
+    assert session.value("show synchronous_commit") == "on"
+    session.commit()
+    session.invoke()
+    assert session.value("show synchronous_commit") == "on"
+
+
+def test_payload_arrives_as_text_that_nobody_has_read(db: Database, owner: UUID) -> None:
+    """JSON that Python cannot read (too deep, too many digits) breaks the claim, and with it the queue."""
+    deep = '{"a": ' + "[" * 1500 + "]" * 1500 + "}"
+    digits = f'{{"a": {"9" * 5000}}}'
+    for text in (deep, digits):
+        db.rows("select {s}.invoke('t', %s::jsonb, 'q')", text)
+    payloads = [c.payload or db.run(db.calls.load_payload(c.id, c.claim_no, owner)) for c in db.claim(owner)]
+    assert [p is not None and p.replace(" ", "") for p in payloads] == [t.replace(" ", "") for t in (deep, digits)]

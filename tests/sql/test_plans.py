@@ -1,0 +1,205 @@
+"""What claim and flush cost, whatever the statistics say and however many queues there are.
+
+The server's own counters are asked: sequential scans per table (`pg_stat_user_tables`), locks held, and the buffers a
+call touched (EXPLAIN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sql.database import Database, Session, done, open_database
+
+from pgconductor.db.calls import NewExecution
+from pgconductor.model import Claimed, Outcome
+from pgconductor.testing import Databases
+
+ROWS = 30_000
+QUEUES = 300
+
+
+def scans(session: Session) -> dict[str, int]:
+    """Sequential scans of each table, those of `session` included."""
+    session.rows("select pg_stat_force_next_flush()")
+    session.rows("select pg_stat_clear_snapshot()")
+    return dict(
+        session.rows(
+            "select relname, seq_scan from pg_stat_user_tables"
+            " where relname ~ '^_private_(queue_|finished|dedupe|payloads)'"
+        )
+    )
+
+
+def fill(db: Database) -> None:
+    """Rows beneath statistics that say the tables are empty: what a fresh queue looks like in its first busy minute."""
+    db.rows("alter table {s}._private_queue_0 set (autovacuum_enabled = off)")
+    db.rows("alter table {s}._private_queue_1 set (autovacuum_enabled = off)")
+    db.rows("alter table {s}._private_dedupe_keys set (autovacuum_enabled = off)")
+    db.rows("analyze")
+    for no in (0, 1):
+        db.rows(
+            "insert into {s}._private_executions"
+            " (queue_no, id, queue, task, state, priority, run_at, created_at, payload)"
+            " select no, {s}._private_new_id(no, now()),"
+            " case when no = 0 and n %% 2 = 0 then 'other' else 'q' end, 't',"
+            " (case when n %% 3 = 0 then 'scheduled' else 'ready' end)::{s}.execution_state, n %% 7,"
+            " case when n %% 3 = 0 then now() + interval '1 h' else now() end, now(), '{}'"
+            " from (select %s::int) x (no), generate_series(1, %s) n",
+            no,
+            ROWS // 2,
+        )
+    db.rows(
+        "insert into {s}._private_dedupe_keys"
+        " select 'q', 't', n::text, gen_random_uuid() from generate_series(1, 5000) n"
+    )
+
+
+def test_claim_and_flush_use_indexes_whatever_the_statistics_say(db: Database) -> None:
+    """Statistics taken while a queue was empty make every claim and every outcome read the whole queue."""
+    db.register_queue()
+    fill(db)
+    keyed = db.invoke(key="mine", priority=100)
+    owner = db.register_orchestrator()
+    busy = db.session(autocommit=True)
+    before = scans(busy)
+    claimed = [c for _ in range(5) for c in busy.claim(owner, limit=200)]
+    assert keyed in [c.id for c in claimed]
+    assert {busy.live_row(c.id, "queue_no")[0] for c in claimed[:50]} == {0, 1}
+    before_flush = scans(busy)
+    kinds = ["completed", "failed", "retried", "released"] * 250
+    for start in range(0, 1000, 200):
+        part = zip(claimed[start : start + 200], kinds, strict=False)
+        assert busy.flush(owner, *[done(c, kind, delay=60.0) for c, kind in part]) == {}
+    stranger = Outcome(claimed[0].id, 99, "completed")
+    assert busy.flush(owner, stranger) == {stranger.id: "fenced"}
+    assert busy.run(busy.calls.release_unknown(owner, "q", [])) == 0
+    after = scans(busy)
+    assert before_flush == before
+    assert after == before_flush
+
+
+def test_recovery_uses_indexes_whatever_the_statistics_say(db: Database) -> None:
+    """Each sweep reads the whole queue to find the few that run."""
+    db.register_queue()
+    fill(db)
+    owner = db.register_orchestrator()
+    busy = db.session(autocommit=True)
+    busy.claim(owner, limit=100)
+    db.rows("update {s}._private_orchestrators set died_at = now()")
+    before = scans(busy)
+    assert busy.recover() == (100, 0)
+    assert scans(busy) == before
+
+
+def test_dedupe_lookup_uses_the_key_whatever_the_statistics_say(db: Database) -> None:
+    """One invoke reads all keys there are."""
+    db.register_queue()
+    fill(db)
+    busy = db.session(autocommit=True)
+    before = scans(busy)
+    assert busy.invoke(key="77") == db.value("select execution_id from {s}._private_dedupe_keys where key = '77'")
+    assert busy.invoke(key="new") != busy.invoke(key="newer")
+    assert scans(busy) == before
+
+
+# --- many queues ---
+
+
+@pytest.fixture(scope="module")
+def few_and_many(pgconductor_databases: Databases) -> Iterator[tuple[Database, Database]]:
+    """A database with one registered queue, and one with hundreds."""
+    with (
+        pgconductor_databases.installed() as one,
+        pgconductor_databases.installed() as other,
+        open_database(one) as few,
+        open_database(other) as many,
+    ):
+        few.register_queue()
+        many.register_queue()
+        # In a few transactions: each holds a lock on every partition it made.
+        for start in range(1, QUEUES, 100):
+            stop = min(start + 99, QUEUES - 1)
+            many.rows("select {s}.register_queue('q' || n) from generate_series(%s::int, %s) n", start, stop)
+        assert many.value("select count(*) from {s}._private_queues") == QUEUES
+        yield few, many
+
+
+def locks(session: Session) -> int:
+    """Relations that this session's transaction has locked."""
+    return int(
+        session.value(
+            "select count(*) from pg_locks where locktype = 'relation' and pid = pg_backend_pid()"
+            " and relation <> 'pg_locks'::regclass"
+        )
+    )
+
+
+def prepare(db: Database, n: int = 100) -> UUID:
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * n)
+    return db.register_orchestrator()
+
+
+def test_claim_and_flush_lock_as_many_relations_with_one_queue_as_with_hundreds(
+    few_and_many: tuple[Database, Database],
+) -> None:
+    """Locks that grow with the number of queues: slow, and in the end more than the server has room for."""
+    counts: list[dict[str, int]] = []
+    for db in few_and_many:
+        owner = prepare(db)
+        session = db.session()
+        count: dict[str, int] = {}
+        claimed: list[Claimed] = []
+        for _ in range(7):  # until cached plans are in use
+            claimed += session.claim(owner, limit=5)
+            count["claim"] = locks(session)
+            session.commit()
+        for one in claimed:
+            assert session.flush(owner, done(one)) == {}
+            count["flush"] = locks(session)
+            session.commit()
+        counts.append(count)
+        assert count["claim"] > 4
+        db.close_sessions()
+    assert counts[0] == counts[1]
+
+
+def buffers(session: Session, query: str, *params: object) -> int:
+    """Buffers that executing `query` touched."""
+    node: dict[str, Any] = session.value(f"explain (analyze, buffers, timing off, format json) {query}", *params)[0][
+        "Plan"
+    ]
+    return int(node["Shared Hit Blocks"]) + int(node["Shared Read Blocks"])
+
+
+def test_claim_and_flush_touch_as_many_buffers_with_one_queue_as_with_hundreds(
+    few_and_many: tuple[Database, Database],
+) -> None:
+    """A claim that costs more with every queue that somebody registers."""
+    costs: list[dict[str, int]] = []
+    for db in few_and_many:
+        db.rows("delete from {s}._private_executions")
+        db.rows("vacuum {s}._private_queue_1")
+        owner = prepare(db)
+        session = db.session(autocommit=True)
+        cost: dict[str, int] = {}
+        for _ in range(8):
+            cost["claim"] = buffers(session, "select * from {s}.claim('q', %s, '{t}', 5)", owner)
+        ids = [id_ for (id_,) in session.rows("select id from {s}._private_executions where owner = %s", owner)]
+        assert len(ids) == 40
+        for start in range(0, 40, 5):
+            cost["flush"] = buffers(
+                session,
+                "select * from {s}.flush(%s, %s, '{1,1,1,1,1}', array_fill('completed'::text, '{5}'),"
+                " array_fill('1'::jsonb, '{5}'), array_fill(null::jsonb, '{5}'), array_fill(0::float8, '{5}'),"
+                " array_fill(60::float8, '{5}'))",
+                owner,
+                ids[start : start + 5],
+            )
+        assert db.value("select count(*) from {s}._private_finished where state = 'completed'") >= 40
+        costs.append(cost)
+        db.close_sessions()
+    for verb, cost_of_one in costs[0].items():
+        assert costs[1][verb] <= cost_of_one * 1.2 + 10, costs
