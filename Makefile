@@ -3,7 +3,7 @@
 #   make demo    start an embedded PostgreSQL and watch 10,000 executions flow
 #   make test    the test suite: PostgreSQL 18, the part that meets the database again on 16 and 15, a part on the newest Python
 #   make check   format, lint, types, import directions
-#   make bench   the benchmarks, each with its settings; BENCH=name runs one
+#   make bench   the benchmarks, each with its settings; BENCH=name runs one, BENCH_ARGS='--json FILE' is passed on
 #   make clean   remove environments and caches
 #
 # PYTHON=python3.12 chooses the interpreter, WORKERS=4 the number of processes for tests, PYTEST_ARGS='-k claim' what pytest gets.
@@ -75,8 +75,8 @@ check:
 
 bench:
 	@sh .ci/setup $(VENV) dev
-	@for file in $(if $(BENCH),benchmarks/$(BENCH).py,$(wildcard benchmarks/[a-z]*.py)); do \
-		echo "== $$file"; $(VENV)/bin/python $$file || exit 1; \
+	@for name in $(or $(BENCH),$(filter-out harness,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))); do \
+		echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name $(BENCH_ARGS) || exit 1; \
 	done
 
 clean:

@@ -127,7 +127,7 @@ table _private_orchestrators
 table _private_payloads
     execution_id uuid not null
     payload jsonb not null
-    constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 4194304))
+    constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 8388608))
     constraint _private_payloads_pkey PRIMARY KEY (execution_id)
 
 table _private_queues

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from importlib.metadata import entry_points
 
+import pytest
+
 if not entry_points(group="pytest11", name="pgconductor"):
     pytest_plugins = ["pgconductor.testing.plugin"]
 
@@ -15,3 +17,10 @@ def pytest_report_header() -> str:
     if "PGCONDUCTOR_TEST_DSN" in chosen:
         chosen["PGCONDUCTOR_TEST_DSN"] = "(set)"  # it may hold a password
     return f"pgconductor test server: {chosen or 'a throwaway one from the wheel'}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the random tests run."""
+    group = parser.getgroup("pgconductor's own tests")
+    group.addoption("--wakeups", type=int, default=3000, help="executions of the random wake-up test (default 3000)")
+    group.addoption("--wakeup-seed", type=int, default=None, help="seed of its choices (default: a new one, printed)")

@@ -295,13 +295,21 @@ def test_stale_pid_file_that_names_a_living_process_is_ignored(data_dir: Path) -
     """After a reboot the recorded process id belongs to somebody else, and PostgreSQL itself would refuse to start."""
     with embedded_server(data_dir=data_dir) as server:
         lines = (server.data_path / "postmaster.pid").read_text().splitlines()
-    (_home(data_dir) / "data.new").mkdir()  # what a killed initdb leaves
     with own_server() as other:  # a process that PostgreSQL takes for the owner of the folder
         (server.data_path / "postmaster.pid").write_text("\n".join([str(other.postmaster_pid), *lines[1:]]) + "\n")
         with embedded_server(data_dir=data_dir) as again:
             assert again.postmaster_pid != other.postmaster_pid
             assert _scalar(again.dsn(), "select 1") == 1
         assert _scalar(other.dsn(), "select 1") == 1
+
+
+def test_half_made_cluster_is_made_again(data_dir: Path) -> None:
+    """A program killed during the very first start would have spoilt the folder for good."""
+    home = _home(data_dir)
+    (home / "data.new-abandoned" / "base").mkdir(parents=True)
+    with embedded_server(data_dir=data_dir) as server:
+        assert _scalar(server.dsn(), "select 1") == 1
+    assert [path.name for path in home.glob("data*")] == ["data"]
 
 
 def test_temporary_databases_of_killed_programs_are_dropped(data_dir: Path) -> None:

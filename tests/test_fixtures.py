@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,8 +10,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from pgconductor.errors import InvalidOption
-from pgconductor.testing import DatabaseClock, Databases, DatabaseServer
+from pgconductor.errors import InvalidOption, NoDatabase
+from pgconductor.testing import DatabaseClock, Databases, DatabaseServer, missing_docker, missing_program, open_server
 
 
 def _schemas(dsn: str) -> set[str]:
@@ -85,3 +86,58 @@ def test_clock_refuses_a_naive_moment(pgconductor_clock: DatabaseClock) -> None:
     """A naive moment would mean another instant on a server in another zone."""
     with pytest.raises(InvalidOption, match="aware"):
         pgconductor_clock.set(datetime(2040, 1, 1))  # noqa: DTZ001 - that is the point
+
+
+# --- the choice of the server ---
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"PGCONDUCTOR_TEST_SERVER": "newest"}, "PGCONDUCTOR_TEST_SERVER='newest': name a major version or the path"),
+        ({"PGCONDUCTOR_TEST_SERVER": "/nowhere/bin"}, "/nowhere/bin/postgres does not run"),
+        ({"PGCONDUCTOR_TEST_DSN": "host=/nowhere"}, "the server of PGCONDUCTOR_TEST_DSN does not answer"),
+    ],
+)
+def test_server_that_is_not_there_names_the_variable(environ: dict[str, str], message: str) -> None:
+    """The variable is set somewhere far away, and every test fails with an error of the driver."""
+    with pytest.raises(NoDatabase, match=message), open_server(environ):
+        pass
+
+
+def test_named_server_is_used_and_left_as_it_was(pgconductor_server: DatabaseServer) -> None:
+    """PGCONDUCTOR_TEST_DSN may name a server that others use too."""
+    with psycopg.connect(pgconductor_server.dsn()) as conn:
+
+        def databases() -> set[str]:
+            return {name for (name,) in conn.execute("select datname from pg_database")}
+
+        before = databases()
+        with open_server({"PGCONDUCTOR_TEST_DSN": pgconductor_server.dsn("template1")}) as named:
+            assert named.version == pgconductor_server.version
+            made = Databases(named)
+            with made.installed() as dsn, psycopg.connect(dsn) as inside:
+                assert inside.info.dbname in databases() - before
+            made.close()
+        assert databases() == before
+
+
+@pytest.mark.skipif(bool(missing_docker()), reason=missing_docker() or "-")
+def test_container_is_used_when_asked_for() -> None:
+    """PGCONDUCTOR_TEST_CONTAINER=1 silently answered by the wheel."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(
+                open_server({"PGCONDUCTOR_TEST_CONTAINER": "1", "PGCONDUCTOR_TEST_SERVER": "postgres:15"})
+            )
+        except NoDatabase as error:
+            pytest.skip(f"needs the image postgres:15: {error}")
+        assert server.version // 10000 == 15
+        assert server.settings()["fsync"] == "off"
+        assert "postgres:15" in server.describe()
+
+
+def test_missing_program_names_itself_and_the_remedy() -> None:
+    """A skipped test that does not say how to run it is never run."""
+    assert missing_program("sh", "-") == ""
+    assert missing_program("no-such-program", "apt-get install it") == "needs no-such-program (apt-get install it)"

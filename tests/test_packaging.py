@@ -85,7 +85,6 @@ def test_metadata_names_licence_python_and_extras(wheel: Path) -> None:
         "psycopg[binary]",
         "rich",
         "trio",
-        "trio-util",
         "typer",
     ]
     assert "pgconductor = pgconductor.cli:main" in entry_points
@@ -109,7 +108,10 @@ def _unpacked(wheel: Path, folder: Path) -> dict[str, str]:
 def test_wheel_finds_its_sql_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Found beside `src/` in development, and nowhere after an installation."""
     environment = _unpacked(wheel, tmp_path)
-    program = "import pgconductor; from pgconductor.db.schema import latest_version; print(pgconductor.__file__, latest_version())"
+    program = (
+        "import pgconductor; from pgconductor.db.schema import latest_version;"
+        "print(pgconductor.__file__, latest_version())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

@@ -94,7 +94,7 @@ create table @schema@._private_executions (
 -- Payloads above the threshold of `_private_is_large` live here, so that claiming and finishing never copy them.
 create table @schema@._private_payloads (
     execution_id uuid primary key,
-    payload jsonb not null check (pg_column_size(payload) <= 4194304)
+    payload jsonb not null check (pg_column_size(payload) <= 8388608)
 );
 
 -- At most one live execution per queue, task and key. Rows go in the statement that ends their execution.

@@ -3,7 +3,8 @@
 Owns the limits and everything that decides whether a value may be stored. JSON only: nothing here evaluates, imports
 or unpickles what a row holds. Whatever cannot be stored or would not come back is refused in the caller with
 `InvalidPayload`, which names the task and the argument; whatever a row holds, decoding either returns values of the
-annotated types or raises `InvalidPayload`, never `RecursionError` or a bare `ValueError`.
+annotated types or raises `InvalidPayload`, never `RecursionError` or a bare `ValueError` (only what a class's own
+`__post_init__` raises beyond `ValueError` and `TypeError` passes as it is).
 
 The hot path (one decode and one encode per execution) works on the encoded bytes: cheap signals such as ``null`` or a
 count of brackets decide whether the exact, slow check is needed at all.
@@ -213,11 +214,8 @@ class PayloadCodec(_JsonCodec):
         if not self._required <= kwargs.keys():
             missing = ", ".join(repr(name) for name in sorted(self._required - kwargs.keys()))
             raise InvalidPayload(f"task {self._task!r} needs the argument {missing}")
-        if self._extra is None:
-            if not kwargs.keys() <= self._known:
-                self._refuse_unexpected(kwargs.keys() - self._known)
-        elif not self._reserved.isdisjoint(kwargs):
-            self._refuse_unexpected(self._reserved & kwargs.keys())
+        if self._extra is None and not kwargs.keys() <= self._known:
+            self._refuse_unexpected(kwargs.keys() - self._known)
         return self._encode(kwargs)
 
     def decode(self, text: str) -> dict[str, Any]:
@@ -266,16 +264,18 @@ class PayloadCodec(_JsonCodec):
 
 
 class ResultCodec(_JsonCodec, Generic[R]):
-    """What one handler returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can hold."""
+    """What one handler returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can hold.
+
+    Under `Any` the database decides what a number is: jsonb writes a float of 1e16 or more as an integer, and so it
+    comes back. The annotation `float` keeps it a float.
+    """
 
     __slots__ = ()
 
     def __init__(self, task: str, kind: Any, *, limits: Limits | None = None) -> None:
         limits = limits or Limits()
         require_json_type(f"the result of task {task!r}", kind)
-        super().__init__(
-            f"the result of task {task!r}", _any_for_object(kind), max_bytes=limits.result_bytes, depth=limits.depth
-        )
+        super().__init__(f"the result of task {task!r}", kind, max_bytes=limits.result_bytes, depth=limits.depth)
 
     def encode(self, value: object) -> str:
         """Return `value` as JSON text (None is ``null``).
@@ -289,18 +289,11 @@ class ResultCodec(_JsonCodec, Generic[R]):
         return cast(R, self._decode(text))
 
 
-def _any_for_object(kind: Any) -> Any:
-    return Any if kind is object else kind
-
-
 def _parameters_struct(
     parameters: Mapping[str, Any], optional: Collection[str], *, strict: bool
 ) -> type[msgspec.Struct]:
     """A Struct with the parameters as fields: the fastest way to decode an object and to know what was absent."""
-    described = [
-        (name, _any_for_object(kind), UNSET) if name in optional else (name, _any_for_object(kind))
-        for name, kind in parameters.items()
-    ]
+    described = [(name, kind, UNSET) if name in optional else (name, kind) for name, kind in parameters.items()]
     return msgspec.defstruct("Parameters", described, kw_only=True, forbid_unknown_fields=strict, gc=False)
 
 
@@ -308,8 +301,8 @@ def require_json_type(what: str, kind: Any) -> None:
     """Raise `InvalidTask`, naming `what`, unless values of the annotation `kind` can be read back from JSON."""
     remedy = "use plain types, dataclasses, TypedDicts, attrs classes, msgspec Structs or pydantic models"
     try:
-        info = msgspec_inspect.type_info(_any_for_object(kind))
-        msgspec.json.Decoder(_any_for_object(kind), dec_hook=_decode_custom)
+        info = msgspec_inspect.type_info(kind)
+        msgspec.json.Decoder(kind, dec_hook=_decode_custom)
     except (TypeError, NameError) as error:
         raise InvalidTask(f"{what}: the annotation {kind!r} cannot be read from JSON: {error}; {remedy}") from error
     for custom in _custom_types(info):
@@ -537,10 +530,8 @@ def _traceback(error: BaseException, limit: int) -> list[str]:
     """Lines like those of an unhandled exception, causes first, made without asking the exceptions more than once."""
     chain: list[tuple[BaseException, str]] = []
     link = ""
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen and len(chain) < _MAX_CHAIN:
-        seen.add(id(current))
+    while current is not None and len(chain) < _MAX_CHAIN:
         chain.append((current, link))
         if current.__cause__ is not None:
             current, link = current.__cause__, "The above exception was the direct cause of the following exception:"

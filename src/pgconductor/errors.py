@@ -7,7 +7,8 @@
     │   ├── InvalidPayload            arguments or result do not fit the annotations or the limits (also a ValueError)
     │   └── NotOpen                   the conductor or pool is not open here
     ├── Refused                       the database said no, for good
-    │   └── LeaseLost                 this incarnation of an orchestrator is dead; it registers anew by itself
+    │   ├── LeaseLost                 this incarnation of an orchestrator is dead; it registers anew by itself
+    │   └── Unstorable                PostgreSQL cannot store a value
     ├── Unavailable                   try again later
     │   ├── NoDatabase                no server was named, or none answers
     │   ├── PoolTimeout               no connection became free in time (also a TimeoutError)
@@ -24,6 +25,8 @@ Messages name the object and the remedy. The cause, where a driver's error lies 
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class PgconductorError(Exception):
@@ -56,6 +59,10 @@ class Refused(PgconductorError):
 
 class LeaseLost(Refused):
     """The lease of an orchestrator ended, or the server was restarted: what it holds is no longer its own."""
+
+
+class Unstorable(Refused):
+    """PostgreSQL cannot store a value; the others sent with it were not stored either."""
 
 
 class Unavailable(PgconductorError):
@@ -91,7 +98,14 @@ class ExecutionError(PgconductorError):
 
 
 class ExecutionFailed(ExecutionError):
-    """The execution failed for good; the message carries its last error."""
+    """The execution failed for good; the message carries its last error.
+
+    `error`: that error as data, with the keys ``type``, ``message`` and ``traceback``; as much of it as was kept.
+    """
+
+    def __init__(self, message: str, error: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.error: Mapping[str, str] = error or {}
 
 
 class ExecutionCancelled(ExecutionError):

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from .options import MAX_DELAY, checked_number, checked_seconds
 
+_MAX_EXPONENT = 700.0  # e to this power is just within a float
+
 
 class Backoff(Protocol):
     """How long to wait before the next attempt; any object with this method will do."""
@@ -55,10 +57,11 @@ class Exponential:
     def _longest(self, attempt: int) -> float:
         if self.initial <= 0.0:
             return 0.0
-        # Compared as logarithms first: factor ** attempt overflows a float long before max_attempts is reached.
-        if (attempt - 1) * math.log(self.factor) >= math.log(self.maximum / self.initial):
-            return float(self.maximum)
-        return min(float(self.maximum), self.initial * self.factor ** (attempt - 1))
+        growth = (attempt - 1) * math.log(self.factor)
+        if growth < _MAX_EXPONENT:
+            return min(float(self.maximum), self.initial * self.factor ** (attempt - 1))
+        # The power alone would overflow, though a minute `initial` may keep the product in range.
+        return min(float(self.maximum), math.exp(min(growth + math.log(self.initial), _MAX_EXPONENT)))
 
 
 DEFAULT_BACKOFF = Exponential()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -26,6 +27,7 @@ from migrations.small import (
 )
 from psycopg import sql
 
+from pgconductor.db.call import Call
 from pgconductor.db.calls import Calls, NewExecution, WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import (
@@ -254,6 +256,26 @@ def test_waiter_holds_no_snapshot_between_looks(conn: Connection, other: Connect
     assert set(map(str, between)) == {"[('idle', None)]"}
 
 
+def finish(conn: Connection, steps: Generator[Call[Any], Any, MigrationReport], call: Call[Any]) -> MigrationReport:
+    while True:
+        try:
+            call = steps.send(run_sync(conn, call))
+        except StopIteration as ended:
+            report: MigrationReport = ended.value
+            return report
+
+
+def test_rival_that_finished_between_look_and_lock_is_seen(conn: Connection, other: Connection) -> None:
+    """Or the loser of a race goes by what it read before it had the lock, and applies a migration twice."""
+    steps = migrate_gen("pgconductor", V2, 1.0)
+    call = next(steps)
+    while not call.query.startswith(b"begin"):
+        call = steps.send(run_sync(conn, call))
+    migrate_sync(other, source=V2)
+    assert finish(conn, steps, call) == MigrationReport((), False, 2)
+    assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
 # --- failures ---
 
 
@@ -471,6 +493,24 @@ def test_hostile_search_path_changes_nothing(conn: Connection) -> None:
     assert total(conn) == 1
 
 
+def test_unqualified_name_lands_nowhere(conn: Connection) -> None:
+    """Or a slip in a migration puts our table into the user's schema."""
+    conn.execute("set search_path = public")
+    slip = Migration(1, "0001_slip.sql", "create table lost ()")
+    with pytest.raises(Refused, match="pg_catalog"):
+        migrate_sync(conn, source=SqlSource((slip,), ()))
+    assert conn.execute("select to_regclass('public.lost')").fetchall() == [(None,)]
+
+
+def test_client_encoding_does_not_matter(conn: Connection) -> None:
+    """Or the files' text is garbled where a DBA chose another one, or a name that it lacks cannot be sent."""
+    conn.execute("set client_encoding = 'LATIN1'")
+    text = Migration(1, "0001_text.sql", "create table @schema@.text as select '€ – 日本' as written")
+    migrate_sync(conn, "é", source=SqlSource((text,), ()))
+    conn.execute("set client_encoding = 'UTF8'")
+    assert conn.execute('select written from "é".text').fetchall() == [("€ – 日本",)]
+
+
 def test_read_only_session_is_told_so(conn: Connection) -> None:
     """Or a database that was set read-only, as hosts do when a disk is full, yields a bare error."""
     conn.execute("set default_transaction_read_only = on")
@@ -517,5 +557,5 @@ def test_shipped_functions_work_in_a_schema_of_any_name(conn: Connection, schema
     (invoked,) = run_sync(conn, calls.invoke_many([NewExecution("greet", "{}", queue)]))
     (claimed,) = run_sync(conn, calls.claim(queue, owner, ["greet"], 10)).claimed
     assert claimed.id == invoked.id
-    assert run_sync(conn, calls.heartbeat(owner, 10.0))
+    assert run_sync(conn, calls.heartbeat(owner, 10.0, [queue])).is_alive
     assert queue in [status.queue for status in run_sync(conn, calls.queue_status())]

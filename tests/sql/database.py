@@ -128,7 +128,8 @@ class Session:
         return self.run(self.calls.flush(owner, outcomes))
 
     def recover(self, queue: str = "q") -> tuple[int, int]:
-        return self.run(self.calls.recover(queue))
+        recovered, failed = self.rows("select recovered, failed from {s}.recover(%s)", queue)[0]
+        return recovered, failed
 
     def queue_status(self) -> list[QueueStatus]:
         return self.run(self.calls.queue_status())

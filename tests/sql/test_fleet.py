@@ -13,7 +13,7 @@ from pgconductor.testing import DatabaseClock
 
 
 def beat(db: Session, owner: UUID, lease: float = 10.0) -> bool:
-    return db.run(db.calls.heartbeat(owner, lease))
+    return db.run(db.calls.heartbeat(owner, lease, [])).is_alive
 
 
 def work(db: Database, n: int, queue: str = "q") -> list[UUID]:
@@ -92,7 +92,7 @@ def test_heartbeat_commits_asynchronously(db: Database) -> None:
     """Every orchestrator waits for the disk every few seconds."""
     owner = db.register_orchestrator()
     session = db.session()
-    assert session.run(session.calls.heartbeat(owner, 10.0))
+    assert session.run(session.calls.heartbeat(owner, 10.0, [])).is_alive
     assert session.value("show synchronous_commit") == "off"
 
 
@@ -199,7 +199,7 @@ def test_lease_renewed_at_the_last_moment_is_not_ended(db: Database, clock: Data
     owner = db.register_orchestrator(lease=10)
     db.claim(owner)
     renewing = db.session()
-    assert renewing.run(renewing.calls.heartbeat(owner, 60.0))
+    assert renewing.run(renewing.calls.heartbeat(owner, 60.0, [])).is_alive
     clock.advance(11)
     assert db.recover() == (0, 0)  # skips what is locked
     renewing.commit()

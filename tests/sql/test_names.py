@@ -184,7 +184,7 @@ def test_everything_works_in_a_schema_of_any_name(elsewhere: Database) -> None:
     assert [n.channel for n in listener.conn.notifies(timeout=5, stop_after=1)] == [channel]
     assert listener.run(db.calls.lower_sleep_flag("q")) is True
     (again,) = db.claim(owner)
-    assert db.run(db.calls.heartbeat(owner, 60.0)) is True
+    assert db.run(db.calls.heartbeat(owner, 60.0, [])).is_alive
     db.rows("update {s}._private_orchestrators set died_at = now()")
     assert db.recover() == (1, 0)
     assert db.flush(owner, done(again)) == {again.id: "fenced"}

@@ -78,7 +78,7 @@ VERBS: dict[str, Verb] = {
     "release_unknown": lambda session, scene: session.run(session.calls.release_unknown(scene.holder, "q", [])),
     "retire": lambda session, scene: session.run(session.calls.retire_orchestrator(scene.holder)),
     "invoke": lambda session, scene: session.invoke(key="k"),
-    "heartbeat": lambda session, scene: session.run(session.calls.heartbeat(scene.holder, 1000.0)),
+    "heartbeat": lambda session, scene: session.run(session.calls.heartbeat(scene.holder, 1000.0, [])),
     "register_queue": lambda session, scene: session.register_queue("another"),
 }
 # How the execution stands, and the verbs to which that makes a difference: of a pair there is at least one.

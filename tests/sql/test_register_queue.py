@@ -90,7 +90,7 @@ def test_nobody_waits_for_an_open_registration(db: Database) -> None:
         assert session.flush(owner, done(claimed)) == {}
         assert session.recover() == (0, 0)
         assert session.run(session.calls.release_unknown(owner, "q", [])) == 0
-        assert session.run(session.calls.heartbeat(owner, 60.0))
+        assert session.run(session.calls.heartbeat(owner, 60.0, [])).is_alive
         session.rows("select * from {s}.queue_status()")
         assert session.register_queue() == 1
         session.rows("reset lock_timeout")

@@ -138,6 +138,7 @@ def nested(levels: int) -> Any:
         (StrictModel, StrictModel(at=datetime(2024, 1, 1, tzinfo=UTC), n=3)),
         (Tree, Tree([Tree([])])),
         (object, {"a": [1, None]}),
+        (list[object], [1, "a", {"b": None}]),
         (Any, {"a": [1, None, False, ""]}),
         (Annotated[int, msgspec.Meta(gt=0)], 3),
     ],
@@ -317,7 +318,7 @@ def measured_depth(node: Any) -> int:
         node = list(cast("dict[str, Any]", node).values())
     if not isinstance(node, list):
         return 0
-    children: list[Any] = node
+    children: list[Any] = [*node]
     return 1 + max((measured_depth(child) for child in children), default=0)
 
 
@@ -519,16 +520,37 @@ def test_long_errors_use_the_room_they_have() -> None:
 def test_a_cut_traceback_keeps_its_end() -> None:
     """The line that failed would be lost, the frames of the engine kept."""
 
-    def dive(levels: int) -> None:
-        if levels:
-            dive(levels - 1)
-        else:
+    def left(levels: int) -> None:
+        right(levels - 1)
+
+    def right(levels: int) -> None:
+        if levels <= 0:
             raise ValueError("the deepest")
+        left(levels - 1)
 
     with pytest.raises(ValueError, match="deepest") as caught:
-        dive(200)
-    described = describe_error(caught.value, 1024)
-    assert described["traceback"].endswith("ValueError: the deepest")
+        left(100)
+    traceback = describe_error(caught.value, 1024)["traceback"]
+    assert traceback.endswith("ValueError: the deepest")
+    assert traceback.startswith("…")
+
+
+def test_a_large_group_shows_its_head_and_its_first_exceptions() -> None:
+    """A thousand failed children would push out what happened first."""
+    errors: list[Exception] = [KeyError(f"number {n} of the group, with a longer text") for n in range(1000)]
+    traceback = describe_error(raised(ExceptionGroup("children failed", errors)))["traceback"]
+    assert "ExceptionGroup: children failed (1000 sub-exceptions)" in traceback
+    assert "number 0 of the group" in traceback
+    assert "number 15 of the group" in traceback
+    assert "more exceptions" in traceback
+    assert "number 16 of the group" not in traceback
+
+
+def test_a_message_of_a_hostile_str_subclass_is_read_all_the_same() -> None:
+    """Its own methods would run inside the engine."""
+    described = describe_error(raised(Shifting()))
+    assert described["message"] == "shifted"
+    assert type(described["message"]) is str
 
 
 def test_a_chain_that_refers_to_itself_ends() -> None:
@@ -536,7 +558,7 @@ def test_a_chain_that_refers_to_itself_ends() -> None:
     error = ValueError("loop")
     other = ValueError("other")
     error.__cause__, other.__cause__ = other, error
-    assert "loop" in describe_error(error)["traceback"]
+    assert describe_error(error)["traceback"].endswith("ValueError: loop")
 
 
 def test_deep_groups_and_long_chains_do_not_overflow_the_stack() -> None:

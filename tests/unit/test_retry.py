@@ -55,6 +55,13 @@ def test_every_delay_lies_within_its_jitter_and_maximum(
     assert 0 <= delay <= longest <= initial + above
 
 
+def test_a_minute_start_grows_without_overflow() -> None:
+    """The power overflows a float although the delay itself is small."""
+    backoff = Exponential(initial=1e-300, factor=32.0, maximum=1e9, jitter=0.0)
+    assert backoff.delay(201, random.Random(0)) == pytest.approx(1e-300 * 32.0**100 * 32.0**100)
+    assert backoff.delay(10_000, random.Random(0)) == 1e9
+
+
 def test_delays_never_shrink_as_attempts_go_on() -> None:
     """The cross-over from the power to the maximum would dip."""
     backoff = Exponential(initial=0.3, factor=1.7, maximum=1234.5, jitter=0.0)
@@ -90,6 +97,7 @@ def test_the_last_attempt_is_not_followed_by_another() -> None:
 def test_an_immediate_retry_differs_from_giving_up() -> None:
     """A delay of 0 would be taken for None by whoever tests its truth."""
     assert decide(1, 2, Exponential(initial=0.0), random.Random(0)) == 0.0
+    assert decide(9_999, 10_000, Exponential(initial=0.0), random.Random(0)) == 0.0
 
 
 @pytest.mark.parametrize("answer", [-1.0, math.nan, math.inf, MAX_DELAY * 2, 10**400, None, "1", True])

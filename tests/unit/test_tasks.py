@@ -8,7 +8,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypedDict, TypeVar, Unpack, cast
 from uuid import uuid4
 
 import psycopg
@@ -99,6 +99,10 @@ def same_result() -> list[Report]:
     return []
 
 
+async def never_returns() -> NoReturn:
+    raise AssertionError
+
+
 async def keyword_only(*, anything: Any) -> Any:
     return anything
 
@@ -164,6 +168,40 @@ def test_a_handler_without_context_gets_none(conductor: Recorder) -> None:
     result = task.call(a_context(), task.decode(task.bind(date(2024, 1, 1)).payload))
     assert result == [Report(date(2024, 1, 1))] * 2
     assert task.result.decode(task.result.encode(result)) == result
+
+
+def test_a_decorated_handler_keeps_the_signature_it_wraps(conductor: Recorder) -> None:
+    """Every decorator of an application would turn its handlers into ``*args, **kwargs``."""
+
+    @functools.wraps(with_context)
+    async def logged(*args: Any, **kwargs: Any) -> Any:
+        return await with_context(*args, **kwargs)
+
+    task: Task[..., Any] = conductor.task(logged)
+    assert task.wants_context
+    assert task.is_async
+    coroutine = task.call(a_context(), task.decode(task.bind(name="Ada").payload))
+    with pytest.raises(StopIteration, match="1 Ada"):
+        coroutine.send(None)
+    with pytest.raises(InvalidPayload, match="no argument 'other'"):
+        task.bind(name="Ada", other=1)
+
+
+def test_a_handler_that_never_returns_may_say_so(conductor: Recorder) -> None:
+    """A task that always fails or is cancelled could not be annotated honestly."""
+    conductor.task(never_returns).resolve()
+
+
+def test_extra_keyword_arguments_cannot_replace_the_context(conductor: Recorder) -> None:
+    """A row's payload could pass its own value as the context, or fail with TypeError outside the guard."""
+
+    @conductor.task
+    def open_ended(ctx: Context, **more: int) -> dict[str, int]:
+        return more
+
+    assert open_ended.call(a_context(), open_ended.decode('{"a":1}')) == {"a": 1}
+    with pytest.raises(InvalidPayload, match="no argument 'ctx'"):
+        open_ended.decode('{"ctx":1}')
 
 
 def test_a_keyword_only_first_parameter_may_be_anything(conductor: Recorder) -> None:

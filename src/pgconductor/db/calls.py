@@ -24,6 +24,14 @@ class Claim(NamedTuple):
     due_in: float | None
 
 
+class Heartbeat(NamedTuple):
+    """Whether the lease still holds, and how many executions of dead owners were given back, or failed for good."""
+
+    is_alive: bool
+    recovered: int
+    failed: int
+
+
 class NewExecution(NamedTuple):
     """One position of `invoke_many`."""
 
@@ -50,22 +58,12 @@ def _claim(rows: list[Row]) -> Claim:
     return Claim([Claimed._make(row[:7]) for row in rows], None)
 
 
-def _queue_status(*columns: Any) -> QueueStatus:
-    *counts, without_worker = columns
-    return QueueStatus(*counts, tuple(without_worker))
-
-
-def _orchestrator_status(*columns: Any) -> OrchestratorStatus:
-    *facts, queues = columns
-    return OrchestratorStatus(*facts, tuple(queues))
+def _last_as_tuple(row: Row) -> list[Any]:
+    return [*row[:-1], tuple(row[-1])]
 
 
 def _scalar(rows: list[Row]) -> object:
     return rows[0][0]
-
-
-def _boolean(rows: list[Row]) -> bool:
-    return bool(rows[0][0])
 
 
 def _count(rows: list[Row]) -> int:
@@ -99,17 +97,21 @@ _QUERIES = {
     "register_queue": "select {s}.register_queue(%s)",
     "register_tasks": "select {s}.register_tasks(%s::text[], %s)",
     "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
-    "heartbeat": "select {s}.heartbeat(%s, %s)",
-    "recover": "select recovered, failed from {s}.recover(%s)",
+    # The lease first, then the rescue of others' work, in one statement: an idle process sends no other.
+    "heartbeat": "select h.alive, r.recovered, r.failed from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
+    " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
+    " coalesce(sum(r.failed), 0)::int8 as failed"
+    " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
-    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled, workers,"
-    " oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
+    " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
+    "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
     "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
@@ -172,11 +174,9 @@ class Calls:
             self._query["register_orchestrator"], (owner, name, lease, program_version, schema_version, *arrays), ignore
         )
 
-    def heartbeat(self, owner: UUID, lease: float) -> Call[bool]:
-        return Call(self._query["heartbeat"], (owner, lease), _boolean)
-
-    def recover(self, queue: str) -> Call[tuple[int, int]]:
-        return Call(self._query["recover"], (queue,), lambda rows: (rows[0][0], rows[0][1]))
+    def heartbeat(self, owner: UUID, lease: float, queues: list[str]) -> Call[Heartbeat]:
+        """Renew a lease, and give back what dead orchestrators held on these queues."""
+        return Call(self._query["heartbeat"], (owner, lease, queues), lambda rows: Heartbeat._make(rows[0]))
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)
@@ -199,14 +199,14 @@ class Calls:
         return Call(
             self._query["queue_status"],
             (),
-            lambda rows: [_queue_status(*row) for row in rows],
+            lambda rows: [QueueStatus(*_last_as_tuple(row)) for row in rows],
         )
 
     def orchestrator_status(self) -> Call[list[OrchestratorStatus]]:
         return Call(
             self._query["orchestrator_status"],
             (),
-            lambda rows: [_orchestrator_status(*row) for row in rows],
+            lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
     def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
@@ -216,6 +216,10 @@ class Calls:
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""
         return Call(self._query["channel"], (queue,), lambda rows: str(_scalar(rows)))
+
+    def probe(self, channel: str) -> Call[None]:
+        """Notify a channel of the listener's own."""
+        return Call(self._query["probe"], (channel,), ignore)
 
     def results_channel(self) -> Call[str]:
         """The channel that announces buckets of ended executions, while anybody waits for one."""

@@ -192,10 +192,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                     await trio.lowlevel.checkpoint()
                 want = gen.send(ready)
         except StopIteration as stop:
+            if not has_waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             result: T = stop.value
-        if not has_waited:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        return result
+            return result
 
     @trio.lowlevel.enable_ki_protection
     async def wait(self, gen: PQGen[T], interval: float = 0.0, timeout: float | None = None) -> T:
@@ -258,8 +258,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 self.drop()
 
     def _end(self, gen: Generator[Any, Any, Any]) -> None:
-        """End a generator that will not be resumed; one that has ended by itself stays as it is."""
-        if gen.gi_frame is None:
+        """End a generator that will not be resumed."""
+        # One that has ended by itself may have raised the error of one statement of a pipeline that goes on.
+        if getattr(gen, "gi_frame", None) is None:
             return
         # Those of a pipeline otherwise yield once more, to fetch what is queued.
         if (pipeline := self._pipeline) is not None:
@@ -299,7 +300,6 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 if size == 0:
                     await self._wait_fd(fd, _WAIT_R)
                     pgconn.consume_input()
-        self._keep_notifies()
         # What was sent may or may not have prepared or dropped statements. Now, since psycopg would forget them only
         # after the next one, perhaps just prepared; in a failed transaction its rollback does it.
         self._prepared.clear()
@@ -308,7 +308,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
 
     async def _send_cancel(self) -> None:
         if psycopg.capabilities.has_cancel_safe():
-            await self._drive_conn(self._cancel_gen())
+            request = self.pgconn.cancel_conn()
+            request.start()
+            await self._drive_conn(generators.cancel(request))
         else:  # libpq before 17 can only do it by blocking; psycopg[binary] has a newer one
             await trio.to_thread.run_sync(self.cancel, abandon_on_cancel=True)
 
@@ -500,9 +502,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 yield transaction
         except BaseException as error:
             # COMMIT may have been queued and dropped with the rest of the queue.
-            if not isinstance(error, Exception) and is_outermost and not self.closed:
-                if self.pgconn.transaction_status != _IDLE:
-                    await self.finish(self._rollback_gen())
+            is_interrupted = not isinstance(error, Exception)
+            if is_interrupted and is_outermost and self.pgconn.transaction_status in (_INTRANS, _INERROR):
+                await self.finish(self._rollback_gen())
             raise
 
     async def __aexit__(
@@ -661,7 +663,8 @@ class _Transaction(psycopg.AsyncTransaction):
     async def __aenter__(self) -> Self:
         try:
             async with self._conn.lock:
-                self._check_enter()
+                if self.status is not self.Status.NOT_STARTED:
+                    raise TypeError("transaction blocks can be used only once")
                 await self._conn.wait(self._enter_gen())
         except BaseException as error:
             await self._undo(error)
@@ -693,9 +696,13 @@ class _Transaction(psycopg.AsyncTransaction):
             self.status = self.Status.FAILED
         elif self.status is self.Status.ACTIVE:
             await self._conn.finish(self._exit_gen(type(error), error, None))
-        elif not isinstance(error, Exception) and not self._outer_transaction:
-            if self.pgconn.transaction_status == _INERROR and not self.pgconn.pipeline_status:
-                await self._conn.finish(self._conn.commands_gen(self._get_rollback_commands()))
+        elif (
+            not isinstance(error, Exception)
+            and not self._outer_transaction
+            and not self.pgconn.pipeline_status
+            and self.pgconn.transaction_status == _INERROR
+        ):
+            await self._conn.finish(self._conn.commands_gen(self._get_rollback_commands()))
 
 
 class _ServerCursor(psycopg.AsyncServerCursor[Row]):

@@ -6,7 +6,7 @@ transaction. The cursor is ours, whatever row or cursor factory the connection h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ _OURS: dict[str, type[Misuse | Refused]] = {"PC001": Misuse, "PC002": Refused, "
 
 
 @contextmanager
-def mapped_errors() -> Iterator[None]:
+def mapped_errors() -> Generator[None, None, None]:
     """Turn the SQLSTATEs our functions raise into our exceptions; let every other error pass."""
     try:
         yield

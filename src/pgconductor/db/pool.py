@@ -246,8 +246,10 @@ class Pool(Generic[C]):
     async def _acquire(self, timeout: float) -> _Place[C]:
         if not timeout > 0:
             raise InvalidOption(f"timeout must be more than 0 seconds, not {timeout}")
+        is_granted = False
         with trio.move_on_after(timeout):
             place = await self._wait_place()
+            is_granted = True
             try:
                 await self._fill(place)
             except BaseException:
@@ -256,9 +258,13 @@ class Pool(Generic[C]):
             self._handed_out += 1
             return place
         self._timed_out += 1
+        if is_granted:
+            raise PoolTimeout(
+                f"no connection could be opened within {timeout} s: see whether the server answers, or raise timeout"
+            )
         s = self.statistics()
         raise PoolTimeout(
-            f"no connection within {timeout} s from the pool of max_size={s.max_size} ({s.in_use} in use, "
+            f"no connection became free within {timeout} s in the pool of max_size={s.max_size} ({s.in_use} in use, "
             f"{s.connecting} connecting, {s.waiting} other tasks waiting): hold connections for a shorter time, raise "
             "max_size, or raise timeout"
         )

@@ -229,8 +229,10 @@ def start(home: Path, installation: Installation, settings: Mapping[str, str], *
 
 def _initialise(home: Path, bin_dir: Path, account: Account | None, *, throwaway: bool) -> None:
     """Create the cluster beside its place and move it there, so that one half made is never taken for whole."""
-    scratch = home / "data.new"
-    shutil.rmtree(scratch, ignore_errors=True)
+    # A killed program may have left an initdb that still runs: never in the folder of another.
+    for abandoned in home.glob("data.new-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="data.new-", dir=home))
     _own_folder(scratch, account)
     command = [
         str(bin_dir / "initdb"),
@@ -266,8 +268,13 @@ def stop(home: Path, how: signal.Signals) -> None:
     """Stop the server if it runs, and return when it is gone: as asked, then at once, then by force."""
     if not is_alive(home):
         return
-    lines = postmaster_lines(home)
-    pid, sockets = int(lines[0]), Path(lines[4].strip())
+    try:
+        lines = postmaster_lines(home)
+    except NoDatabase:  # it is ending already: its last processes are what is alive
+        if _gone_within(home, 30.0):
+            return
+        raise
+    pid, sockets = int(lines[0]), Path(lines[4].strip()) if len(lines) > 4 else home
     for attempt, patience in ((how, 20.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError):
             os.kill(pid, attempt)

@@ -18,15 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import psycopg
 import trio
-from psycopg import sql
 
 from ..db.call import Call
 from ..db.calls import Calls
-from ..db.connection import TrioConnection
-from ..db.execute import run
-from .link import OutageLog, Target, backoff, is_transient, open_session
+from ..db.link import Link, OutageLog, Target, backoff
+from ..errors import SchemaMissing, Unavailable
 
 T = TypeVar("T")
 
@@ -72,7 +69,7 @@ class Listener:
         *,
         probe_interval: float = PROBE_INTERVAL,
     ) -> None:
-        self._target = target
+        self._link = Link(target, "listen", outages, rng, listens=True)
         self._calls = calls
         self._outages = outages
         self._rng = rng
@@ -80,7 +77,6 @@ class Listener:
         self._probe_channel = f"pgconductor_p_{secrets.token_hex(8)}"
         self._subscribers: dict[str, Subscriber] = {}
         self._channels: dict[str, Subscriber] = {}
-        self._conn: TrioConnection[tuple[object, ...]] | None = None
         self._is_up = False
         self._idle: trio.CancelScope | None = None  # `run` is waiting for notifications inside
         self._requests: deque[_Request] = deque()
@@ -119,10 +115,9 @@ class Listener:
 
     async def execute(self, call: Call[T]) -> T:
         """Execute on the connection, in the task of `run` only."""
-        assert self._conn is not None
         with trio.move_on_after(_TIMEOUT):
-            return await run(self._conn, call)
-        raise psycopg.OperationalError(f"no reply within {_TIMEOUT} s")
+            return await self._link.attempt(call)
+        raise Unavailable(f"listen: no reply within {_TIMEOUT} s")
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled; `started` once the first attempt to listen has been made."""
@@ -134,11 +129,9 @@ class Listener:
                 task_status.started()
                 task_status = trio.TASK_STATUS_IGNORED
                 await self._serve()
-            except psycopg.Error as error:
-                if not is_transient(error):
-                    raise
+            except (Unavailable, SchemaMissing) as error:
                 failures += 1
-                self._outages.warn("%r lost its connection, the sweep has to do: %s", self, str(error).strip())
+                self._outages.warn("%r lost its connection, the sweep has to do: %s", self, error)
             finally:
                 self._lose()
             self._reconnects += 1
@@ -147,9 +140,7 @@ class Listener:
             await trio.sleep(backoff(failures, self._rng))
 
     def _lose(self) -> None:
-        if self._conn is not None:
-            self._conn.drop()
-        self._conn = None
+        self._link.drop()
         was_up, self._is_up = self._is_up, False
         while self._requests:
             self._requests.popleft().is_done.set()
@@ -158,21 +149,16 @@ class Listener:
                 subscriber.on_lost()
 
     async def _listen(self) -> None:
-        with trio.move_on_after(_TIMEOUT) as connecting:
-            self._conn = await open_session(self._target.listen_conninfo, "listen", 5)
-        if connecting.cancelled_caught:
-            raise psycopg.OperationalError(f"could not connect within {_TIMEOUT} s")
         for queue, subscriber in self._subscribers.items():
             self._channels[await self.execute(self._calls.channel(queue))] = subscriber
-        for channel in (*self._channels, self._probe_channel):
-            await self._open_conn().execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        with trio.move_on_after(_TIMEOUT) as listening:
+            await self._link.listen((*self._channels, self._probe_channel))
+        if listening.cancelled_caught:
+            raise Unavailable(f"listen: no reply within {_TIMEOUT} s")
+        # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.
+        self._is_up = True
         for subscriber in self._subscribers.values():
             await subscriber.on_listening()
-        self._is_up = True
-
-    def _open_conn(self) -> TrioConnection[tuple[object, ...]]:
-        assert self._conn is not None
-        return self._conn
 
     async def _serve(self) -> None:
         probe_at = trio.current_time() + self._probe_interval * self._rng.uniform(0.5, 1.0)
@@ -188,29 +174,28 @@ class Listener:
                 await self._probe()
                 probe_at = trio.current_time() + self._probe_interval
             else:
-                notifies: list[psycopg.Notify] = []
+                channels: set[str] = set()
                 with trio.CancelScope(deadline=probe_at) as self._idle:
-                    notifies = await self._open_conn().receive_notifies()
+                    channels = await self._link.receive()
                 self._idle = None
-                self._tell(notifies)
+                self._tell(channels)
 
-    def _tell(self, notifies: list[psycopg.Notify]) -> None:
+    def _tell(self, channels: set[str]) -> None:
         # Wake-ups coalesce: however many came, each queue is told once.
-        for channel in {notify.channel for notify in notifies}:
+        for channel in channels:
             if (subscriber := self._channels.get(channel)) is not None:
                 subscriber.on_notify()
 
     async def _probe(self) -> None:
         begun = trio.current_time()
-        conn = self._open_conn()
         with trio.move_on_after(_TIMEOUT) as probing:
-            await conn.execute("select pg_catalog.pg_notify(%s, '')", (self._probe_channel,))
+            await self._link.attempt(self._calls.probe(self._probe_channel))
             while True:
-                notifies = await conn.receive_notifies()
-                self._tell(notifies)
-                if any(notify.channel == self._probe_channel for notify in notifies):
+                channels = await self._link.receive()
+                self._tell(channels)
+                if self._probe_channel in channels:
                     break
         if probing.cancelled_caught:
-            raise psycopg.OperationalError(f"the probe did not come back within {_TIMEOUT} s")
+            raise Unavailable(f"listen: the probe did not come back within {_TIMEOUT} s")
         self._probes += 1
         self._probe_rtt = trio.current_time() - begun

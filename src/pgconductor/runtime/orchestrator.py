@@ -36,12 +36,12 @@ import trio
 
 from ..context import Resources, resources_by_type
 from ..db import schema
-from ..db.calls import WorkerRow
+from ..db.calls import Heartbeat, WorkerRow
+from ..db.link import Link, OutageLog, Target, open_link
 from ..errors import InvalidOption, InvalidTask, Misuse, Unavailable
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
-from .link import Link, OutageLog, Target, open_link
 from .listener import Listener
 from .worker import Pipeline, WorkerStatistics
 
@@ -78,13 +78,14 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """What all incarnations of a run share. When `until` returns, the run is to stop."""
+    """What all incarnations of a run share. `lease` is in seconds. When `until` returns, the run is to stop."""
 
     target: Target
     control: Link
     outages: OutageLog
     resources: Resources
     signals: AsyncIterator[int] | None
+    lease: float
     until: Callable[[Link], Awaitable[None]]
 
 
@@ -171,7 +172,7 @@ class Orchestrator:
         about five seconds. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later, in
         an exception group, what broke the engine. A database that goes away later is waited for without end.
         """
-        await self._run(_never_drained, task_status)
+        await self._run(_never_drained, self._lease, task_status)
 
     async def drain(self, horizon: float | timedelta = 0.0) -> Drained:
         """Run until none of the tasks has an execution that is ready, running, or due within `horizon` seconds;
@@ -181,24 +182,28 @@ class Orchestrator:
         while `run` is active.
         """
         seconds = checked_seconds("drain(horizon=)", horizon, maximum=MAX_DELAY)
-        return await self._drain(seconds, trio.sleep)
+        return await self._drain(seconds, None)
 
-    async def _drain(self, horizon: float, pass_time: Callable[[float], Awaitable[object]]) -> Drained:
-        """As `drain`; `pass_time` lets so many seconds pass until the next execution is due: by waiting, or by a
-        test's clock.
+    async def _drain(self, horizon: float, advance: Callable[[float], Awaitable[None]] | None) -> Drained:
+        """As `drain`; with `advance`, a test's clock is moved on instead of waiting for what is due within the
+        horizon.
         """
         self._totals.clear()
 
         async def until_drained(link: Link) -> None:
             while (wait := await self._drain_wait(link, horizon)) is not None:
-                if wait > 0:
-                    await pass_time(min(wait, 0.5) if pass_time is trio.sleep else wait)
+                if wait == 0:
+                    await trio.sleep(0.005)
+                elif advance is None:
+                    await trio.sleep(min(wait, 0.5))
+                else:
+                    await advance(wait)
                     for pipeline in self._pipelines:
                         pipeline.reactor.wake()
-                else:
-                    await trio.sleep(0.005)
 
-        await self._run(until_drained, trio.TASK_STATUS_IGNORED)
+        # A clock that is moved by days must not end the lease of who moves it.
+        lease = self._lease if advance is None else MAX_DELAY
+        await self._run(until_drained, lease, trio.TASK_STATUS_IGNORED)
         names = ("completed", "failed", "retried", "released", "fenced")
         return Drained(*(self._totals[name] for name in names))
 
@@ -212,7 +217,9 @@ class Orchestrator:
 
     # Preparing
 
-    async def _run(self, until: Callable[[Link], Awaitable[None]], task_status: trio.TaskStatus[None]) -> None:
+    async def _run(
+        self, until: Callable[[Link], Awaitable[None]], lease: float, task_status: trio.TaskStatus[None]
+    ) -> None:
         if self._is_active:
             raise Misuse("this orchestrator is running already; one Orchestrator runs once at a time")
         if not self.workers:
@@ -231,7 +238,7 @@ class Orchestrator:
                     await self._prepare(control)
                     async with self._open_resources() as resources:
                         with _signal_receiver(self._wants_signals()) as signals:
-                            process = _Process(target, control, outages, resources, signals, until)
+                            process = _Process(target, control, outages, resources, signals, lease, until)
                             await self._incarnate(process, task_status)
         finally:
             self._is_active = False
@@ -287,7 +294,7 @@ class Orchestrator:
             owner = uuid4()
             registered_at = trio.current_time()
             call = self._conductor.calls.register_orchestrator(
-                owner, name, self._lease, VERSION, schema.latest_version(), rows
+                owner, name, process.lease, VERSION, schema.latest_version(), rows
             )
             try:
                 await process.control.attempt(call)
@@ -300,7 +307,7 @@ class Orchestrator:
             has_lived = True
             self._owner = owner
             self._incarnations += 1
-            lease = trio.CancelScope(deadline=registered_at + self._trusted())
+            lease = trio.CancelScope(deadline=registered_at + _trusted(process.lease))
             try:
                 with lease:
                     await self._live(owner, lease, process, task_status)
@@ -311,12 +318,6 @@ class Orchestrator:
             if not lease.cancelled_caught:
                 return
             logger.warning("lease of orchestrator %s lost; its executions were cancelled, registering anew", name)
-
-    def _trusted(self) -> float:
-        """Seconds after sending a renewal that it may be relied on: less than the lease, so that nobody takes over
-        before we stopped.
-        """
-        return self._lease - min(1.5, 0.2 * self._lease)
 
     async def _live(
         self, owner: UUID, lease: trio.CancelScope, process: _Process, task_status: trio.TaskStatus[None]
@@ -338,8 +339,7 @@ class Orchestrator:
             )
         try:
             async with trio.open_nursery() as keepers:
-                keepers.start_soon(self._renew, owner, lease, process.control, name="renew the lease")
-                keepers.start_soon(self._rescue, target, outages, name="rescue")
+                keepers.start_soon(self._renew, owner, lease, process, name="renew the lease")
                 for listener in listeners:
                     await keepers.start(listener.run, name=repr(listener))
                 async with trio.open_nursery() as workers:
@@ -356,35 +356,34 @@ class Orchestrator:
                 with trio.move_on_after(_LAST_WORDS_TIMEOUT, shield=True):
                     await self._retire(owner, process.control)
 
-    async def _renew(self, owner: UUID, lease: trio.CancelScope, control: Link) -> None:
-        """The heartbeat. What counts is when it was sent: a reply that comes late says nothing about the time since."""
-        interval = self._lease / 4
+    async def _renew(self, owner: UUID, lease: trio.CancelScope, process: _Process) -> None:
+        """The heartbeat, which also rescues what dead orchestrators held on our queues.
+
+        What counts for the lease is when it was sent: a reply that comes late says nothing about the time since.
+        """
+        queues = [worker.queue for worker in self.workers]
+        call = self._conductor.calls.heartbeat(owner, process.lease, queues)
+        interval = min(process.lease / 4, 15.0)
         while True:
-            await trio.sleep(interval)
             sent_at = trio.current_time()
             try:
                 with trio.move_on_after(interval):
-                    if not await control.attempt(self._conductor.calls.heartbeat(owner, self._lease)):
+                    beat = await process.control.attempt(call)
+                    if not beat.is_alive:
                         lease.cancel()
                         return
-                    lease.deadline = sent_at + self._trusted()
+                    lease.deadline = sent_at + _trusted(process.lease)
+                    self._note_rescue(beat)
             except Unavailable as error:
-                logger.warning("the lease could not be renewed: %s", error)
+                process.outages.warn("the lease could not be renewed: %s", error)
+            await trio.sleep(interval)
 
-    async def _rescue(self, target: Target, outages: OutageLog) -> None:
-        """Give back what dead orchestrators held on our queues."""
-        interval = min(2.5, self._lease / 4)
-        async with open_link(target, "rescue", outages, self._rng) as link:
-            while True:
-                for worker in self.workers:
-                    recovered, failed = await link.insist(self._conductor.calls.recover(worker.queue))
-                    self._recovered += recovered + failed
-                    if recovered or failed:
-                        logger.warning(
-                            "queue %r: %d executions of dead orchestrators given back, %d failed for good",
-                            worker.queue, recovered, failed,
-                        )  # fmt: skip
-                await trio.sleep(interval * self._rng.uniform(0.8, 1.0))
+    def _note_rescue(self, beat: Heartbeat) -> None:
+        if beat.recovered or beat.failed:
+            self._recovered += beat.recovered + beat.failed
+            logger.warning(
+                "%d executions of dead orchestrators were given back, %d failed for good", beat.recovered, beat.failed
+            )
 
     async def _stop_when(self, process: _Process) -> None:
         async with open_link(process.target, "drain", process.outages, self._rng) as link:
@@ -418,6 +417,13 @@ class Orchestrator:
             statistics = pipeline.statistics()
             self._totals.update(statistics.outcomes)
             self._totals["fenced"] += statistics.fenced
+
+
+def _trusted(lease: float) -> float:
+    """Seconds after sending a renewal that it may be relied on: less than the lease, so that we stop before others
+    take over.
+    """
+    return lease - min(1.5, 0.2 * lease)
 
 
 async def _never_drained(link: Link) -> None:

@@ -24,16 +24,15 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-import psycopg
 import trio
 
 from ..context import Context, Resources
-from ..db.calls import Calls
-from ..errors import LeaseLost, Unavailable
+from ..db.calls import Calls, Claim
+from ..db.link import Link, OutageLog, Target, backoff, open_link
+from ..errors import LeaseLost, Unavailable, Unstorable
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
 from .execution import attempt, failed
-from .link import Link, OutageLog, Target, backoff, is_transient, open_link
 from .listener import Listener
 from .pace import Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
@@ -247,9 +246,10 @@ class Pipeline:
         call = self._calls.claim(self.worker.queue, self._owner, self._task_names, limit)
         self.reactor.clear()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
-        with trio.move_on_after(_CLAIM_TIMEOUT, shield=True) as claiming:
+        answer: Claim | None = None
+        with trio.move_on_after(_CLAIM_TIMEOUT, shield=True):
             answer = await link.attempt(call)
-        if claiming.cancelled_caught:
+        if answer is None:
             raise Unavailable(f"no reply to a claim within {_CLAIM_TIMEOUT} s")
         claimed, due_in = answer
         now = trio.current_time()
@@ -286,7 +286,7 @@ class Pipeline:
                 if self._counts.claimed > before:
                     until = trio.current_time() + self._linger.period
         nap = 0.002
-        while self._wants_more():
+        while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
             before = self._counts.claimed
             drained, due_in = await self._claim(link)
@@ -424,16 +424,13 @@ class Pipeline:
         """
         try:
             refused = await link.insist(self._calls.flush(self._owner, batch))
-        except psycopg.Error as error:
-            if is_transient(error) or len(batch) == 0:
-                raise
-            if len(batch) > 1:
+        except Unstorable as error:
+            if len(batch) == 1:
+                await self._flush_unstorable(link, batch[0], error)
+            else:
                 half = len(batch) // 2
-                first, second = batch[:half], batch[half:]
-                await self._flush(link, first)
-                await self._flush(link, second)
-                return
-            await self._flush_unstorable(link, batch[0], error)
+                await self._flush(link, batch[:half])
+                await self._flush(link, batch[half:])
             return
         self._forget(batch)
         self._counts.flushes += 1
@@ -444,15 +441,13 @@ class Pipeline:
             else:
                 counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
 
-    async def _flush_unstorable(self, link: Link, outcome: Outcome, error: psycopg.Error) -> None:
+    async def _flush_unstorable(self, link: Link, outcome: Outcome, error: Unstorable) -> None:
         held = self._held.get(outcome.id)
         if held is None or (outcome.result is None and outcome.error is None):
             raise error
         task = self._tasks[held.claimed.task]
         logger.warning("the outcome of execution %s of task %r cannot be stored: %s", outcome.id, task.name, error)
-        # The driver's text may quote the value; its class says what is wrong.
-        plain = ValueError(f"PostgreSQL cannot store the outcome: {type(error).__name__}, SQLSTATE {error.sqlstate}")
-        replacement = failed(task, held.claimed, plain)
+        replacement = failed(task, held.claimed, error)
         self._outcomes[self._outcomes.index(outcome)] = replacement
         await self._flush(link, [replacement])
 

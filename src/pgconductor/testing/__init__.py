@@ -9,10 +9,13 @@ The plugin (`pgconductor.testing.plugin`) is found by pytest on its own. Its fix
 - ``pgconductor_server``: the `DatabaseServer` they live on. ``pgconductor_schema``: the schema's name; override it
   for another one.
 
+`drain(orchestrator, clock=..., horizon=...)` runs a program's tasks until nothing is left to do, and moves the clock
+instead of waiting.
+
 The server is the one ``PGCONDUCTOR_TEST_DSN`` names (the role must be allowed to create databases), a container if
 ``PGCONDUCTOR_TEST_CONTAINER=1``, else a throwaway server of the test run's own: the wheel's newest PostgreSQL, or
 what ``PGCONDUCTOR_TEST_SERVER`` says: a major version that the wheel has, or the path of another installation's
-``bin`` folder.
+``bin`` folder (for a container: a major version or the name of an image).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .clock import DatabaseClock
     from .databases import Databases
+    from .draining import drain
     from .requirements import debian_binaries, missing_docker, missing_program
     from .server import DatabaseServer, open_server
 
@@ -31,6 +35,7 @@ __all__ = [
     "DatabaseServer",
     "Databases",
     "debian_binaries",
+    "drain",
     "missing_docker",
     "missing_program",
     "open_server",
@@ -41,6 +46,7 @@ _MODULES = {
     "DatabaseServer": "server",
     "Databases": "databases",
     "debian_binaries": "requirements",
+    "drain": "draining",
     "missing_docker": "requirements",
     "missing_program": "requirements",
     "open_server": "server",

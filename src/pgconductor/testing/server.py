@@ -65,7 +65,8 @@ def open_server(environ: Mapping[str, str] = os.environ) -> Iterator[DatabaseSer
     if named := environ.get("PGCONDUCTOR_TEST_DSN"):
         yield _connected(lambda dbname: make_conninfo(named, dbname=dbname), "the server of PGCONDUCTOR_TEST_DSN")
     elif environ.get("PGCONDUCTOR_TEST_CONTAINER") == "1":
-        with _container(environ.get("PGCONDUCTOR_TEST_SERVER") or "18") as server:
+        choice = environ.get("PGCONDUCTOR_TEST_SERVER") or "18"
+        with _container(choice if ":" in choice else f"postgres:{choice}") as server:
             yield server
     else:
         choice = environ.get("PGCONDUCTOR_TEST_SERVER", "")
@@ -84,15 +85,23 @@ def _connected(dsn: Callable[[str], str], kind: str) -> DatabaseServer:
 
 
 @contextmanager
-def _container(major: str) -> Iterator[DatabaseServer]:
+def _container(image: str) -> Iterator[DatabaseServer]:
     try:
-        from testcontainers.postgres import PostgresContainer
+        from docker.errors import DockerException
+        from testcontainers.community.postgres import PostgresContainer
     except ImportError as error:
-        raise NoDatabase("PGCONDUCTOR_TEST_CONTAINER=1 needs testcontainers: pip install testcontainers") from error
+        raise NoDatabase(
+            "PGCONDUCTOR_TEST_CONTAINER=1 needs testcontainers: pip install 'testcontainers>=4.15'"
+        ) from error
     flags = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
-    container = PostgresContainer(f"postgres:{major}-alpine", driver=None).with_command(f"postgres {flags}")
-    with container:
+    try:
+        container = PostgresContainer(image, driver=None).with_command(f"postgres {flags}").start()
+    except DockerException as error:
+        raise NoDatabase(f"PGCONDUCTOR_TEST_CONTAINER=1, and Docker does not start {image}: {error}") from error
+    try:
         parameters = conninfo_to_dict(str(container.get_connection_url()))
         yield _connected(
-            lambda dbname: make_conninfo("", **{**parameters, "dbname": dbname}), f"a container of postgres:{major}"
+            lambda dbname: make_conninfo("", **{**parameters, "dbname": dbname}), f"a container of {image}"
         )
+    finally:
+        container.stop()

@@ -1,4 +1,4 @@
-"""One connection of the engine: opened when needed, replaced when lost.
+"""A connection of the engine: opened when needed, replaced when lost.
 
 Owns the settings of the engine's sessions and the only retry in the engine. A call that failed because the database was
 not there may or may not have been carried out; whoever insists on one must know that sending it twice is harmless.
@@ -11,19 +11,21 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import psycopg
 import trio
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
 
-from ..db.call import Call
-from ..db.connection import TrioConnection
-from ..db.execute import run
-from ..errors import SchemaMissing, Unavailable
+from ..errors import SchemaMissing, Unavailable, Unstorable
+from .call import Call
+from .connection import TrioConnection
+from .execute import run
 
 T = TypeVar("T")
 
@@ -33,6 +35,8 @@ logger = logging.getLogger("pgconductor.runtime")
 # intervention, system error, read-only server; and object_in_use, lock_not_available.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
 _TRANSIENT_STATES = ("25006", "55006", "55P03", "0A000", "26000")
+# Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
+_DATA_CLASSES = ("22", "23", "54")
 
 # Brakes on our own sessions, whatever the administrator's defaults are. No statement of the engine waits long by
 # intention.
@@ -43,9 +47,9 @@ _SETTINGS = {
     "idle_in_transaction_session_timeout": "60s",
     "idle_session_timeout": "0",
 }
-_APPLY_SETTINGS = "select " + ", ".join(
-    f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()
-)
+_APPLY_SETTINGS = (
+    "select " + ", ".join(f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
+).encode()
 
 # A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
 _TCP_USER_TIMEOUT = "10000"
@@ -60,7 +64,7 @@ class Target:
     prepare_threshold: int | None
 
 
-def is_transient(error: psycopg.Error) -> bool:
+def _is_transient(error: psycopg.Error) -> bool:
     """Whether the same call may succeed later, on a new connection if need be."""
     state = error.sqlstate
     if state is None:  # raised by the client: the connection broke, or could not be made
@@ -86,7 +90,7 @@ class OutageLog:
             logger.warning(message, *args)
 
 
-async def open_session(conninfo: str, role: str, prepare_threshold: int | None) -> TrioConnection[tuple[object, ...]]:
+async def _open_session(conninfo: str, role: str, prepare_threshold: int | None) -> TrioConnection[TupleRow]:
     """Connect with the engine's settings; `role` shows in pg_stat_activity. Raises what connecting raises."""
     given = conninfo_to_dict(conninfo)
     defaults = {
@@ -99,7 +103,8 @@ async def open_session(conninfo: str, role: str, prepare_threshold: int | None) 
         make_conninfo("", **{**defaults, **given}), autocommit=True, prepare_threshold=prepare_threshold
     )
     try:
-        await conn.execute(_APPLY_SETTINGS)
+        if prepare_threshold is not None:  # behind a pooler they would stay with a server session that others use next
+            await conn.execute(_APPLY_SETTINGS)
     except BaseException:
         conn.drop()
         raise
@@ -109,31 +114,61 @@ async def open_session(conninfo: str, role: str, prepare_threshold: int | None) 
 class Link:
     """A connection that comes back. Of two tasks that use it at once the second waits for the first one's reply."""
 
-    def __init__(self, target: Target, role: str, outages: OutageLog, rng: random.Random) -> None:
-        self._target = target
+    def __init__(
+        self, target: Target, role: str, outages: OutageLog, rng: random.Random, *, listens: bool = False
+    ) -> None:
+        self._conninfo = target.listen_conninfo if listens else target.conninfo
+        self._prepare_threshold = 5 if listens else target.prepare_threshold
         self._role = role
         self._outages = outages
         self._rng = rng
-        self._conn: TrioConnection[tuple[object, ...]] | None = None
+        self._conn: TrioConnection[TupleRow] | None = None
         self._connecting = trio.Lock()
 
     async def attempt(self, call: Call[T]) -> T:
-        """Execute once. Raises `Unavailable` if the database was not there: it may have been carried out or not."""
+        """Execute once. Raises `Unavailable` if the database was not there: it may have been carried out or not.
+
+        Raises `Unstorable` if a value cannot be stored; what else goes wrong is an error of ours and passes as it is.
+        """
+        with self._errors():
+            return await run(await self._open(), call)
+
+    async def listen(self, channels: Iterable[str]) -> None:
+        """Listen to more channels; for a link made with `listens`. Raises `Unavailable`."""
+        with self._errors():
+            conn = await self._open()
+            for channel in channels:
+                await conn.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+
+    async def receive(self) -> set[str]:
+        """Wait until somebody notified; return the channels. Cancelling it loses nothing. Raises `Unavailable`."""
+        with self._errors():
+            # Not reopened here: a new connection would listen to nothing.
+            if self._conn is None:
+                raise psycopg.OperationalError("the connection is closed")
+            return {notify.channel for notify in await self._conn.receive_notifies()}
+
+    async def _open(self) -> TrioConnection[TupleRow]:
+        conn = self._conn
+        if conn is None or conn.closed:
+            async with self._connecting:
+                conn = self._conn
+                if conn is None or conn.closed:
+                    conn = self._conn = await _open_session(self._conninfo, self._role, self._prepare_threshold)
+        return conn
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            conn = self._conn
-            if conn is None or conn.closed:
-                async with self._connecting:
-                    conn = self._conn
-                    if conn is None or conn.closed:
-                        conn = self._conn = await open_session(
-                            self._target.conninfo, self._role, self._target.prepare_threshold
-                        )
-            return await run(conn, call)
+            yield
         except psycopg.Error as error:
-            if not is_transient(error):
-                raise
-            self.drop()
-            raise Unavailable(f"{self._role}: {_first_line(error)}") from error
+            if _is_transient(error):
+                self.drop()
+                raise Unavailable(f"{self._role}: {_first_line(error)}") from error
+            if (error.sqlstate or "").startswith(_DATA_CLASSES):
+                # The driver's text may quote the value; its class says what is wrong.
+                raise Unstorable(f"{type(error).__name__}, SQLSTATE {error.sqlstate}") from error
+            raise
 
     async def insist(self, call: Call[T]) -> T:
         """Execute until the database has answered. Only for calls that may be carried out twice."""
@@ -163,9 +198,11 @@ def _first_line(error: BaseException) -> str:
 
 
 @asynccontextmanager
-async def open_link(target: Target, role: str, outages: OutageLog, rng: random.Random) -> AsyncIterator[Link]:
+async def open_link(
+    target: Target, role: str, outages: OutageLog, rng: random.Random, *, listens: bool = False
+) -> AsyncIterator[Link]:
     """A link that is closed at the end of the block, in a cancelled scope too."""
-    link = Link(target, role, outages, rng)
+    link = Link(target, role, outages, rng, listens=listens)
     try:
         yield link
     finally:

@@ -1,0 +1,490 @@
+"""What every measurement shares: a server whose settings are shown, fresh databases, processes, figures, a last check.
+
+A benchmark is a function of a `Bench`. It notes figures under a label, once per run; at the end each label is printed
+with its median and its extremes, and written to ``--json FILE``. It must call `Database.check_exactly_once` for each
+database it used: a figure for work that was lost or done twice is worth nothing, and the program then exits with 1.
+
+Invariants: the server is the user's (``--dsn``) or a throwaway one with durable settings; what is printed about it is
+what the server says. Workers and producers are processes of their own, joined by CLOCK_MONOTONIC, which is one clock
+for all processes of a machine. They end when their standard input does, so that an interrupted benchmark leaves none
+behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from pgconductor.db.schema import migrate_sync
+from pgconductor.embedded import OwnServer, own_server
+from pgconductor.version import VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Durability as in production; room for the connections; no checkpoint in the middle of a run of minutes.
+DURABLE = {
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    "max_connections": "300",
+    "shared_buffers": "512MB",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+    "log_line_prefix": "statement|%d|%p|%a|",  # for counting what the server was asked, see `wakeup`
+}
+_SHOWN = ("server_version", *list(DURABLE)[:-1], "autovacuum", "jit")
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+class BenchmarkError(Exception):
+    """The measurement cannot go on."""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    result.add_argument("--dsn", help="a server on which databases may be created; else a throwaway one")
+    result.add_argument("--runs", type=int, default=3, help="how often to measure; medians are of these")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return result
+
+
+def run(name: str, options: argparse.Namespace, measure: Callable[[Bench], None]) -> None:
+    """Open a server, measure, report, and exit with 1 if something was lost, done twice or otherwise wrong."""
+    with ExitStack() as stack:
+        own = None if options.dsn else stack.enter_context(own_server(settings=DURABLE))
+        dsn: str = own.dsn() if own is not None else options.dsn
+        with tempfile.TemporaryDirectory(prefix="pgconductor-bench-") as folder:
+            bench = Bench(name, dsn, own, vars(options), Path(folder))
+            bench.print_environment()
+            measure(bench)
+        bench.report(options.json)
+    if bench.problems:
+        sys.exit(1)
+
+
+class Bench:
+    """One benchmark under way. `own` is None on a server that the user named; `folder` is for the processes' files."""
+
+    def __init__(self, name: str, dsn: str, own: OwnServer | None, options: Mapping[str, object], folder: Path) -> None:
+        self.name = name
+        self.dsn = dsn
+        self.own = own
+        self.folder = folder
+        self.problems: list[str] = []
+        self.facts: dict[str, object] = {}
+        self._options = {key: value for key, value in options.items() if key not in ("dsn", "json")}
+        self._samples: dict[str, list[float]] = defaultdict(list)
+        self._units: dict[str, str] = {}
+        self._checks = 0
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            self.settings = _settings(conn)
+        self.environment: dict[str, object] = {
+            "cpu": _cpu_model(),
+            "cpus": os.cpu_count(),
+            "load_average_before": os.getloadavg(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "psycopg": psycopg.__version__,
+            "pgconductor": VERSION,
+            "server": "throwaway" if own is not None else "named by --dsn",
+        }
+
+    def print_environment(self) -> None:
+        print(f"{self.name}: {', '.join(f'{k}={v}' for k, v in self._options.items())}")
+        print("environment:", ", ".join(f"{name}={value}" for name, value in self.environment.items()))
+        print("server reports:", ", ".join(f"{name}={value}" for name, value in self.settings.items()), flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line about the run under way."""
+        print(f"  {text}", flush=True)
+
+    def note(self, label: str, value: float, unit: str) -> None:
+        """Record a figure of this run."""
+        self._samples[label].append(value)
+        self._units[label] = unit
+        self.say(f"{label}: {_figure(value)} {unit}")
+
+    def note_percentiles(self, label: str, seconds: Sequence[float]) -> None:
+        """Record p50, p99 and the greatest of some durations, in milliseconds."""
+        for name, value in (
+            ("p50", percentile(seconds, 0.5)),
+            ("p99", percentile(seconds, 0.99)),
+            ("max", max(seconds)),
+        ):
+            self.note(f"{label}, {name}", 1000 * value, "ms")
+
+    def problem(self, text: str) -> None:
+        """Something is wrong with what was measured: the benchmark fails at its end."""
+        self.problems.append(text)
+        print(f"  PROBLEM: {text}", flush=True)
+
+    def median(self, label: str) -> float:
+        return statistics.median(self._samples[label])
+
+    def ratio(self, label: str, above: str, below: str) -> None:
+        """Record the ratio of two medians."""
+        self.facts[label] = round(self.median(above) / self.median(below), 3)
+
+    @contextmanager
+    def database(self) -> Iterator[Database]:
+        """Give a fresh database with the schema installed; it is dropped afterwards."""
+        name = f"pgconductor_bench_{os.getpid()}_{time.monotonic_ns()}"
+        with psycopg.connect(self.dsn, autocommit=True) as admin:
+            admin.execute(sql.SQL("create database {} template template0").format(sql.Identifier(name)))
+            try:
+                with psycopg.connect(make_conninfo(self.dsn, dbname=name), autocommit=True) as conn:
+                    migrate_sync(conn)
+                    yield Database(self, name, conn)
+            finally:
+                admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+    def checked(self) -> None:
+        self._checks += 1
+
+    def report(self, path: Path | None) -> None:
+        """Print medians and extremes, and write them to `path`."""
+        if self._checks == 0:
+            self.problem("nothing was checked: this benchmark must call check_exactly_once")
+        self.environment["load_average_after"] = os.getloadavg()
+        figures = {
+            label: {
+                "unit": self._units[label],
+                "median": statistics.median(values),
+                "min": min(values),
+                "max": max(values),
+                "runs": values,
+            }
+            for label, values in self._samples.items()
+        }
+        print(f"{self.name}, medians [least–greatest] of the runs; load {self.environment['load_average_after']}")
+        for label, values in self._samples.items():
+            spread = f" [{_figure(min(values))}–{_figure(max(values))}]" if len(values) > 1 else ""
+            print(f"  {label:<64} {_figure(statistics.median(values)):>10} {self._units[label]}{spread}")
+        for label, fact in self.facts.items():
+            print(f"  {label:<64} {fact}")
+        checks = f"{self._checks} database{'s' if self._checks != 1 else ''}"
+        print("FAILED: " + "; ".join(self.problems) if self.problems else f"  every execution exactly once: {checks}")
+        if path is not None:
+            document = {
+                "benchmark": self.name,
+                "options": self._options,
+                "environment": self.environment,
+                "settings": self.settings,
+                "figures": figures,
+                "facts": self.facts,
+                "problems": self.problems,
+            }
+            path.write_text(json.dumps(document, indent=2, default=str) + "\n")
+
+
+class Database:
+    """A fresh database, with a connection in autocommit for the benchmark itself."""
+
+    def __init__(self, bench: Bench, name: str, conn: Connection) -> None:
+        self.bench = bench
+        self.name = name
+        self.conn = conn
+        self.dsn = make_conninfo(bench.dsn, dbname=name)
+
+    def value(self, query: str, *params: object) -> Any:
+        """Return the one value of a query."""
+        row = self.conn.execute(query.encode(), params or None).fetchone()
+        assert row is not None
+        return row[0]
+
+    def register_queue(self, name: str) -> int:
+        """Register a queue ahead of its worker, so that what is produced meanwhile lies in its own partition."""
+        return int(self.value("select pgconductor.register_queue(%s)", name))
+
+    def invoke_many(
+        self, task: str, count: int, queue: str, payload: str = "jsonb_build_object()", delay: float = 0.0
+    ) -> None:
+        """Insert `count` executions in one statement; `payload` is SQL for jsonb and may use n, from 0."""
+        self.conn.execute(
+            f"""select count(*) from pgconductor.invoke_many(
+                array_fill(%(task)s::text, array[%(count)s]),
+                array(select {payload} from generate_series(0, %(count)s - 1) n order by n),
+                array_fill(%(queue)s::text, array[%(count)s]),
+                p_delays => array_fill(%(delay)s::float8, array[%(count)s]))""".encode(),
+            {"task": task, "count": count, "queue": queue, "delay": delay},
+        )
+
+    def enable_wake_trigger(self, is_enabled: bool) -> None:
+        """Enable or disable the trigger that announces inserts, on all partitions of this database."""
+        verb = sql.SQL("enable" if is_enabled else "disable")
+        table = "pgconductor._private_executions"
+        self.conn.execute(sql.SQL("alter table {} {} trigger _private_announce").format(sql.SQL(table), verb))
+        states = self.value(
+            "select array_agg(distinct tgenabled::text) from pg_trigger where tgname = '_private_announce'"
+        )
+        if states != ["O" if is_enabled else "D"]:
+            raise BenchmarkError(f"the trigger's state is {states}")
+
+    def wait_drained(self, timeout: float = 120.0) -> None:
+        """Wait until nothing is live. Polls: not for use while something is measured."""
+        deadline = time.monotonic() + timeout
+        while self.value("select exists (select from pgconductor._private_executions)"):
+            if time.monotonic() > deadline:
+                states = self.conn.execute(
+                    "select state, count(*) from pgconductor._private_executions group by 1"
+                ).fetchall()
+                raise BenchmarkError(f"not drained within {timeout:g} s: {states}")
+            time.sleep(0.02)
+
+    def check_exactly_once(self, expected: int, scheduled: int = 0) -> None:
+        """Everything that was invoked has finished once, with success, and nothing else is there but `scheduled`."""
+        finished, distinct, completed = self.conn.execute(
+            "select count(*), count(distinct id), count(*) filter (where state = 'completed')"
+            " from pgconductor._private_finished"
+        ).fetchall()[0]
+        live, late = self.conn.execute(
+            "select count(*), count(*) filter (where state = 'scheduled') from pgconductor._private_executions"
+        ).fetchall()[0]
+        self.bench.checked()
+        if not (finished == distinct == completed == expected and live == late == scheduled):
+            self.bench.problem(
+                f"of {expected} invoked executions {completed} completed; {finished} finished rows, {distinct} ids, "
+                f"{live} live rows"
+            )
+
+
+# Processes
+
+
+class Process:
+    """A subprocess of this package that prints lines and ends when its standard input does."""
+
+    def __init__(self, module: str, *arguments: object) -> None:
+        self.name = module
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name=f"output of {module}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put("")
+
+    def line(self, timeout: float = 120.0) -> list[str]:
+        """Wait for the next line and return its words."""
+        try:
+            words = self._lines.get(timeout=timeout).split()
+        except queue.Empty:
+            raise BenchmarkError(f"{self.name} said nothing for {timeout:g} s") from None
+        if not words:
+            raise BenchmarkError(f"{self.name} ended, exit status {self._process.wait()}")
+        return words
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def kill(self) -> int:
+        """SIGKILL; returns the time of it (CLOCK_MONOTONIC, nanoseconds)."""
+        at = time.monotonic_ns()
+        self._process.kill()
+        self._process.wait()
+        return at
+
+    def end(self, timeout: float = 60.0) -> None:
+        """Close its input and wait until it has ended by itself."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        status = self._process.wait(timeout)
+        self._reader.join()
+        if status != 0:
+            raise BenchmarkError(f"{self.name} ended with status {status}")
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None and self._process.returncode is None:
+                self.end()
+        finally:
+            if self._process.returncode is None:
+                self.kill()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
+
+
+def worker(
+    dsn: str,
+    queue: str,
+    *,
+    concurrency: int = 10,
+    sweep: float = 5.0,
+    notify: str = "adaptive",
+    starts: Path | None = None,
+    report_every: int = 0,
+    profile: Path | None = None,
+) -> Process:
+    """Start a process with an orchestrator of one worker, and wait until it claims. See `_worker` for its tasks."""
+    options: dict[str, object] = {
+        "queue": queue, "concurrency": concurrency, "sweep": sweep, "notify": notify, "starts": starts,
+        "report-every": report_every, "profile": profile,
+    }  # fmt: skip
+    process = Process("_worker", dsn, *(f"--{name}={value}" for name, value in options.items() if value is not None))
+    try:
+        if process.line() != ["ready"]:
+            raise BenchmarkError("the worker does not get ready")
+    except BaseException:
+        process.kill()
+        raise
+    return process
+
+
+def drain(database: Database, queue: str) -> None:
+    """Have a worker finish what a measurement left over on a queue."""
+    with worker(database.dsn, queue, concurrency=100, sweep=1.0):
+        database.wait_drained()
+
+
+class Produced:
+    """What producers did. `times`: of each execution number, before its INSERT was sent and after its commit (ns)."""
+
+    def __init__(self, count: int, seconds: float, times: Mapping[int, tuple[int, int]]) -> None:
+        self.count = count
+        self.seconds = seconds
+        self.times = times
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.seconds
+
+
+def produce(
+    database: Database,
+    queue: str,
+    *,
+    connections: int,
+    seconds: float,
+    task: str = "noop",
+    rate: float = 0.0,
+    burst: float = 0.0,
+    pause: float = 0.0,
+    first: int = 0,
+    keep_times: bool = False,
+) -> Produced:
+    """Insert single executions, each its own commit, from `connections` connections of another process."""
+    path = database.bench.folder / f"times-{time.monotonic_ns()}"
+    options: dict[str, object] = {
+        "queue": queue, "connections": connections, "seconds": seconds, "task": task, "rate": rate, "burst": burst,
+        "pause": pause, "first": first, **({"times": path} if keep_times else {}),
+    }  # fmt: skip
+    with Process("_producers", database.dsn, *(f"--{name}={value}" for name, value in options.items())) as producers:
+        if producers.line() != ["ready"]:
+            raise BenchmarkError("the producers do not get ready")
+        producers.tell("go")
+        _, count, took = producers.line(timeout=seconds * 10 + 60)
+    times: dict[int, tuple[int, int]] = {}
+    if keep_times:
+        flat = array("q", path.read_bytes())
+        times = {flat[i]: (flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)}
+    return Produced(int(count), float(took), times)
+
+
+def read_starts(path: Path) -> list[tuple[int, int]]:
+    """Read what a worker's `stamp` handlers wrote: the execution's number and when it started (ns)."""
+    return [(int(n), int(at)) for n, at in (line.split() for line in path.read_text().splitlines())]
+
+
+class Observer:
+    """Counts the notifications of a queue's channel, on a connection of its own."""
+
+    def __init__(self, database: Database, queue: str) -> None:
+        self.count = 0
+        self._conn = psycopg.connect(database.dsn, autocommit=True)
+        channel = database.value("select pgconductor._private_channel(%s)", queue)
+        self._conn.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._watch, name="observer")
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._conn.fileno(), selectors.EVENT_READ)
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            is_ending = False
+            while not is_ending:
+                is_ending = any(key.fd == self._wake_read for key, _ in selector.select())
+                self._count()
+
+    def _count(self) -> None:
+        pgconn = self._conn.pgconn
+        pgconn.consume_input()
+        while pgconn.notifies() is not None:
+            self.count += 1
+
+    def __enter__(self) -> Observer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.write(self._wake_write, b"x")
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._conn.close()
+
+
+# Figures
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of the values lie, by nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _settings(conn: Connection) -> dict[str, str]:
+    rows = conn.execute(
+        "select name, current_setting(name) from unnest(%s::text[]) with ordinality n(name, i) order by i",
+        [list(_SHOWN)],
+    )
+    return {str(name): str(value) for name, value in rows}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,271 @@
+"""The command line: `pgconductor migrate | run | invoke | status | demo`.
+
+Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
+`demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
+wrong on stderr, so that the output can be piped. Only `demo` uses the embedded server unasked.
+
+Cancellation: Ctrl-C ends any command with status 130, except a `run` that has begun, which stops as it was asked to
+and exits with 0.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, cast
+
+import trio
+import typer
+
+from ..conductor import Conductor
+from ..errors import ExecutionError, InvalidOption, InvalidPayload
+from ..sync_client import SyncClient
+from ..version import VERSION
+from . import report
+from .exits import FAILED, complain, reported
+from .target import load_orchestrator, redirect
+
+app = typer.Typer(
+    name="pgconductor",
+    help="Durable execution on nothing but PostgreSQL.",
+    epilog="Exit status: 0 done, 1 failed, 2 used wrongly, 3 not available or too late, 4 the schema does not fit, "
+    "130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it shows local variables, connection strings among them
+)
+
+
+class LogLevel(StrEnum):
+    """What `run --log-level` takes."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+Dsn = Annotated[
+    str | None,
+    typer.Option(
+        "--dsn",
+        metavar="DSN",
+        help="Connection string; otherwise PGCONDUCTOR_DSN, else DATABASE_URL. Prefer these for one with a password: "
+        "others can see command lines.",
+    ),
+]
+ListenDsn = Annotated[
+    str | None,
+    typer.Option(metavar="DSN", help="A direct connection to the same database, where --dsn leads to a pooler."),
+]
+Embedded = Annotated[bool, typer.Option("--embedded", help="Use your embedded PostgreSQL, started if necessary.")]
+Schema = Annotated[str, typer.Option(metavar="NAME", help="Name of the schema.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+
+@contextmanager
+def _client(dsn: str | None, listen_dsn: str | None, schema: str, *, embedded: bool) -> Iterator[SyncClient]:
+    with Conductor(dsn, schema=schema, listen_dsn=listen_dsn, embedded=embedded).sync() as client:
+        yield client
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pgconductor {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Durable execution on nothing but PostgreSQL."""
+
+
+@app.command()
+def migrate(
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Install the schema, or bring it up to date."""
+    with reported(debug=debug):
+        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+            done = client.migrate()
+        if as_json:
+            report.print_json(
+                {
+                    "schema": schema,
+                    "version": done.version,
+                    "applied": done.applied,
+                    "functions_replaced": done.functions_replaced,
+                }
+            )
+        elif done.applied or done.functions_replaced:
+            count = len(done.applied)
+            what = f"{count} migration{'' if count == 1 else 's'} applied" if count else "functions replaced"
+            print(f"Schema {report.plain(schema)!r}: {what}, now at version {done.version}.")
+        else:
+            print(f"Schema {report.plain(schema)!r} is up to date at version {done.version}.")
+
+
+@app.command()
+def run(
+    target: Annotated[
+        str, typer.Argument(metavar="MODULE:ORCHESTRATOR", help="An Orchestrator, or a function that returns one.")
+    ],
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the schema; otherwise the conductor's own.")
+    ] = None,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Least level that is logged, unless the program sets up logging itself.")
+    ] = LogLevel.INFO,
+    debug: Debug = False,
+) -> None:
+    """Run an orchestrator until SIGINT or SIGTERM. A second signal cancels the handlers that still run."""
+    with reported(debug=debug):
+        orchestrator = load_orchestrator(target, debug=debug)
+        redirect(orchestrator, dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logger = logging.getLogger("pgconductor.cli")
+        logger.info("running %r", orchestrator)
+        trio.run(orchestrator.run)
+        logger.info("stopped")
+
+
+@app.command()
+def invoke(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")],
+    payload: Annotated[
+        str, typer.Argument(metavar="[JSON]", help='Its parameters as a JSON object; "-" reads standard input.')
+    ] = "{}",
+    queue: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Otherwise the one that the task is registered with.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="Higher runs first.")] = 0,
+    delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Start no earlier than so much later.")] = None,
+    run_at: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="Start no earlier than this, as 2030-01-31T09:00:00+01:00.")
+    ] = None,
+    dedupe_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="If a live execution has this key, take that one.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it as JSON.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Wait at most so long; implies --wait.")
+    ] = None,
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Invoke a task, and print the id of the execution; with --wait its result instead."""
+    with reported(debug=debug):
+        arguments = _parse_payload(payload)
+        due = None if run_at is None else _parse_instant(run_at)
+        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+            handle = client.invoke(
+                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key
+            )
+            answer: dict[str, Any] = {"id": str(handle.id), "created": handle.created}
+            if not wait and timeout is None:
+                report.print_json(answer) if as_json else print(handle.id)
+                return
+            try:
+                result = handle.result(timeout)
+            except ExecutionError as error:
+                if not as_json or debug:
+                    raise
+                complain(str(error))
+                report.print_json({**answer, "error": str(error)})
+                raise typer.Exit(FAILED) from None
+            report.print_json({**answer, "result": result} if as_json else result)
+
+
+@app.command()
+def status(
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the queues and the orchestrators."""
+    with reported(debug=debug):
+        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+            queues, orchestrators = client.queue_status(), client.orchestrator_status()
+        if as_json:
+            report.print_json({"schema": schema, "queues": queues, "orchestrators": orchestrators})
+            return
+        output = report.console()
+        output.print(report.queue_table(queues) if queues else "No queues yet.")
+        output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
+        for line in report.missing_workers(queues):
+            output.print(line, markup=False)
+
+
+@app.command()
+def demo(
+    executions: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many in all.")] = 10_000,
+    dsn: Annotated[
+        str | None,
+        typer.Option(
+            "--dsn",
+            metavar="DSN",
+            help="Use a schema of its own in this database, not the embedded server. The environment is ignored.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Watch a fast and a slow queue run, in a fresh database that is dropped afterwards."""
+    from ..demo import run_demo  # what it imports serves no other command
+
+    with reported(debug=debug):
+        summary = run_demo(executions, dsn=dsn, is_quiet=as_json)
+        if as_json:
+            report.print_json(summary)
+
+
+def _parse_payload(text: str) -> dict[str, Any]:
+    try:
+        payload: object = json.loads(sys.stdin.read() if text == "-" else text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidPayload(f'the payload is not JSON ({error}); for example \'{{"name": "Ada"}}\'') from None
+    if not isinstance(payload, dict):
+        raise InvalidPayload(
+            'the payload must be a JSON object of the task\'s parameters, for example \'{"name": "Ada"}\''
+        )
+    return cast("dict[str, Any]", payload)
+
+
+def _parse_instant(text: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidOption(f"--run-at {text!r} is no instant; write it as 2030-01-31T09:00:00+01:00") from None
+    if instant.utcoffset() is None:
+        raise InvalidOption(f"--run-at {text!r} has no time zone; write {instant.isoformat()}Z or ...+01:00")
+    return instant
+
+
+def main() -> None:
+    """Entry point of the command `pgconductor`."""
+    app()

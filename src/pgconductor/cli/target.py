@@ -1,0 +1,102 @@
+"""The program that `pgconductor run` runs: finds it by name, and points it at another database when asked.
+
+Imports the user's module, so whatever its top level does happens here. It must not start anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from ..db.address import Database
+from ..db.calls import Calls
+from ..db.sql_files import validate_schema_name
+from ..errors import Misuse
+from ..runtime.orchestrator import Orchestrator
+
+_FORM = "write module:attribute, for example app:orchestrator"
+
+
+def load_orchestrator(target: str, *, debug: bool = False) -> Orchestrator:
+    """Import the module that `target` ("module:attribute") names and return its orchestrator.
+
+    The current folder comes first on the path. The attribute, which may be dotted, is an `Orchestrator` or a callable
+    without arguments that returns one. `debug`: let errors of the module's own code pass as they are. Raises `Misuse`.
+    """
+    module_name, colon, path = target.partition(":")
+    if not (module_name and colon and path):
+        raise Misuse(f"{target!r} does not name an orchestrator: {_FORM}")
+    if module_name.endswith(".py") or os.sep in module_name:
+        raise Misuse(f"{module_name!r} is a file's name, and a module's is needed: {_FORM}")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = _import(module_name, debug)
+    found: object = module
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise Misuse(f"{module_name!r} has no {path!r}; {_known(module, module_name)}")
+        found = getattr(found, name)
+    if not isinstance(found, Orchestrator) and callable(found):
+        found = _call(found, target)
+    if not isinstance(found, Orchestrator):
+        raise Misuse(f"{target!r} is a {type(found).__name__}, not an Orchestrator; {_known(module, module_name)}")
+    return found
+
+
+def _import(name: str, debug: bool) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise Misuse(
+                f"there is no module {name!r} in the current folder or on the path; change to the program's folder, "
+                f"or set PYTHONPATH"
+            ) from None
+        if debug:
+            raise
+        raise Misuse(f"module {name!r} needs the module {error.name!r}, which is not installed") from error
+    except Exception as error:  # the top level of a user's module may raise anything
+        if debug:
+            raise
+        raise Misuse(
+            f"importing module {name!r} failed: {type(error).__name__}: {error}; --debug shows the traceback"
+        ) from error
+
+
+def _call(factory: Callable[..., object], target: str) -> object:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        raise Misuse(f"{target!r} needs arguments; name an Orchestrator, or a callable without any") from None
+    except ValueError:  # a builtin that does not tell its signature
+        raise Misuse(f"{target!r} is not an Orchestrator, nor a function that returns one") from None
+    if inspect.iscoroutinefunction(factory):
+        raise Misuse(f"{target!r} is an async function; name an Orchestrator, or a plain function that returns one")
+    return factory()
+
+
+def _known(module: ModuleType, name: str) -> str:
+    names = [key for key, value in vars(module).items() if isinstance(value, Orchestrator)]
+    if names:
+        return f"its orchestrators: {', '.join(f'{name}:{key}' for key in names)}"
+    return "it has no Orchestrator at its top level: orchestrator = Orchestrator(conductor, workers=[...])"
+
+
+def redirect(
+    orchestrator: Orchestrator, *, dsn: str | None, listen_dsn: str | None, embedded: bool, schema: str | None
+) -> None:
+    """Let a command line that names a database or a schema win over what the program's conductor was given.
+
+    Before anything runs. Raises `InvalidOption`.
+    """
+    conductor = orchestrator._conductor  # pyright: ignore[reportPrivateUsage]  # its program is not running yet
+    if dsn is not None or listen_dsn is not None or embedded:
+        conductor._database = Database(dsn, listen_dsn, embedded=embedded)  # pyright: ignore[reportPrivateUsage]
+    if schema is not None:
+        conductor.schema = validate_schema_name(schema)
+        conductor.calls = Calls(schema)

@@ -1,0 +1,355 @@
+"""The conductor: registry of tasks, and the client that invokes them and waits for their results.
+
+Owns one pool of connections and one waiter for results, which live while somebody is inside `async with conductor`.
+Constructing does no I/O, and nothing is global. It must not run executions, nor check or migrate the schema when it is
+opened: the orchestrator does. It owns no task: everything it does is done by whoever calls it.
+
+Invariants: open in one `trio.run` at a time; a connection of the user's is never committed, rolled back or set.
+Cancellation: an `invoke` that is cancelled may have inserted or not; a cancelled `result()` leaves the execution alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from uuid import UUID
+
+import trio
+
+from .codec import Limits
+from .db.address import Database
+from .db.call import Call
+from .db.calls import Calls, NewExecution
+from .db.connection import TrioConnection
+from .db.pool import Pool, open_pool
+from .db.schema import MigrationReport, SchemaVersion, check, migrate
+from .db.session import ask, connect, insert, insert_sync, is_async_connection
+from .db.sql_files import validate_schema_name
+from .errors import InvalidOption, Misuse, NotOpen
+from .handle import Handle, SyncHandle
+from .invocations import InvocationByName, new_executions
+from .model import Invoked, OrchestratorStatus, QueueStatus
+from .options import checked_int
+from .results import PollSchedule, Results
+from .sync_client import OpenClients, SyncClient
+from .tasks import Invocation, Task, Tasks, checked_options
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.rows import TupleRow
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+MAX_POOL_SIZE: Final = 1_000
+_CLOSE_TIMEOUT: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """What exists while the conductor is open."""
+
+    conninfo: str
+    listen_conninfo: str
+    pool: Pool[TrioConnection[TupleRow]]
+    results: Results
+    stack: AsyncExitStack
+
+
+class Conductor(Tasks):
+    """Declares tasks and workers, invokes tasks, and waits for results.
+
+    Declaring needs nothing more. To invoke and to wait, be inside `async with conductor:` under Trio (the block may be
+    nested, and shares one pool), or use `conductor.sync()` without an event loop. What is invoked on a connection of
+    your own (`options(conn=...)`) needs neither.
+
+    `schema`: the schema's name. `calls`: the verbs of that schema. `registry`: the tasks declared here.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None = None,
+        *,
+        schema: str = "pgconductor",
+        listen_dsn: str | None = None,
+        embedded: bool = False,
+        pool_size: int = 4,
+        limits: Limits | None = None,
+    ) -> None:
+        """Construct without any I/O.
+
+        `dsn`: connection string; None for PGCONDUCTOR_DSN, else DATABASE_URL, read when first needed. `schema`: 1 to 63
+        bytes of UTF-8. `listen_dsn`: a direct connection to the same database, where `dsn` leads to a transaction
+        pooler (pgbouncer); nothing is prepared on `dsn` then. `embedded`: use this user's embedded PostgreSQL instead,
+        started if necessary, in the database "pgconductor". `pool_size`: connections for invoking, 1 to 1,000.
+        `limits`: bounds for payloads and names. Raises `InvalidOption`.
+        """
+        super().__init__(limits=limits)
+        self._database = Database(dsn, listen_dsn, embedded=embedded)
+        self._pool_size = checked_int("pool_size", pool_size, minimum=1, maximum=MAX_POOL_SIZE)
+        self.schema = validate_schema_name(schema)
+        self.calls = Calls(schema)
+        self._poll_schedule = PollSchedule()
+        self._by_name = InvocationByName(self)
+
+        self._sync_clients = OpenClients()
+
+        self._guard = threading.Lock()  # of the next two, since two threads may call trio.run
+        self._home: trio.lowlevel.TrioToken | None = None
+        self._users = 0
+        self._opening = trio.Lock()
+        self._open: _Open | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._open is None else f"open {self._users} times"
+        return f"<Conductor of schema {self.schema!r}, {len(self.registry)} tasks, {state}>"
+
+    # Lifetime
+
+    async def __aenter__(self) -> Self:
+        """Open the conductor, or share it if this `trio.run` has it open. Waits only to start an embedded server.
+
+        Raises `NoDatabase` if no database is named, or the embedded one cannot be started; `Misuse` if another
+        `trio.run` has the conductor open, or under asyncio.
+        """
+        _require_trio()
+        token = trio.lowlevel.current_trio_token()
+        with self._guard:
+            if self._home is not None and self._home is not token:
+                raise Misuse(
+                    "the conductor is open in another trio.run; make a Conductor for each, or run one after the other"
+                )
+            self._home = token
+            self._users += 1
+        try:
+            async with self._opening:
+                if self._open is None:
+                    self._open = await self._start()
+        except BaseException:
+            await self._leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        await self._leave()
+
+    async def _start(self) -> _Open:
+        async with AsyncExitStack() as stack:
+            if self._database.embedded:
+                # Starting a server blocks for a second, and is not to be abandoned half-way.
+                server = ExitStack()
+                stack.push_async_callback(trio.to_thread.run_sync, server.close)
+                conninfo, listen_conninfo = await trio.to_thread.run_sync(self._database.open, server)
+            else:
+                conninfo, listen_conninfo = self._database.resolve()
+            pool = open_pool(
+                conninfo,
+                max_size=self._pool_size,
+                kwargs={"autocommit": True, "prepare_threshold": self.prepare_threshold},
+            )
+            await stack.enter_async_context(pool)
+            results = Results(self.calls, listen_conninfo, self._ask, self._poll_schedule)
+            stack.push_async_callback(results.aclose)
+            return _Open(conninfo, listen_conninfo, pool, results, stack.pop_all())
+        raise AssertionError("unreachable: the block returns or raises")
+
+    async def _leave(self) -> None:
+        self._users -= 1
+        if self._users:
+            return
+        with trio.move_on_after(_CLOSE_TIMEOUT, shield=True):
+            async with self._opening:  # somebody may enter while this closes: then it stays open
+                if not self._users:
+                    opened, self._open = self._open, None
+                    try:
+                        if opened is not None:
+                            await opened.stack.aclose()
+                    finally:
+                        if not self._users:
+                            self._home = None
+
+    def _require_open(self) -> _Open:
+        _require_trio()
+        if self._open is None:
+            raise NotOpen("the conductor is not open here; do this inside `async with conductor:`")
+        if self._home is not trio.lowlevel.current_trio_token():
+            raise Misuse("the conductor is open in another trio.run; make a Conductor for each")
+        return self._open
+
+    @property
+    def conninfo(self) -> str:
+        """Connection string in use, valid while open. Raises `NotOpen`."""
+        return self._require_open().conninfo
+
+    @property
+    def listen_conninfo(self) -> str:
+        """The same for what needs a session of its own: LISTEN, migrations."""
+        return self._require_open().listen_conninfo
+
+    @property
+    def prepare_threshold(self) -> int | None:
+        """Executions before a statement is prepared on `conninfo`; None never prepares, for a transaction pooler."""
+        return self._database.prepare_threshold
+
+    # Invoking
+
+    async def invoke(
+        self,
+        task: str,
+        payload: Mapping[str, Any] | None = None,
+        /,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        delay: float | timedelta | None = None,
+        dedupe_key: str | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> Handle[Any]:
+        """Insert an execution of a task by name, whose code may be elsewhere. Waits for the database only.
+
+        `task`: its name, 1 to 128 bytes of UTF-8. `payload`: the handler's parameters by name, plain JSON values.
+        `queue`: None for the one that a running program registered the task with, else "default". The other options
+        are those of `Task.options`. A task that is declared here is validated as by its own `invoke`. Returns a handle
+        whose result is typed only if the task is declared here, else plain JSON values.
+
+        Raises `InvalidOption`, `InvalidPayload`, `NotOpen`, `Unavailable`, `SchemaMissing`.
+        """
+        options = checked_options(
+            queue=queue, priority=priority, run_at=run_at, delay=delay, dedupe_key=dedupe_key, limits=self.limits
+        )
+        declared, execution = self._by_name.execution(task, payload, options)
+        (invoked,) = await self._insert([execution], conn)
+        return Handle(self, declared, invoked.id, created=invoked.created)
+
+    async def invoke_many(
+        self, calls: Sequence[Invocation[R]], conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> list[Handle[R]]:
+        """Insert one execution per call in one statement, all or none; handles come in the order of `calls`.
+
+        `conn`: the caller's connection, which is neither committed nor rolled back; None for one of the pool. A lost
+        reply is answered by asking once more only if every call has a `dedupe_key`; `created` may then be False for
+        what this call created. Raises `NotOpen`, `Unavailable`, `SchemaMissing`, `InvalidPayload`; on the caller's own
+        connection psycopg's errors come as they are.
+        """
+        if not calls:
+            return []
+        invoked = await self._insert(new_executions(calls), conn)
+        return [Handle(self, c.task, i.id, created=i.created) for c, i in zip(calls, invoked, strict=True)]
+
+    def invoke_many_sync(
+        self, calls: Sequence[Invocation[R]], conn: psycopg.Connection[Any] | None
+    ) -> list[SyncHandle[R]]:
+        """`invoke_many` on the caller's sync connection, blocking the thread; needs no open conductor."""
+        if not calls:
+            return []
+        if conn is None:
+            raise NotOpen("invoking without an event loop needs a sync client: use `with conductor.sync() as client:`")
+        invoked = insert_sync(conn, self.calls.invoke_many(new_executions(calls)))
+        return [
+            SyncHandle(self._sync_clients, c.task, i.id, created=i.created) for c, i in zip(calls, invoked, strict=True)
+        ]
+
+    def sync(self) -> SyncClient:
+        """Return a client for programs without an event loop: `with conductor.sync() as client:`.
+
+        It connects when first used, and may be shared by threads. Does not wait. See `SyncClient`.
+        """
+        return SyncClient(self._database, self.calls, self._by_name, self._sync_clients)
+
+    async def _insert(self, executions: list[NewExecution], conn: psycopg.AsyncConnection[Any] | None) -> list[Invoked]:
+        call = self.calls.invoke_many(executions)
+        if conn is not None:
+            _require_fitting(conn)
+            return await insert(conn, call)
+        return await self._ask(call, "invoking", is_repeatable=all(e.dedupe_key is not None for e in executions))
+
+    # Results and reading
+
+    async def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
+        """Wait for a result as `Handle.result` does, for an id that was kept instead of the handle.
+
+        `timeout`: seconds from 0 (which looks once), None without end.
+        """
+        return await self._require_open().results.wait(execution_id, task, timeout)
+
+    async def queue_status(self) -> list[QueueStatus]:
+        """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""
+        return await self._ask(self.calls.queue_status(), "reading the queues", is_repeatable=True)
+
+    async def orchestrator_status(self) -> list[OrchestratorStatus]:
+        """Return the orchestrators that are registered, oldest first; raises as `queue_status`."""
+        return await self._ask(self.calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
+
+    async def migrate(self) -> MigrationReport:
+        """Install the schema or bring it up to date, on a connection of its own.
+
+        Waits while another program does it. Raises `Unavailable`, `Refused`, `Incompatible`, `SchemaTooNew`, `NotOpen`.
+        """
+        async with await connect(self.listen_conninfo) as conn:
+            return await migrate(conn, self.schema)
+
+    async def check_schema(self) -> SchemaVersion:
+        """Say whether the schema fits this program, changing nothing.
+
+        Raises `SchemaMissing`, `SchemaTooNew`, `Incompatible`, `Refused`, `Unavailable`, `NotOpen`.
+        """
+        async with await connect(self.listen_conninfo) as conn:
+            return await check(conn, self.schema)
+
+    async def _ask(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T:
+        """Execute a call on a connection of the pool.
+
+        `is_repeatable`: it may be sent a second time, once, when the reply of the first is lost.
+        """
+        opened = self._require_open()
+        return await ask(opened.pool, opened.conninfo, call, doing, is_repeatable=is_repeatable)
+
+
+def _in_asyncio() -> bool:
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None:
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _require_trio() -> None:
+    if trio.lowlevel.in_trio_task():
+        return
+    if _in_asyncio():
+        raise Misuse("an asyncio loop is running here, and the conductor needs Trio; use conductor.sync()")
+    raise NotOpen("the conductor is not open here; do this inside trio.run, within `async with conductor:`")
+
+
+def _require_fitting(conn: object) -> None:
+    """Refuse a connection that cannot be awaited here; by an asyncio program's own connection, one may invoke."""
+    if not is_async_connection(conn):
+        raise InvalidOption(
+            f"conn must be a TrioConnection here, not {type(conn).__name__}; "
+            f"with a sync connection use task.options(conn=...).invoke() without await"
+        )
+    if trio.lowlevel.in_trio_task():
+        if not isinstance(conn, TrioConnection):
+            raise Misuse(
+                "conn is psycopg's asyncio connection, which does not work under Trio; "
+                "open it with pgconductor.TrioConnection.connect()"
+            )
+    elif isinstance(conn, TrioConnection):
+        raise Misuse(
+            "conn is a TrioConnection, which works only inside trio.run; use a psycopg connection and conductor.sync()"
+        )

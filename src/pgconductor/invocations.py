@@ -1,0 +1,87 @@
+"""From calls to the rows they insert: the part of invoking that both clients share.
+
+Pure: no connection, no clock. What it returns has been validated, so that SQL has nothing left to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, cast
+
+from .codec import printable
+from .db.calls import NewExecution
+from .errors import InvalidPayload, Misuse
+from .options import checked_text
+from .tasks import Invocation, InvokeOptions, Task, Tasks
+
+# PostgreSQL takes a message of up to 1 GB; this leaves room for what the driver adds.
+MAX_CALL_BYTES: Final = 256 << 20
+
+
+def new_executions(calls: Sequence[Invocation[Any]]) -> list[NewExecution]:
+    """Return the rows to insert for `calls`. Raises `InvalidPayload` if they are too large for one statement."""
+    total = sum(len(call.payload) for call in calls)
+    if total > MAX_CALL_BYTES:
+        raise InvalidPayload(
+            f"the payloads of {len(calls):,} calls are {total:,} characters long together; at most {MAX_CALL_BYTES:,} "
+            f"go into one statement: split them, within one transaction if they belong together (options(conn=...))"
+        )
+    return [_row(call.task.name, call.payload, call.options, call.task.queue) for call in calls]
+
+
+class InvocationByName:
+    """Validates invocations of tasks that are named, for one conductor, where some may be declared and some not."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._elsewhere = lru_cache(maxsize=256)(self._stand_in)
+
+    def execution(
+        self, name: str, payload: Mapping[str, Any] | None, options: InvokeOptions
+    ) -> tuple[Task[..., Any], NewExecution]:
+        """Return the task (a stand-in, if its code is elsewhere) and the row to insert.
+
+        A task that is declared is validated by its annotations; of another one `payload` is any JSON object, and its
+        queue, if not given, is looked up in the database when it is inserted. Raises `InvalidPayload`, `InvalidOption`.
+        """
+        checked_text("a task's name", name, max_bytes=self._tasks.limits.name_bytes)
+        declared = self._tasks.registry.get(name)
+        task = declared or self._elsewhere(name)
+        text = task.payload.encode((), _parameters(name, payload))
+        return task, _row(task.name, text, options, None if declared is None else declared.queue)
+
+    def _stand_in(self, name: str) -> Task[..., Any]:
+        async def elsewhere(**payload: Any) -> Any:
+            raise Misuse(f"the code of task {name!r} is elsewhere")
+
+        return Task(elsewhere, self._tasks, name=name, limits=self._tasks.limits)
+
+    @property
+    def tasks(self) -> Tasks:
+        """The conductor's declaring half."""
+        return self._tasks
+
+
+def _parameters(name: str, payload: object) -> dict[str, Any]:
+    if payload is None:
+        return {}
+    if not isinstance(payload, Mapping):
+        raise InvalidPayload(
+            f"the payload of task {printable(name)!r} must be a mapping of the handler's parameters by name, "
+            f"not {type(payload).__name__}"
+        )
+    parameters = dict(cast("Mapping[object, Any]", payload))
+    for key in parameters:
+        if not isinstance(key, str):
+            raise InvalidPayload(
+                f"the payload of task {printable(name)!r} has the key {key!r} of type {type(key).__name__}; "
+                f"its keys are names of parameters"
+            )
+    return cast("dict[str, Any]", parameters)
+
+
+def _row(name: str, payload: str, options: InvokeOptions, queue: str | None) -> NewExecution:
+    return NewExecution(
+        name, payload, options.queue or queue, options.priority, options.run_at, options.delay, options.dedupe_key
+    )

@@ -1,0 +1,381 @@
+"""The client for programs without an event loop: invoke, wait and read, blocking the thread.
+
+Owns one connection, used under a lock, and one more per thread that waits for a result. Starts no thread and no loop,
+so it works wherever Python does, asyncio programs included. It must not touch the conductor's Trio side.
+
+Invariants: nothing is sent twice unless repeating it is harmless; a connection that broke while idle is replaced before
+anything is sent; a connection of the caller's is never committed, rolled back or set. A `KeyboardInterrupt` ends the
+call; psycopg cancels the statement, and an interrupted wait closes its connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, overload
+from uuid import UUID
+
+from .db.address import Database
+from .db.calls import Calls, NewExecution
+from .db.result_listener import SyncResultListener, bucket_of
+from .db.schema import MigrationReport, migrate_sync
+from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connection
+from .errors import InvalidOption, Misuse, NotOpen, Unavailable, WaitTimeout
+from .handle import SyncHandle
+from .invocations import InvocationByName, new_executions
+from .model import Ended, Invoked, OrchestratorStatus, QueueStatus, Standing
+from .results import FINISHED, PollSchedule, not_kept, outcome, unanswered_timeout, wait_timeout
+from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
+
+if TYPE_CHECKING:
+    import psycopg
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MAX_BACKOFF: Final = 30.0
+
+logger = logging.getLogger("pgconductor.results")
+
+
+class OpenClients:
+    """The sync clients of one conductor that are open: where handles made on a caller's connection wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: list[SyncClient] = []
+
+    def add(self, client: SyncClient) -> None:
+        with self._lock:
+            self._clients.append(client)
+
+    def remove(self, client: SyncClient) -> None:
+        with self._lock:
+            self._clients.remove(client)
+
+    def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
+        """Wait on the client that was opened last; raises `NotOpen` without one."""
+        with self._lock:
+            client = self._clients[-1] if self._clients else None
+        if client is None:
+            raise NotOpen("no sync client is open to wait with; use `with conductor.sync() as client:` around result()")
+        return client.wait_result(execution_id, task, timeout)
+
+
+class SyncClient:
+    """Invokes tasks and waits for results without an event loop; made by `Conductor.sync`.
+
+    Use it as `with conductor.sync() as client:`. Threads may share it: statements take turns, and waiting for a result
+    does not hold them up. After a fork, open a new one.
+    """
+
+    def __init__(self, database: Database, calls: Calls, by_name: InvocationByName, clients: OpenClients) -> None:
+        self._calls = calls
+        self._by_name = by_name
+        self._clients = clients
+        self._session = SyncSession(database)
+        self._schedule = PollSchedule()
+        self._resting_lock = threading.Lock()
+        self._resting: SyncResultListener | None = None
+
+    def __repr__(self) -> str:
+        return f"<SyncClient of schema {self._calls.schema!r}, {'open' if self._session.is_open else 'closed'}>"
+
+    # Lifetime
+
+    def __enter__(self) -> Self:
+        """Open the client; blocks only to start an embedded server.
+
+        Raises `NoDatabase` if no database is named or the embedded one does not start; `Misuse` if it is open already.
+        """
+        self._session.open()
+        self._clients.add(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        self._clients.remove(self)
+        try:
+            self._session.close()
+        finally:
+            if (resting := self._swap_resting(None)) is not None:
+                resting.close()
+
+    # Invoking
+
+    @overload
+    def invoke(self, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> SyncHandle[R]: ...
+    @overload
+    def invoke(
+        self,
+        task: str,
+        payload: Mapping[str, Any] | None = None,
+        /,
+        *,
+        queue: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        delay: float | timedelta | None = None,
+        dedupe_key: str | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> SyncHandle[Any]: ...
+    def invoke(self, task: Any, /, *args: Any, **kwargs: Any) -> SyncHandle[Any]:
+        """Insert an execution and return its handle; blocks for the database only.
+
+        `task`: a task, or one with options (`task.options(...)`), and the handler's arguments; or a task's name,
+        followed by its payload and the options of `Conductor.invoke`.
+
+        Raises `InvalidPayload`, `InvalidOption`, `NotOpen`, `Unavailable`, `SchemaMissing`.
+        """
+        if isinstance(task, str):
+            return self._invoke_by_name(task, *args, **kwargs)
+        bound: Invocation[Any] = self._checked(task).bind(*args, **kwargs)
+        return self._invoke_bound([bound])[0]
+
+    def invoke_many(self, task: Invocable[P, R], calls: Iterable[Invocation[R]], /) -> list[SyncHandle[R]]:
+        """Insert one execution per call in one statement, all or none; as `Invocable.invoke_many`."""
+        target, options, _ = self._checked(task)._target()  # pyright: ignore[reportPrivateUsage]  # the clients' side of it
+        return self._invoke_bound(target.adopted(calls, options))
+
+    def _checked(self, task: Invocable[P, R]) -> Invocable[P, R]:
+        _require_invocable(task)
+        target, _, conn = task._target()  # pyright: ignore[reportPrivateUsage]  # the clients' side of it
+        if conn is not None:
+            raise Misuse("the sync client cannot use an asynchronous connection; await task.options(conn=...).invoke()")
+        if target.invoker is not self._by_name.tasks:
+            raise Misuse(f"task {target.name!r} belongs to another conductor; use that one's sync client")
+        return task
+
+    def _invoke_by_name(
+        self,
+        name: str,
+        payload: Mapping[str, Any] | None = None,
+        /,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Any,
+    ) -> SyncHandle[Any]:
+        checked = checked_options(**options, limits=self._by_name.tasks.limits)
+        task, execution = self._by_name.execution(name, payload, checked)
+        if conn is None:
+            (invoked,) = self._insert([execution])
+        elif is_sync_connection(conn):
+            (invoked,) = insert_sync(conn, self._calls.invoke_many([execution]))
+        else:
+            raise InvalidOption(f"conn must be a psycopg.Connection here, not {type(conn).__name__}")
+        return SyncHandle(self._clients, task, invoked.id, created=invoked.created)
+
+    def _invoke_bound(self, calls: list[Invocation[R]]) -> list[SyncHandle[R]]:
+        if not calls:
+            return []
+        invoked = self._insert(new_executions(calls))
+        return [
+            SyncHandle(self._clients, call.task, i.id, created=i.created)
+            for call, i in zip(calls, invoked, strict=True)
+        ]
+
+    def _insert(self, executions: list[NewExecution]) -> list[Invoked]:
+        is_repeatable = all(execution.dedupe_key is not None for execution in executions)
+        return self._session.ask(self._calls.invoke_many(executions), "invoking", is_repeatable=is_repeatable)
+
+    # Reading
+
+    def queue_status(self) -> list[QueueStatus]:
+        """As `Conductor.queue_status`."""
+        return self._session.ask(self._calls.queue_status(), "reading the queues", is_repeatable=True)
+
+    def orchestrator_status(self) -> list[OrchestratorStatus]:
+        """As `Conductor.orchestrator_status`."""
+        return self._session.ask(self._calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
+
+    def migrate(self) -> MigrationReport:
+        """As `Conductor.migrate`."""
+        with connect_sync(self._session.addresses.listen_conninfo) as conn:
+            return migrate_sync(conn, self._calls.schema)
+
+    # Waiting
+
+    def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
+        """Wait for a result as `SyncHandle.result` does, for an id that was kept instead of the handle.
+
+        `timeout`: seconds from 0 (which looks once), None without end.
+        """
+        ended = self._look(execution_id)
+        if ended is None and timeout != 0:
+            deadline = math.inf if timeout is None else time.monotonic() + timeout
+            ended = self._wait_ended(execution_id, task, deadline)
+        if ended is None:
+            ended = self._look_last(execution_id, task, timeout)
+        return outcome(task, ended)
+
+    def _wait_ended(self, execution_id: UUID, task: Task[..., Any], deadline: float) -> Ended | None:
+        """Look when told to and when a look is due, until `deadline` by the monotonic clock; then return None."""
+        next_look = -math.inf
+        with self._open_ear(execution_id) as ear:
+            while (now := time.monotonic()) < deadline:
+                if ear.listen_if_due():
+                    next_look = -math.inf  # what ended before the flags were raised was not announced
+                if now < next_look:
+                    if ear.nap(min(next_look, deadline) - now):
+                        next_look = -math.inf
+                    continue
+                try:
+                    ended = self._look(execution_id)
+                    standing = self._read_standing(execution_id) if ended is None else None
+                except Unavailable as error:
+                    logger.warning("cannot look for results, and try again: %s", error)
+                    next_look = time.monotonic() + self._jittered(self._schedule.deaf)
+                    continue
+                if standing is None:
+                    return ended
+                if standing.state is None:
+                    raise not_kept(task, execution_id)
+                # If it finished between the two questions, look again.
+                next_look = -math.inf if standing.state in FINISHED else self._next_look(ear.flagged_at)
+        return None
+
+    def _next_look(self, flagged_at: float | None) -> float:
+        now = time.monotonic()
+        if flagged_at is None:
+            return now + self._jittered(self._schedule.deaf)
+        times = (flagged_at + seconds for seconds in self._schedule.first)
+        return next((at for at in times if at > now), now + self._jittered(self._schedule.every))
+
+    def _look_last(self, execution_id: UUID, task: Task[..., Any], timeout: float | None) -> Ended:
+        try:
+            for _ in range(2):  # it may finish between the two questions
+                if (ended := self._look(execution_id)) is not None:
+                    return ended
+                standing = self._read_standing(execution_id)
+                if standing.state is None:
+                    raise not_kept(task, execution_id)
+                if standing.state not in FINISHED:
+                    raise wait_timeout(task, timeout, standing)
+        except WaitTimeout:
+            raise
+        except Unavailable as error:
+            raise unanswered_timeout(task, execution_id, timeout) from error
+        raise unanswered_timeout(task, execution_id, timeout)
+
+    def _look(self, execution_id: UUID) -> Ended | None:
+        call = self._calls.results([execution_id])
+        return self._session.ask(call, "looking for results", is_repeatable=True).get(execution_id)
+
+    def _read_standing(self, execution_id: UUID) -> Standing:
+        call = self._calls.standing([execution_id])
+        return self._session.ask(call, "looking for executions", is_repeatable=True)[execution_id]
+
+    def _jittered(self, seconds: float) -> float:
+        return seconds * random.uniform(0.9, 1.1)
+
+    @contextmanager
+    def _open_ear(self, execution_id: UUID) -> Generator[_Ear]:
+        """Listen for one execution; afterwards one listener is kept for the next wait, others are closed."""
+        conninfo = self._session.addresses.listen_conninfo
+        ear = _Ear(self._calls, conninfo, bucket_of(execution_id), self._swap_resting(None))
+        try:
+            yield ear
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._let_rest(ear)
+            else:
+                ear.close()
+            raise
+        self._let_rest(ear)
+
+    def _let_rest(self, ear: _Ear) -> None:
+        resting = ear.rest()
+        if resting is not None and self._session.is_open:
+            resting = self._swap_resting(resting)
+        if resting is not None:
+            resting.close()
+
+    def _swap_resting(self, listener: SyncResultListener | None) -> SyncResultListener | None:
+        with self._resting_lock:
+            resting, self._resting = self._resting, listener
+        return resting
+
+
+def _require_invocable(task: object) -> None:
+    if isinstance(task, SyncTaskCall):
+        raise Misuse("a task with options(conn=...) has its own invoke(): call that, without the client")
+    if not isinstance(task, Invocable):
+        raise InvalidOption(f"task must be a task or a task's name, not {type(task).__name__}")
+
+
+class _Ear:
+    """What one wait listens with: a listener, that of an earlier wait if there is one, replaced when it is lost.
+
+    `flagged_at`: when the flags were raised, by the monotonic clock; None while nobody listens.
+    """
+
+    def __init__(self, calls: Calls, conninfo: str, bucket: int, resting: SyncResultListener | None) -> None:
+        self._calls = calls
+        self._conninfo = conninfo
+        self._bucket = bucket
+        self._listener = resting
+        self._reconnect_at = -math.inf
+        self._backoff = 0.0
+        self.flagged_at: float | None = None
+
+    def listen_if_due(self) -> bool:
+        """Listen, unless that is so already, or failed a moment ago; return whether this call began it."""
+        if self.flagged_at is not None or time.monotonic() < self._reconnect_at:
+            return False
+        try:
+            if self._listener is not None and not self._listener.is_fresh:
+                self.close()
+            if self._listener is None:
+                self._listener = SyncResultListener.open(self._calls, self._conninfo)
+            self._listener.start(self._bucket)
+        except Unavailable as error:
+            self._lose(error)
+            return False
+        self.flagged_at = time.monotonic()
+        return True
+
+    def nap(self, seconds: float) -> bool:
+        """Wait, `seconds` at most; return whether there is reason to look before the time."""
+        if self._listener is None or self.flagged_at is None:
+            time.sleep(seconds)
+            return False
+        try:
+            return self._listener.receive(seconds)
+        except Unavailable as error:
+            self._lose(error)
+            return True
+
+    def rest(self) -> SyncResultListener | None:
+        """Stop listening, and give away the listener if it is in order."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            try:
+                listener.rest()
+            except Unavailable:
+                listener.close()
+                return None
+        return listener
+
+    def close(self) -> None:
+        """Close the listener, if there is one."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+
+    def _lose(self, error: Unavailable) -> None:
+        logger.warning("cannot listen for results, and poll until it is possible again: %s", error)
+        self.close()
+        self.flagged_at = None
+        self._reconnect_at = time.monotonic() + random.uniform(0.5, 1) * self._backoff
+        self._backoff = min(_MAX_BACKOFF, max(1.0, 2 * self._backoff))

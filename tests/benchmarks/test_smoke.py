@@ -1,0 +1,63 @@
+"""Each benchmark, tiny: it finishes, finds nothing lost or done twice, and its figures are readable. No timings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgconductor.testing import DatabaseServer
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+_TINY: dict[str, tuple[str, ...]] = {
+    "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
+    "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
+    "rescue": ("--count=400", "--concurrency=5"),
+    "throughput": ("--count=300", "--batch=100", "--profile=1"),
+    "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
+    "wakeup": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1"),
+}
+
+
+def _run(name: str, *arguments: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--runs=1", f"--json={path}", *arguments]
+    finished = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False)
+    return finished, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_every_benchmark_has_a_smoke_test() -> None:
+    """A benchmark that nothing runs between releases rots unseen."""
+    assert {path.stem for path in (_ROOT / "benchmarks").glob("[a-z]*.py")} - {"harness"} == set(_TINY)
+
+
+@pytest.mark.parametrize("name", sorted(_TINY))
+def test_benchmark_loses_nothing_and_writes_its_figures(
+    name: str, pgconductor_server: DatabaseServer, tmp_path: Path
+) -> None:
+    """Figures of a benchmark that lost work, or that nobody can read, would be believed."""
+    dsn = pgconductor_server.dsn("postgres")
+    finished, document = _run(name, f"--dsn={dsn}", *_TINY[name], tmp_path=tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "every execution exactly once" in finished.stdout
+    assert document["benchmark"] == name
+    assert document["problems"] == []
+    assert document["settings"]["fsync"] == dict(pgconductor_server.settings())["fsync"]
+    assert document["figures"]
+    assert all(figure["min"] <= figure["median"] <= figure["max"] for figure in document["figures"].values())
+
+
+def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path: Path) -> None:
+    """Without a count by the server, a worker that polls while idle would pass for one that sleeps."""
+    finished, document = _run(
+        "wakeup", "--fast=2", "--slow=1", "--slow-gap=0.1", "--raw=2", "--idle=6", tmp_path=tmp_path
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert document["settings"]["fsync"] == document["settings"]["synchronous_commit"] == "on"
+    counted = document["facts"]["statements while idle"]
+    assert {"heartbeat"} <= counted.keys() <= {"heartbeat", "pg_notify"}

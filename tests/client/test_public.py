@@ -1,0 +1,119 @@
+"""What the package exports, and where it finds the database that comes with it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+import pgconductor
+from pgconductor import Conductor, PgconductorError, errors
+from pgconductor.testing import Databases, DatabaseServer
+
+
+def test_exported_names_are_these() -> None:
+    """A name added or lost by accident: they are the contract."""
+    assert set(pgconductor.__all__) == {
+        "Backoff",
+        "Conductor",
+        "Context",
+        "Drained",
+        "ExecutionCancelled",
+        "ExecutionError",
+        "ExecutionFailed",
+        "Exponential",
+        "Handle",
+        "Incompatible",
+        "InvalidOption",
+        "InvalidPayload",
+        "InvalidTask",
+        "Invocable",
+        "Invocation",
+        "LeaseLost",
+        "Limits",
+        "MigrationReport",
+        "Misuse",
+        "NoDatabase",
+        "NotOpen",
+        "Orchestrator",
+        "OrchestratorStatistics",
+        "OrchestratorStatus",
+        "PgconductorError",
+        "Pool",
+        "PoolStatistics",
+        "PoolTimeout",
+        "QueueStatus",
+        "Refused",
+        "ResultNotKept",
+        "SchemaMissing",
+        "SchemaTooNew",
+        "SchemaVersion",
+        "State",
+        "SyncClient",
+        "SyncHandle",
+        "SyncTaskCall",
+        "Task",
+        "TaskCall",
+        "TrioConnection",
+        "Unavailable",
+        "Unstorable",
+        "WaitTimeout",
+        "Worker",
+        "WorkerStatistics",
+        "open_pool",
+    }
+    assert len(set(pgconductor.__all__)) == len(pgconductor.__all__)
+    for name in pgconductor.__all__:
+        assert getattr(pgconductor, name).__doc__, f"{name} says nothing"
+
+
+def test_all_errors_are_exported() -> None:
+    """An exception that can be raised but not caught by name."""
+    raised = {
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, PgconductorError) and kind.__module__ == errors.__name__
+    }
+    assert raised <= set(pgconductor.__all__)
+
+
+async def test_embedded_server_is_held_while_open(
+    monkeypatch: pytest.MonkeyPatch, pgconductor_server: DatabaseServer, pgconductor_databases: Databases
+) -> None:
+    """A server that ends under its user, that is not let go, or that is started without being asked for.
+
+    The server is a stand-in: `tests/test_embedded.py` has the real one.
+    """
+    events: list[str] = []
+
+    class Server:
+        def ensure_database(self, name: str) -> str:
+            events.append(f"database {name}")
+            return dsn
+
+    @contextmanager
+    def embedded_server() -> Iterator[Server]:
+        events.append("start")
+        yield Server()
+        events.append("stop")
+
+    monkeypatch.setattr("pgconductor.embedded.embedded_server", embedded_server)
+    conductor = Conductor(embedded=True)
+    with pgconductor_databases.installed() as dsn:
+        async with conductor:
+            async with conductor:
+                assert conductor.conninfo == conductor.listen_conninfo == dsn
+            assert await conductor.queue_status() == []
+            assert events == ["start", "database pgconductor"]
+        assert events.pop() == "stop"
+        events.clear()
+        with conductor.sync() as client:
+            assert client.queue_status() == []
+            assert events == ["start", "database pgconductor"]
+        assert events.pop() == "stop"
+        with psycopg.connect(dsn) as conn:
+            others = "select count(*) from pg_stat_activity where datname = current_database()"
+            assert conn.execute(others).fetchone() == (1,)

@@ -1,0 +1,163 @@
+"""Worker processes of a test, what their handlers wrote, and what the database says.
+
+`open_site` gives a `Site` on a database; it kills what it started at the end of the block. Waiting is always for a fact
+(`until`), with a generous limit: how fast a loaded machine is must not decide a test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+
+LIMIT = 30.0
+
+_PROGRAM = Path(__file__).with_name("program.py")
+
+
+class Entry(NamedTuple):
+    """A line of the journal."""
+
+    event: str
+    n: int
+    pid: int
+    at: float
+
+
+def until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
+    """Until a fact holds that only the journal, the database or another process tells."""
+    give_up_at = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < give_up_at, f"did not happen within {limit} s"
+        time.sleep(0.01)
+
+
+class Process:
+    """One worker process, ready to claim."""
+
+    def __init__(self, site: Site, popen: subprocess.Popen[bytes]) -> None:
+        self._site = site
+        self._popen = popen
+        self.pid = popen.pid
+
+    def send(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._popen.kill()
+        self._popen.wait(LIMIT)
+
+    def until_exit(self, limit: float = LIMIT) -> int:
+        """Wait for its end; return the exit status."""
+        return self._popen.wait(limit)
+
+    def owners(self) -> list[Any]:
+        """The ids of its incarnations that the database knows, oldest first."""
+        rows = self._site.query(
+            "select id from pgconductor._private_orchestrators where name like %s order by started_at", f"%:{self.pid}"
+        )
+        return [owner for (owner,) in rows]
+
+
+class Site:
+    """See the module's description."""
+
+    def __init__(self, dsn: str, folder: Path) -> None:
+        self.dsn = dsn
+        self.folder = folder
+        self._journal = folder / "journal"
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *, concurrency: int = 10, lease: float = 2.0, grace: float = 5.0) -> Process:
+        """Start a process and wait until its workers claim."""
+        options = json.dumps({"concurrency": concurrency, "lease": lease, "grace": grace})
+        log = self.folder / f"log {len(self._processes)}"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", str(_PROGRAM), self.dsn, str(self._journal), options],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._processes.append(popen)
+
+        def is_ready() -> bool:
+            assert popen.poll() is None, log.read_text()
+            return any(entry.pid == popen.pid for entry in self.journal("ready"))
+
+        until(is_ready)
+        return Process(self, popen)
+
+    def end(self) -> None:
+        for popen in self._processes:
+            if popen.poll() is None:
+                popen.kill()
+                popen.wait(LIMIT)
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("log *")))
+
+    def journal(self, event: str, *numbers: int) -> list[Entry]:
+        """What was written of an event, of all executions or of those given."""
+        if not self._journal.exists():
+            return []
+        lines = self._journal.read_text().splitlines()
+        entries = (Entry(**json.loads(line)) for line in lines)
+        return [entry for entry in entries if entry.event == event and (not numbers or entry.n in numbers)]
+
+    def query(self, text: str, *params: object) -> list[tuple[Any, ...]]:
+        """Execute one statement in a transaction of its own and return its rows."""
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            cursor = conn.execute(text.encode(), params or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def invoke(self, task: str, numbers: Iterable[int], **payload: object) -> None:
+        """Insert an execution for each number, in one statement."""
+        self.query(
+            "select pgconductor.invoke(%s, %s::jsonb || jsonb_build_object('n', n), queue => 'q')"
+            " from unnest(%s::int[]) as n",
+            task, json.dumps(payload), list(numbers),
+        )  # fmt: skip
+
+    def live(self) -> int:
+        return int(self.query("select count(*) from pgconductor._private_executions")[0][0])
+
+    def held_by(self, process: Process) -> int:
+        """How many executions the database says the process holds."""
+        query = "select count(*) from pgconductor._private_executions where owner = any(%s)"
+        return int(self.query(query, process.owners())[0][0])
+
+    def check_finished_once(self, numbers: Iterable[int]) -> None:
+        """Every execution of these numbers, and no other, is completed, exactly once."""
+        rows = self.query(
+            "select state::text, count(*), count(distinct id), array_agg((payload->>'n')::int order by 1)"
+            " from pgconductor._private_finished group by 1"
+        )
+        wanted = sorted(numbers)
+        assert [(state, count, ids) for state, count, ids, _ in rows] == [("completed", len(wanted), len(wanted))]
+        assert sorted(rows[0][3]) == wanted
+        assert self.live() == 0
+
+
+@contextmanager
+def open_site(dsn: str, folder: Path) -> Generator[Site]:
+    """A site whose processes end with the block; what they logged is shown with a failure."""
+    site = Site(dsn, folder)
+    try:
+        yield site
+    except BaseException:
+        print(site.logs())
+        raise
+    finally:
+        site.end()

@@ -1,0 +1,410 @@
+"""The wake-up protocol between producers and a real worker, on a real database: each race of it, held open by a gate.
+
+The sweep is off: what a test waits for comes by NOTIFY, by a look, by a due time, or never. Commits are put between two
+steps of the worker by stopping it there (`workplace`), never by timing. How long something takes is not judged here
+(test_wakeup_random.py does), only whether it happens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+import trio
+from psycopg import sql
+from runtime.workplace import LIMIT, Workplace, claim, insert, is_flag_up, listeners_pids, scalar, session, until
+
+from pgconductor.db.call import Call
+
+
+async def test_insert_wakes_a_sleeping_worker_by_notify(pgconductor_dsn: str) -> None:
+    """Without the NOTIFY an idle queue would be slow by a sweep at every insert."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            for n in range(5):
+                await worker.until_asleep()
+                assert is_flag_up(producer)
+                insert(producer, n)
+                await place.until_started(n)
+            assert worker.reactor.statistics().notifications == 5
+
+
+async def test_insert_uncommitted_while_the_worker_goes_to_sleep_is_seen_when_it_commits(pgconductor_dsn: str) -> None:
+    """The producer saw nobody asleep and so sends no NOTIFY: only the worker's look at K keeps it from oversleeping."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn, autocommit=False) as producer:
+        insert(producer, 1)
+        async with place.open():
+            await worker.until_looked(4)
+            assert worker.answers == [False] * len(worker.answers)
+            assert not worker.is_asleep
+            assert not place.started_at
+            producer.commit()
+            await place.until_started(1)
+            assert worker.reactor.statistics().notifications == 0
+            await worker.until_asleep()
+
+
+async def test_naps_while_a_change_is_in_flight_grow_to_a_quarter_of_a_second(pgconductor_dsn: str) -> None:
+    """A producer that leaves its transaction open must cost a few looks a second, not thousands."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn, autocommit=False) as producer:
+        insert(producer, 1)
+        async with place.open():
+            await worker.until_looked(9)
+            producer.rollback()
+            await worker.until_asleep()
+    assert worker.naps[:9] == [0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.25]
+
+
+async def test_insert_committed_between_the_empty_claim_and_the_flag_is_found(pgconductor_dsn: str) -> None:
+    """It sends no NOTIFY, since the flag is down: the claim after the look has to find it."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    stop = worker.stop_at("before look")
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await stop.until_reached()
+            assert not is_flag_up(producer)
+            insert(producer, 1)
+            stop.resume.set()
+            await place.until_started(1)
+            assert worker.reactor.statistics().notifications == 0
+
+
+async def test_insert_committed_between_the_look_and_the_last_claim_is_found(pgconductor_dsn: str) -> None:
+    """The flag is up, so it notifies; forgetting that at the claim is right only because the claim sees the row."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    stop = worker.stop_at("after look")
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await stop.until_reached()
+            assert worker.answers == [True]
+            insert(producer, 1)
+            stop.resume.set()
+            await place.until_started(1)
+
+
+async def test_insert_begun_before_the_look_and_committed_after_it_is_found(pgconductor_dsn: str) -> None:
+    """The same window, entered by a producer that raised K before: the look must not say that all is quiet."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    before, after = worker.stop_at("before look"), worker.stop_at("after look")
+    with session(pgconductor_dsn, autocommit=False) as producer:
+        async with place.open():
+            await before.until_reached()
+            insert(producer, 1)
+            before.resume.set()
+            await after.until_reached()
+            assert worker.answers == [False]
+            producer.commit()
+            after.resume.set()
+            await place.until_started(1)
+            assert worker.reactor.statistics().notifications == 0
+
+
+async def test_notification_that_arrives_before_the_sleep_is_kept(pgconductor_dsn: str) -> None:
+    """The last claim was empty already: if the wake-up were forgotten now, nothing else would come."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    stop = worker.stop_at("before sleep")
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await stop.until_reached()
+            insert(producer, 1)
+            await until(lambda: worker.reactor.statistics().notifications > 0)
+            stop.resume.set()
+            await place.until_started(1)
+
+
+@pytest.mark.parametrize("level", ["READ_COMMITTED", "REPEATABLE_READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("place_of_commit", ["before look", "after look", "before sleep"])
+async def test_no_isolation_level_hides_an_insert_from_a_worker_that_goes_to_sleep(
+    pgconductor_dsn: str, level: str, place_of_commit: str
+) -> None:
+    """The producer's snapshot is older than the worker's flag; locks are not under MVCC, so it sees it all the same."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    begin, commit = worker.stop_at("before look"), worker.stop_at("after look")
+    with session(pgconductor_dsn, autocommit=False) as producer:
+        producer.isolation_level = psycopg.IsolationLevel[level]
+        scalar(producer, "select count(*) from pgconductor._private_executions")
+        async with place.open():
+            await begin.until_reached()
+            if place_of_commit == "before look":
+                insert(producer, 1)
+                producer.commit()
+            begin.resume.set()
+            await commit.until_reached()
+            if place_of_commit == "after look":
+                insert(producer, 1)
+                producer.commit()
+            commit.resume.set()
+            if place_of_commit == "before sleep":
+                await worker.until_asleep()
+                insert(producer, 1)
+                producer.commit()
+            await place.until_started(1)
+
+
+async def test_insert_in_a_rolled_back_savepoint_lets_the_worker_sleep(pgconductor_dsn: str) -> None:
+    """K goes with its savepoint: work that will never commit must not keep a worker from sleeping."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn, autocommit=False) as producer:
+        with producer.transaction(force_rollback=True):
+            insert(producer, 1)
+        async with place.open():
+            await worker.until_asleep()
+            assert worker.answers == [True]
+            insert(producer, 2)
+            producer.commit()
+            await place.until_started(2)
+            assert set(place.started_at) == {2}
+
+
+async def test_two_inserters_at_once_wake_the_worker_once_both_have_committed(pgconductor_dsn: str) -> None:
+    """The second finds K raised already and shares it; each has to see the sleeper by itself."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn, autocommit=False) as first, session(pgconductor_dsn, autocommit=False) as second:
+        async with place.open():
+            await worker.until_asleep()
+            insert(first, 1)
+            insert(second, 2)
+            second.commit()
+            await place.until_started(2)
+            first.commit()
+            await place.until_started(1)
+
+
+async def test_rows_hidden_by_a_claimer_that_dies_reach_the_worker_that_went_to_sleep(pgconductor_dsn: str) -> None:
+    """SKIP LOCKED hides them from its claims and nobody announces them again: the claimer's K is what it waits for."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn, autocommit=False) as rival:
+        insert(admin, 1, 2)
+        assert len(claim(rival, place)) == 2
+        async with place.open():
+            await worker.until_looked(3)
+            assert worker.answers == [False] * len(worker.answers)
+            admin.execute("select pg_terminate_backend(%s)", [rival.info.backend_pid])
+            await place.until_started(1, 2)
+
+
+async def test_rows_claimed_by_a_rival_just_before_the_woken_worker_come_back_when_it_dies(
+    pgconductor_dsn: str,
+) -> None:
+    """The NOTIFY is used up by the worker's empty claim; from then on only the rival's K tells of the rows."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn, autocommit=False) as rival:
+        async with place.open():
+            await worker.until_asleep()
+            stop = worker.stop_at("after sleep")
+            insert(admin, 1)
+            await stop.until_reached()
+            assert len(claim(rival, place)) == 1
+            seen = len(worker.answers)
+            stop.resume.set()
+            await worker.until_looked(2)
+            assert not any(worker.answers[seen:])
+            admin.execute("select pg_terminate_backend(%s)", [rival.info.backend_pid])
+            await place.until_started(1)
+
+
+async def test_released_executions_wake_another_sleeping_worker(pgconductor_dsn: str) -> None:
+    """A worker that stops gives back what it has not begun; nobody else would look for it."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn) as rival:
+        owner_rows = "select owner, array_agg(id), array_agg(claim_no) from pgconductor._private_executions group by 1"
+        insert(admin, 1)
+        assert len(claim(rival, place)) == 1
+        async with place.open():
+            await worker.until_asleep()
+            ((owner, ids, claim_nos),) = rival.execute(owner_rows).fetchall()
+            rival.execute(
+                "select * from pgconductor.flush(%s, %s, %s, array['released'], array[null::jsonb],"
+                " array[null::jsonb], array[0.0], array[null::float8])",
+                [owner, ids, claim_nos],
+            )
+            await place.until_started(1)
+
+
+async def test_delayed_execution_starts_when_due_without_polling(pgconductor_dsn: str) -> None:
+    """The due time comes with the empty claim; looking again and again until then would be polling."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await worker.until_asleep()
+            claims = worker.pipeline.statistics().claims
+            begun = trio.current_time()
+            insert(producer, 1, delay=0.5)
+            await place.until_started(1)
+            assert place.started_at[1] - begun >= 0.49  # never early; how late is the machine's business
+            await worker.until_asleep()
+            # Woken by the insert: two. Due: one that brings it, perhaps one a moment too early, two before the sleep.
+            assert worker.pipeline.statistics().claims - claims <= 7
+
+
+async def test_insert_due_before_the_sleepers_timer_sets_it_anew(pgconductor_dsn: str) -> None:
+    """Else it would start when the later one is due."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as producer:
+        insert(producer, 1, delay=55.0)
+        async with place.open():
+            await worker.until_asleep()
+            insert(producer, 2, delay=0.2)
+            await place.until_started(2)
+            assert 1 not in place.started_at
+
+
+async def test_mode_always_is_notified_of_every_insert_even_while_busy(pgconductor_dsn: str) -> None:
+    """Its flag is up from the start and never comes down, so that a queue can do without the looks."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(notify="always", concurrency=1)
+    go_on = place.hold(1)
+    with session(pgconductor_dsn) as producer:
+        assert not is_flag_up(producer)
+        async with place.open():
+            assert is_flag_up(producer)
+            insert(producer, *range(1, 31))
+            await place.until_started(1)
+            await until(lambda: worker.pipeline.statistics().outcomes.get("released", 0) > 0)
+            assert is_flag_up(producer)
+            go_on.set()
+            await place.until_started(*range(1, 31))
+            assert worker.reactor.statistics().is_flag_raised
+
+
+async def test_mode_off_opens_no_listening_connection_and_lives_by_its_sweep(pgconductor_dsn: str) -> None:
+    """For queues fed by two-phase commit: PREPARE TRANSACTION refuses what has notified, so nobody may ask for it."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(notify="off", sweep_interval=0.2)
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await worker.until_asleep()
+            assert not is_flag_up(producer)
+            assert listeners_pids(producer) == []
+            insert(producer, 1)
+            await place.until_started(1)
+            assert worker.reactor.statistics().listener is None
+
+
+async def test_shared_listener_wakes_only_the_queue_that_was_notified(pgconductor_dsn: str) -> None:
+    """One connection carries the flags of all queues of a process; a mix-up would wake the wrong worker, or none."""
+    place = Workplace(pgconductor_dsn)
+    listener = place.listener()
+    workers = [place.worker(queue, listener=listener) for queue in ("a", "b", "c")]
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            for worker in workers:
+                await worker.until_asleep()
+            assert len(listeners_pids(producer)) == 1
+            for n, worker in enumerate(workers):
+                insert(producer, n, queue=worker.queue)
+                await place.until_started(n)
+                await worker.until_asleep()
+            assert [worker.reactor.statistics().notifications for worker in workers] == [1, 1, 1]
+
+
+async def test_no_queue_of_a_shared_listener_sleeps_before_it_can_be_woken(
+    pgconductor_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker told to look while the connection was not yet up slept to the next sweep, its flag down."""
+    place = Workplace(pgconductor_dsn)
+    listener = place.listener()
+    worker = place.worker("adaptive", listener=listener)
+    place.worker("always", notify="always", listener=listener)
+    raising, go_on = trio.Event(), trio.Event()
+    execute = listener.execute
+
+    async def held_execute(call: Call[Any]) -> Any:
+        if b"raise_sleep_flag" in call.query and not raising.is_set():
+            raising.set()
+            await go_on.wait()
+        return await execute(call)
+
+    monkeypatch.setattr(listener, "execute", held_execute)
+    with session(pgconductor_dsn) as producer:
+        async with trio.open_nursery() as nursery:
+            # The worker runs before its listener, as when a lost connection comes back.
+            await nursery.start(worker.pipeline.run)
+            await worker.until_asleep()
+            claims = worker.pipeline.statistics().claims
+            nursery.start_soon(listener.run)
+            await until(raising.is_set)
+            # The first queue is told to look while the flag of the second is being raised.
+            await until(lambda: worker.pipeline.statistics().claims > claims)
+            go_on.set()
+            await until(lambda: listener.is_listening)
+            await worker.until_asleep()
+            insert(producer, 1, queue="adaptive")
+            await place.until_started(1)
+            nursery.cancel_scope.cancel()
+
+
+async def test_saturated_worker_lowers_its_flag_and_is_sent_nothing(pgconductor_dsn: str) -> None:
+    """A flag left up would make every producer pay for a NOTIFY that nobody can use."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(concurrency=2)
+    events = [place.hold(n) for n in (1, 2)]
+    with session(pgconductor_dsn) as producer, session(pgconductor_dsn) as witness:
+        channel = scalar(producer, "select pgconductor._private_channel(%s)", "q")
+        witness.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        async with place.open():
+            await worker.until_asleep()
+            insert(producer, *range(1, 21))
+            await place.until_started(1, 2)
+            await until(lambda: not (is_flag_up(producer) or worker.pipeline.statistics().in_stock))
+            list(witness.notifies(timeout=0))
+            insert(producer, *range(21, 31))
+            assert list(witness.notifies(timeout=0)) == []
+            for event in events:
+                event.set()
+            await place.until_started(*range(1, 31))
+            await worker.until_asleep()
+            assert is_flag_up(producer)
+
+
+async def test_cancelled_worker_leaves_no_flag_and_no_claim_behind(pgconductor_dsn: str) -> None:
+    """A flag without a sleeper would make every producer notify for ever."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await worker.until_asleep()
+            assert is_flag_up(producer)
+        await until(lambda: not is_flag_up(producer))
+        assert scalar(producer, "select count(*) from pg_locks where locktype = 'advisory'") == 0
+
+
+async def test_busy_worker_lingers_with_its_flag_down(pgconductor_dsn: str) -> None:
+    """Raising it after each of many empty claims would make producers notify at nearly every insert."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    linger = worker.pipeline._linger
+    linger.period = LIMIT  # until the test has looked
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            await worker.until_asleep()
+            insert(producer, 1)
+            await place.until_started(1)
+            assert not linger.is_lingering
+            await worker.until_asleep()
+            insert(producer, *range(2, 202))
+            await place.until_started(*range(2, 202))
+            assert linger.is_lingering
+            await until(lambda: not is_flag_up(producer))
+            insert(producer, 202)
+            await place.until_started(202)
+            assert not worker.is_asleep
