@@ -179,7 +179,7 @@ def test_missing_payload_is_refused(db: Database) -> None:
         db.rows("select {s}.invoke('t', null)")
 
 
-@pytest.mark.parametrize(("size", "taken"), [(4_000_000, True), (4_300_000, False)])
+@pytest.mark.parametrize(("size", "taken"), [(8_000_000, True), (8_600_000, False)])
 def test_size_of_payloads_is_limited(db: Database, size: int, taken: bool) -> None:
     """One producer fills every claimer's memory. Text that does not compress, so that its stored size is its size."""
     text = "select {s}.invoke('t', jsonb_build_object('a', string_agg(md5(n::text), ''))) from generate_series(1, %s) n"

@@ -65,13 +65,14 @@ def test_claim_and_flush_use_indexes_whatever_the_statistics_say(db: Database) -
     owner = db.register_orchestrator()
     busy = db.session(autocommit=True)
     before = scans(busy)
-    claimed = [c for _ in range(5) for c in busy.claim(owner, limit=200)]
+    # As many as make reading the whole table look cheap.
+    claimed = [c for limit in (200, 1500) for c in busy.claim(owner, limit=limit)]
     assert keyed in [c.id for c in claimed]
     assert {busy.live_row(c.id, "queue_no")[0] for c in claimed[:50]} == {0, 1}
     before_flush = scans(busy)
-    kinds = ["completed", "failed", "retried", "released"] * 250
-    for start in range(0, 1000, 200):
-        part = zip(claimed[start : start + 200], kinds, strict=False)
+    kinds = ["completed", "failed", "retried", "released"] * 500
+    for start, stop in ((0, 200), (200, 1700)):
+        part = zip(claimed[start:stop], kinds, strict=False)
         assert busy.flush(owner, *[done(c, kind, delay=60.0) for c, kind in part]) == {}
     stranger = Outcome(claimed[0].id, 99, "completed")
     assert busy.flush(owner, stranger) == {stranger.id: "fenced"}
