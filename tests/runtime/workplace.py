@@ -259,7 +259,7 @@ def listeners_pids(conn: Session) -> list[int]:
 async def until(condition: Callable[[], bool]) -> None:
     """Until a fact holds of which no event tells: a counter, or something at the server."""
     with trio.fail_after(LIMIT):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.002)
 
 
