@@ -189,6 +189,11 @@ class Pipeline:
                 if self._outcomes and not self._lease.cancel_called:
                     with trio.move_on_after(_LAST_FLUSH_TIMEOUT, shield=True):
                         await self._last_flush(flushes)
+                if self._outcomes:
+                    logger.warning(
+                        "queue %r: %d outcomes could not be written, their executions run again: %s",
+                        queue, len(self._outcomes), ", ".join(str(outcome.id) for outcome in self._outcomes[:100]),
+                    )  # fmt: skip
 
     # Claiming
 
