@@ -118,6 +118,7 @@ class Pipeline:
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
+        self._noted_notifications = 0
         self._limiter = trio.CapacityLimiter(worker.concurrency)
         self._max_claim = worker.claim_batch or _MAX_CLAIM
         self._max_flush = worker.flush_batch or _MAX_FLUSH
@@ -259,7 +260,9 @@ class Pipeline:
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
-        self._linger.note_arrivals(now, len(claimed))
+        notified = self.reactor.notifications - self._noted_notifications
+        self._noted_notifications += notified
+        self._linger.note_arrivals(now, max(len(claimed), notified))
         self._prefetch.note_claim(asked=limit, got=len(claimed), ran_dry=len(self._idle_runners) > 0)
         if not claimed:
             self._counts.empty_claims += 1
@@ -279,9 +282,9 @@ class Pipeline:
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
-            until = trio.current_time() + self._linger.period
-            while trio.current_time() < until:
-                await trio.sleep(self._linger.interval)
+            intervals = self._linger.intervals()
+            while (interval := next(intervals, None)) is not None:
+                await trio.sleep(interval)
                 if not self._wants_more():
                     return
                 before = self._counts.claimed
@@ -289,7 +292,7 @@ class Pipeline:
                 if not drained:
                     return
                 if self._counts.claimed > before:
-                    until = trio.current_time() + self._linger.period
+                    intervals = self._linger.intervals()
         nap = 0.002
         while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
