@@ -14,7 +14,7 @@ import psycopg
 import pytest
 import trio
 import typer
-from cli.programs import pgconductor
+from cli.warm import Command
 from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
@@ -54,7 +54,7 @@ async def _drain(dsn: str) -> None:
 # --- migrate ---
 
 
-def test_migrate_installs_and_says_so_the_second_time(pgconductor_empty_dsn: str) -> None:
+def test_migrate_installs_and_says_so_the_second_time(pgconductor: Command, pgconductor_empty_dsn: str) -> None:
     """A deploy script runs it each time: the second must be harmless, and tell that nothing was done."""
     done = pgconductor("migrate", "--dsn", pgconductor_empty_dsn)
     assert (done.returncode, done.stderr) == (0, "")
@@ -116,7 +116,7 @@ async def _beside_a_worker(dsn: str, command: Callable[[], T]) -> T:
     async def work() -> None:
         conductor = Conductor(dsn)
         async with conductor:
-            while not any(queue.ready for queue in await conductor.queue_status()):  # noqa: ASYNC110  # it is the database's
+            while not any(queue.ready for queue in await conductor.queue_status()):  # it is the database's
                 await trio.sleep(0.02)
         await _drain(dsn)
 
@@ -126,7 +126,7 @@ async def _beside_a_worker(dsn: str, command: Callable[[], T]) -> T:
     raise AssertionError("unreachable: the block returns or raises")
 
 
-async def test_invoke_waits_for_the_result(pgconductor_dsn: str) -> None:
+async def test_invoke_waits_for_the_result(pgconductor: Command, pgconductor_dsn: str) -> None:
     """The result is JSON on standard output, and nothing else."""
     arguments = ("invoke", "double", '{"number": 21}', "--wait", "--timeout", "60", "--dsn", pgconductor_dsn)
     done = await _beside_a_worker(pgconductor_dsn, lambda: pgconductor(*arguments))
@@ -180,7 +180,7 @@ def test_bad_input_is_one_line_and_exit_status_2(pgconductor_dsn: str, arguments
 # --- status ---
 
 
-def test_status_shows_queues_workers_and_tasks_nobody_has(pgconductor_dsn: str) -> None:
+def test_status_shows_queues_workers_and_tasks_nobody_has(pgconductor: Command, pgconductor_dsn: str) -> None:
     """The first question of whoever wonders why nothing happens."""
     hostile = "line\nbreak [bold]\x1b[31m"
     for arguments in (["orphan"], ["orphan", "--queue", hostile], ["later", "--delay", "60"]):
@@ -240,7 +240,7 @@ def test_age_is_said_in_the_largest_fitting_unit(seconds: float | None, said: st
 # --- errors ---
 
 
-def test_no_database_names_the_remedies() -> None:
+def test_no_database_names_the_remedies(pgconductor: Command) -> None:
     """The first thing a newcomer meets."""
     done = pgconductor("status")
     assert (done.returncode, done.stdout) == (exits.UNAVAILABLE, "")
@@ -269,7 +269,7 @@ def test_schema_missing_names_migrate(pgconductor_empty_dsn: str) -> None:
     ],
 )
 @pytest.mark.parametrize("flags", [[], ["--debug"]])
-def test_password_is_never_shown(dsn: str, flags: list[str]) -> None:
+def test_password_is_never_shown(pgconductor: Command, dsn: str, flags: list[str]) -> None:
     """Standard error ends up in logs; with --debug too, where a traceback must not show local variables."""
     done = pgconductor("status", "--dsn", dsn, *flags)
     assert done.returncode == 1 if flags else done.returncode in (exits.MISUSED, exits.UNAVAILABLE)
