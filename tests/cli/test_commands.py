@@ -15,6 +15,7 @@ import pytest
 import trio
 import typer
 from cli.warm import Command
+from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
@@ -31,7 +32,7 @@ def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, st
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
-    with psycopg.connect(dsn, row_factory=psycopg.rows.dict_row) as conn:
+    with psycopg.connect(dsn, row_factory=dict_row) as conn:
         (row,) = conn.execute("select * from pgconductor.executions").fetchall()
     return row
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from ..db.address import Database
 from ..db.calls import Calls
 from ..db.sql_files import validate_schema_name
-from ..db.address import Database
 from ..errors import Misuse
 from ..runtime.orchestrator import Orchestrator
 
