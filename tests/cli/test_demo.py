@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from cli.programs import environment, pgconductor
+from cli.programs import environment
+from cli.warm import Command
 
 from pgconductor import embedded
 from pgconductor.embedded import embedded_server
@@ -152,7 +153,7 @@ def test_interrupted_demo_leaves_nothing(data_dir: Path, number: signal.Signals)
     assert _databases(data_dir) == ["postgres"]
 
 
-def test_demo_in_a_named_database_drops_its_schema(pgconductor_empty_dsn: str) -> None:
+def test_demo_in_a_named_database_drops_its_schema(pgconductor: Command, pgconductor_empty_dsn: str) -> None:
     """Where there is no wheel one may lend it a database, and gets it back as it was."""
     done = pgconductor("demo", "--executions", "50", "--dsn", pgconductor_empty_dsn)
     assert (done.returncode, done.stderr) == (0, "")
