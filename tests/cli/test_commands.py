@@ -14,13 +14,8 @@ import psycopg
 import pytest
 import trio
 import typer
-<<<<<<< HEAD
-from cli.programs import pgconductor
-from psycopg.rows import DictRow, dict_row
-=======
 from cli.warm import Command
 from psycopg.rows import dict_row
->>>>>>> cli
 from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
@@ -37,12 +32,8 @@ def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, st
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
-<<<<<<< HEAD
-    with psycopg.Connection[DictRow].connect(dsn, row_factory=dict_row) as conn:
-=======
-    with psycopg.connect(dsn, row_factory=dict_row) as conn:
->>>>>>> cli
-        (row,) = conn.execute("select * from pgconductor.executions").fetchall()
+    with psycopg.connect(dsn) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        (row,) = cursor.execute("select * from pgconductor.executions").fetchall()
     return row
 
 
