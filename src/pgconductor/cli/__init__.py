@@ -250,17 +250,9 @@ def _parse_payload(text: str) -> dict[str, Any]:
     try:
         payload: object = json.loads(sys.stdin.read() if text == "-" else text)
     except (ValueError, RecursionError) as error:
-<<<<<<< HEAD
-        raise InvalidPayload(f'the payload is not JSON ({error}); for example \'{{"name": "Ada"}}\'') from None
-    if not isinstance(payload, dict):
-        raise InvalidPayload(
-            'the payload must be a JSON object of the task\'s parameters, for example \'{"name": "Ada"}\''
-        )
-=======
         raise InvalidPayload(f"the payload is not JSON ({error}); for example {_EXAMPLE}") from None
     if not isinstance(payload, dict):
         raise InvalidPayload(f"the payload must be a JSON object of the task's parameters, for example {_EXAMPLE}")
->>>>>>> cli
     return cast("dict[str, Any]", payload)
 
 
