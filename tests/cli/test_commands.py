@@ -32,8 +32,8 @@ def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, st
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
-    with psycopg.connect(dsn, row_factory=dict_row) as conn:
-        (row,) = conn.execute("select * from pgconductor.executions").fetchall()
+    with psycopg.connect(dsn) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        (row,) = cursor.execute("select * from pgconductor.executions").fetchall()
     return row
 
 
