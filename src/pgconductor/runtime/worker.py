@@ -323,6 +323,8 @@ class Pipeline:
         while True:
             if not self._stock:
                 self._note_idle()
+                if not self._room.is_set() and self._wants_more():
+                    self._room.set()
                 if self._is_stopping:
                     return
                 await self._idle_runners.park()
