@@ -72,12 +72,14 @@ begin
         raise exception using errcode = 'PC001', message = format('queue %s is not registered', quote_literal(p_queue));
     end if;
 
-    execute format($sql$ select min(run_at) from @schema@.%I where state in ('scheduled', 'waiting') $sql$, '_private_queue_' || v_no)
-        into v_due;
+    -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
+    execute format($sql$ select run_at from @schema@.%I where state in ('scheduled', 'waiting') order by run_at limit 1 $sql$,
+        '_private_queue_' || v_no) into v_due;
     if v_due <= v_now then
         perform @schema@._private_promote(p_queue, v_no, v_now, greatest(1000, p_limit));
     end if;
-    select min(run_at) into v_due_0 from @schema@._private_queue_0 where queue = p_queue and state in ('scheduled', 'waiting');
+    select run_at into v_due_0 from @schema@._private_queue_0 where queue = p_queue and state in ('scheduled', 'waiting')
+    order by run_at limit 1;
     if v_due_0 <= v_now then
         perform @schema@._private_promote(p_queue, 0, v_now, greatest(1000, p_limit));
     end if;
