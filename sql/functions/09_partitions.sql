@@ -123,12 +123,13 @@ begin
             message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
     end if;
 
-    select min(run_at) into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting');
+    -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
+    select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1;
     if v_due <= v_now then
         perform @schema@._private_promote(p_queue, {no}, v_now, greatest(1000, p_limit));
     end if;
-    select min(run_at) into v_due_0 from @schema@._private_queue_0
-    where queue = p_queue and state in ('scheduled', 'waiting');
+    select run_at into v_due_0 from @schema@._private_queue_0 where queue = p_queue and state in ('scheduled', 'waiting')
+    order by run_at limit 1;
     if v_due_0 <= v_now then
         perform @schema@._private_promote(p_queue, 0, v_now, greatest(1000, p_limit));
     end if;

@@ -96,6 +96,7 @@ def test_claim_and_flush_use_indexes_whatever_the_statistics_say(db: Database, s
     keyed = db.invoke(key="mine", priority=100)
     owner = db.register_orchestrator()
     busy = db.session(autocommit=True)
+    scans(db)  # so that what it did before is not reported later
     before, read = scans(busy), reads(busy)
     # As many as make reading the whole table look cheap.
     claimed = [c for limit in (200, 1500) for c in busy.claim(owner, limit=limit)]
@@ -107,8 +108,8 @@ def test_claim_and_flush_use_indexes_whatever_the_statistics_say(db: Database, s
         part = zip(claimed[start:stop], kinds, strict=False)
         assert busy.flush(owner, *[done(c, kind, delay=60.0) for c, kind in part]) == {}
     read_by_flush = reads(busy)
-    assert read_by_claim - read < 5 * len(claimed)
-    assert read_by_flush - read_by_claim < 5 * len(claimed)
+    assert read_by_claim - read < 2.5 * len(claimed)
+    assert read_by_flush - read_by_claim < 2.5 * len(claimed)
     stranger = Outcome(claimed[0].id, 99, "completed")
     assert busy.flush(owner, stranger) == {stranger.id: "fenced"}
     assert busy.run(busy.calls.release_unknown(owner, "q", [])) == 0
@@ -125,6 +126,7 @@ def test_recovery_uses_indexes_whatever_the_statistics_say(db: Database) -> None
     busy = db.session(autocommit=True)
     busy.claim(owner, limit=100)
     db.rows("update {s}._private_orchestrators set died_at = now()")
+    scans(db)  # so that what it did before is not reported later
     before = scans(busy)
     assert busy.recover() == (100, 0)
     assert scans(busy) == before
@@ -135,6 +137,7 @@ def test_dedupe_lookup_uses_the_key_whatever_the_statistics_say(db: Database) ->
     db.register_queue()
     fill(db)
     busy = db.session(autocommit=True)
+    scans(db)  # so that what it did before is not reported later
     before = scans(busy)
     assert busy.invoke(key="77") == db.value("select execution_id from {s}._private_dedupe_keys where key = '77'")
     assert busy.invoke(key="new") != busy.invoke(key="newer")
