@@ -53,7 +53,7 @@ def test_crash_of_the_server_under_load_loses_nothing_and_finishes_nothing_twice
 
 def test_terminated_process_ends_though_the_database_is_down(server: OwnServer, site: Site) -> None:
     """Neither can flush, nor give back; one has lost its lease already. Waiting would block the deployment."""
-    brief, long = site.start(lease=2.0, grace=0.5), site.start(lease=30.0, grace=0.5)
+    brief, long = (site.start(lease=lease, grace=0.5, last_words=1.0) for lease in (2.0, 30.0))
     site.invoke("nap", range(60), seconds=0.3)
     until(lambda: {entry.pid for entry in site.journal("end")} == {brief.pid, long.pid})
     server.stop("immediate")
