@@ -78,9 +78,11 @@ class Site:
         self._journal = folder / "journal"
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *, concurrency: int = 10, lease: float = 2.0, grace: float = 5.0) -> Process:
-        """Start a process and wait until its workers claim."""
-        options = json.dumps({"concurrency": concurrency, "lease": lease, "grace": grace})
+    def start(
+        self, *, concurrency: int = 10, lease: float = 2.0, grace: float = 5.0, last_words: float = 5.0
+    ) -> Process:
+        """Start a process and wait until its workers claim. Seconds; `last_words`: of the tries to flush at its end."""
+        options = json.dumps({"concurrency": concurrency, "lease": lease, "grace": grace, "last_words": last_words})
         log = self.folder / f"log {len(self._processes)}"
         with log.open("wb") as output:
             popen = subprocess.Popen(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from faults.site import LIMIT, Site, open_site, until
+from faults.site import Site, open_site, until
 
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
@@ -53,7 +53,7 @@ def test_crash_of_the_server_under_load_loses_nothing_and_finishes_nothing_twice
 
 def test_terminated_process_ends_though_the_database_is_down(server: OwnServer, site: Site) -> None:
     """Neither can flush, nor give back; one has lost its lease already. Waiting would block the deployment."""
-    brief, long = site.start(lease=2.0, grace=0.5), site.start(lease=30.0, grace=0.5)
+    brief, long = (site.start(lease=lease, grace=0.5, last_words=1.0) for lease in (2.0, 30.0))
     site.invoke("nap", range(60), seconds=0.3)
     until(lambda: {entry.pid for entry in site.journal("end")} == {brief.pid, long.pid})
     server.stop("immediate")
@@ -61,8 +61,7 @@ def test_terminated_process_ends_though_the_database_is_down(server: OwnServer, 
     long.send(signal.SIGTERM)
     until(lambda: "lease of orchestrator" in site.logs())
     brief.send(signal.SIGTERM)
-    brief.until_exit(LIMIT)
-    long.until_exit(LIMIT)
+    assert [brief.until_exit(), long.until_exit()] == [0, 0]
     print(f"both ended {time.monotonic() - asked_at:.1f} s after the first was asked to")
     assert "could not be written" in site.logs()
     server.start()
