@@ -15,8 +15,8 @@ export PYTHON
 
 VENV := .venv
 PYTEST := python -m pytest -n $(WORKERS) --durations=10 $(PYTEST_ARGS)
-DATABASE_TESTS := $(wildcard tests/sql tests/db tests/migrations tests/runtime)
-PYTHON_TESTS := $(wildcard tests/unit tests/sql tests/runtime)
+DATABASE_TESTS := $(wildcard tests/sql tests/runtime)
+PYTHON_TESTS := $(wildcard tests/unit tests/runtime)
 DEBIAN_15 := /usr/lib/postgresql/15/bin
 
 .PHONY: help demo test test-all test-16 test-15 test-newest-python check bench clean
