@@ -75,14 +75,15 @@ async def _serve(orchestrator: Orchestrator, report_every: int) -> None:
 
 
 async def _report(orchestrator: Orchestrator, every: int) -> None:
-    """Print when each further `every` executions were flushed as completed."""
+    """Print when each further `every` executions were flushed as completed, with the numbers of claims and flushes."""
     reported = 0
     while True:
         await trio.sleep(0.002)
-        completed = sum(worker.outcomes.get("completed", 0) for worker in orchestrator.statistics().workers)
-        if completed >= reported + every:
+        (worker,) = orchestrator.statistics().workers
+        if worker.outcomes.get("completed", 0) >= reported + every:
             reported += every
-            print("completed", reported, time.monotonic_ns(), flush=True)
+            claims = worker.claims - worker.empty_claims
+            print("completed", reported, time.monotonic_ns(), claims, worker.flushes, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,15 +58,19 @@ def main() -> None:
                 ) as worker,
                 psycopg.connect(database.dsn, autocommit=True) as conn,
             ):  # fmt: skip
+                claims = flushes = 0
                 for number in range(options.runs + 1):
                     database.invoke_many("noop", count, "engine")
                     committed_at = time.monotonic_ns()
-                    completed_at = int(worker.line(timeout=300)[2])
+                    completed_at, *statements = map(int, worker.line(timeout=300)[2:])
                     database.invoke_many("noop", count, "bare")
                     bare_seconds = _bare_loop(conn, numbers[1], count, options.batch)
                     if number:  # the first is the warm-up
                         bench.note("one process", count / ((completed_at - committed_at) / 1e9), "executions/s")
                         bench.note("bare SQL loop", count / bare_seconds, "rows/s")
+                        bench.note("one process, per claim", count / (statements[0] - claims), "executions")
+                        bench.note("one process, per flush", count / (statements[1] - flushes), "executions")
+                    claims, flushes = statements
             bench.ratio("one process / bare SQL loop", "one process", "bare SQL loop")
             _check_kept(bench, database)
             database.check_exactly_once(2 * count * (options.runs + 1))

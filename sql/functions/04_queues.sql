@@ -34,6 +34,7 @@ begin
     execute format('alter table @schema@._private_executions attach partition @schema@.%I for values in (%s)',
         '_private_queue_' || v_no, v_no);
     execute format('alter table @schema@.%I drop constraint partition_bound', '_private_queue_' || v_no);
+    perform @schema@._private_define_partition(v_no);
     return v_no;
 end $$;
 

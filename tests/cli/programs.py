@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -57,23 +56,6 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a command: this checkout, no database but one in `extra`, a wide terminal."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "DATABASE_URL"))}
     return {**kept, "PYTHONPATH": str(SOURCE), "PYTHONWARNINGS": "error", "COLUMNS": "200", **extra}
-
-
-def pgconductor(
-    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=cwd,
-        env=environment(**(env or {})),
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
 
 
 def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:

@@ -14,8 +14,8 @@ import psycopg
 import pytest
 import trio
 import typer
-from cli.programs import pgconductor
-from psycopg.rows import DictRow, dict_row
+from cli.warm import Command
+from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
@@ -32,8 +32,8 @@ def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, st
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
-    with psycopg.Connection[DictRow].connect(dsn, row_factory=dict_row) as conn:
-        (row,) = conn.execute("select * from pgconductor.executions").fetchall()
+    with psycopg.connect(dsn) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        (row,) = cursor.execute("select * from pgconductor.executions").fetchall()
     return row
 
 
@@ -55,7 +55,7 @@ async def _drain(dsn: str) -> None:
 # --- migrate ---
 
 
-def test_migrate_installs_and_says_so_the_second_time(pgconductor_empty_dsn: str) -> None:
+def test_migrate_installs_and_says_so_the_second_time(pgconductor: Command, pgconductor_empty_dsn: str) -> None:
     """A deploy script runs it each time: the second must be harmless, and tell that nothing was done."""
     done = pgconductor("migrate", "--dsn", pgconductor_empty_dsn)
     assert (done.returncode, done.stderr) == (0, "")
@@ -127,7 +127,7 @@ async def _beside_a_worker(dsn: str, command: Callable[[], T]) -> T:
     raise AssertionError("unreachable: the block returns or raises")
 
 
-async def test_invoke_waits_for_the_result(pgconductor_dsn: str) -> None:
+async def test_invoke_waits_for_the_result(pgconductor: Command, pgconductor_dsn: str) -> None:
     """The result is JSON on standard output, and nothing else."""
     arguments = ("invoke", "double", '{"number": 21}', "--wait", "--timeout", "60", "--dsn", pgconductor_dsn)
     done = await _beside_a_worker(pgconductor_dsn, lambda: pgconductor(*arguments))
@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_and_exit_status_2(pgconductor_dsn: str, arguments
 # --- status ---
 
 
-def test_status_shows_queues_workers_and_tasks_nobody_has(pgconductor_dsn: str) -> None:
+def test_status_shows_queues_workers_and_tasks_nobody_has(pgconductor: Command, pgconductor_dsn: str) -> None:
     """The first question of whoever wonders why nothing happens."""
     hostile = "line\nbreak [bold]\x1b[31m"
     for arguments in (["orphan"], ["orphan", "--queue", hostile], ["later", "--delay", "60"]):
@@ -241,7 +241,7 @@ def test_age_is_said_in_the_largest_fitting_unit(seconds: float | None, said: st
 # --- errors ---
 
 
-def test_no_database_names_the_remedies() -> None:
+def test_no_database_names_the_remedies(pgconductor: Command) -> None:
     """The first thing a newcomer meets."""
     done = pgconductor("status")
     assert (done.returncode, done.stdout) == (exits.UNAVAILABLE, "")
@@ -270,7 +270,7 @@ def test_schema_missing_names_migrate(pgconductor_empty_dsn: str) -> None:
     ],
 )
 @pytest.mark.parametrize("flags", [[], ["--debug"]])
-def test_password_is_never_shown(dsn: str, flags: list[str]) -> None:
+def test_password_is_never_shown(pgconductor: Command, dsn: str, flags: list[str]) -> None:
     """Standard error ends up in logs; with --debug too, where a traceback must not show local variables."""
     done = pgconductor("status", "--dsn", dsn, *flags)
     assert done.returncode == 1 if flags else done.returncode in (exits.MISUSED, exits.UNAVAILABLE)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from cli.programs import environment, pgconductor
+from cli.programs import environment
+from cli.warm import Command
 
 from pgconductor import embedded
 from pgconductor.embedded import embedded_server
@@ -92,12 +93,6 @@ def _processes_naming(folder: Path) -> list[str]:
     return found
 
 
-def _databases(data_dir: Path) -> list[str]:
-    with embedded_server(data_dir=data_dir) as server, psycopg.connect(server.dsn()) as conn:
-        rows = conn.execute("select datname from pg_database where not datistemplate order by 1").fetchall()
-    return [name for (name,) in rows]
-
-
 def test_two_demos_at_once_and_one_more_leave_nothing(data_dir: Path) -> None:
     """Without a terminal: few plain lines, a summary, exit status 0; they share the server, and the last stops it."""
     both = [_start(data_dir, "--executions", "300"), _start(data_dir, "--executions", "400")]
@@ -117,7 +112,6 @@ def test_two_demos_at_once_and_one_more_leave_nothing(data_dir: Path) -> None:
     assert {queue["queue"]: queue["completed"] for queue in summary["queues"]} == {"fast": 90, "slow": 10}
     assert not _is_server_alive(data_dir)
     assert _processes_naming(data_dir) == []
-    assert _databases(data_dir) == ["postgres"]
 
 
 def test_demo_draws_on_a_terminal(data_dir: Path) -> None:
@@ -138,21 +132,35 @@ def test_demo_draws_on_a_terminal(data_dir: Path) -> None:
     assert text.endswith("among them\r\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_demo_leaves_nothing(data_dir: Path, number: signal.Signals) -> None:
-    """In the middle of the work: no process, no database, and 130 for the shell."""
-    process = _start(data_dir)
+def _interrupt(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal when the first line about the work has come."""
     assert process.stdout is not None
     assert any(" of 9,000 finished" in line for line in iter(process.stdout.readline, ""))
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_nothing(data_dir: Path, number: signal.Signals) -> None:
+    """In the middle of the work: no process is left, and the shell gets 130."""
+    _interrupt(_start(data_dir), number)
     assert not _is_server_alive(data_dir)
     assert _processes_naming(data_dir) == []
-    assert _databases(data_dir) == ["postgres"]
 
 
-def test_demo_in_a_named_database_drops_its_schema(pgconductor_empty_dsn: str) -> None:
+def test_demo_drops_its_database_where_the_server_stays(data_dir: Path) -> None:
+    """Somebody else's embedded server must not collect one database per demo; nor when the demo is interrupted."""
+    with embedded_server(data_dir=data_dir) as server, psycopg.connect(server.dsn(), autocommit=True) as conn:
+        process = _start(data_dir, "--executions", "20")
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        _interrupt(_start(data_dir), signal.SIGINT)
+        rows = conn.execute("select datname from pg_database where not datistemplate").fetchall()
+    assert rows == [("postgres",)]
+
+
+def test_demo_in_a_named_database_drops_its_schema(pgconductor: Command, pgconductor_empty_dsn: str) -> None:
     """Where there is no wheel one may lend it a database, and gets it back as it was."""
     done = pgconductor("demo", "--executions", "50", "--dsn", pgconductor_empty_dsn)
     assert (done.returncode, done.stderr) == (0, "")

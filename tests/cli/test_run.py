@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from cli.programs import APP, pgconductor, start
+from cli.programs import APP, start
+from cli.warm import Command
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_second_signal_ends_the_grace(app: Path, pgconductor_dsn: str) -> None:
     assert row == ("ready", 0)
 
 
-def test_command_line_wins_over_the_program(app: Path, pgconductor_empty_dsn: str) -> None:
+def test_command_line_wins_over_the_program(pgconductor: Command, app: Path, pgconductor_empty_dsn: str) -> None:
     """--dsn and --schema name where to run; the schema is installed there first."""
     arguments = ("run", "app:orchestrator", "--dsn", pgconductor_empty_dsn, "--schema", "elsewhere")
     with _running(start(*arguments, cwd=app, DATABASE_URL="host=127.0.0.1 port=1")) as process:
@@ -138,7 +139,7 @@ def test_command_line_wins_over_the_program(app: Path, pgconductor_empty_dsn: st
         ("needs:orchestrator", "needs the module 'absent_dependency'"),
     ],
 )
-def test_program_that_cannot_be_run_is_one_line(app: Path, target: str, said: str) -> None:
+def test_program_that_cannot_be_run_is_one_line(pgconductor: Command, app: Path, target: str, said: str) -> None:
     """A typing error in a unit file must not cost a search through a traceback."""
     (app / "raises.py").write_text("1 / 0\n")
     (app / "needs.py").write_text("import absent_dependency\n")
@@ -148,7 +149,7 @@ def test_program_that_cannot_be_run_is_one_line(app: Path, target: str, said: st
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_debug_shows_where_the_program_failed(app: Path) -> None:
+def test_debug_shows_where_the_program_failed(pgconductor: Command, app: Path) -> None:
     """One line does not help whoever wrote the module."""
     (app / "raises.py").write_text("1 / 0\n")
     done = pgconductor("run", "raises:orchestrator", "--debug", cwd=app)
@@ -157,7 +158,7 @@ def test_debug_shows_where_the_program_failed(app: Path) -> None:
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
-def test_no_database_ends_run_with_one_line(app: Path) -> None:
+def test_no_database_ends_run_with_one_line(pgconductor: Command, app: Path) -> None:
     """Before the start an outage is an error, for the supervisor to see; not a retry without end."""
     done = pgconductor("run", "app:orchestrator", "--log-level", "error", "--dsn", "host=127.0.0.1 port=1", cwd=app)
     assert (done.returncode, done.stdout) == (3, "")

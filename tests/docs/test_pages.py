@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from cli.programs import SOURCE, environment
+from cli.warm import Interpreter
 from docs.pages import PAGES, ROOT, Block, blocks, commands, coroutine, matches, with_dsn
 
 from pgconductor.testing import DatabaseServer
@@ -26,19 +28,22 @@ _KINDS = {"python", "sql", "console", "sh", "text"}
 class _Reader:
     """Follows a page in `folder` with the database `dsn`."""
 
-    def __init__(self, folder: Path, dsn: str, server: DatabaseServer, stack: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, dsn: str, server: DatabaseServer, interpreter: Interpreter, stack: ExitStack
+    ) -> None:
+        self._interpreter = interpreter
         self._folder = folder
         self._dsn = dsn
         self._stack = stack
         tools = folder / ".tools"
         tools.mkdir()
         for name, code in {
-            "pgconductor": "from pgconductor.cli import main; main()",
-            "pytest": "import sys; import pytest; sys.exit(pytest.main())",
+            "python": "",
+            "pgconductor": " -c 'from pgconductor.cli import main; main()'",
+            "pytest": " -m pytest",
         }.items():
-            (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
+            (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{code} "$@"\n')
             (tools / name).chmod(0o755)
-        (tools / "python").symlink_to(sys.executable)
         base = environment(PGCONDUCTOR_DSN=dsn, PGCONDUCTOR_TEST_DSN=server.dsn("postgres"))
         self._environ = {**base, "PATH": f"{tools}:{base['PATH']}", "PYTHONPATH": f"{SOURCE}:{folder}"}
         if not entry_points(group="pytest11", name="pgconductor"):
@@ -65,6 +70,13 @@ class _Reader:
                     assert not command.output or matches(command.output, output), f"{command}: {output!r}"
 
     def _run(self, command: str) -> str:
+        program, *arguments = shlex.split(command)
+        done: subprocess.CompletedProcess[str]
+        if program in ("python", "pgconductor") and "|" not in command:
+            words = arguments if program == "python" else [program, *arguments]
+            done = self._interpreter.run(words, self._folder, self._environ)
+            assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+            return done.stdout
         done = subprocess.run(
             command, shell=True, cwd=self._folder, env=self._environ, stdin=subprocess.DEVNULL, capture_output=True,
             text=True, timeout=60, check=False,
@@ -101,15 +113,17 @@ class _Reader:
 
 
 # The page on TrioConnection stands alone; tests/db says the same in tests.
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "trio-connection.md"], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_does_what_it_says(
-    page: Path, tmp_path: Path, pgconductor_empty_dsn: str, pgconductor_server: DatabaseServer
+    page: Path,
+    tmp_path: Path,
+    pgconductor_empty_dsn: str,
+    pgconductor_server: DatabaseServer,
+    interpreter: Interpreter,
 ) -> None:
     """A reader who follows the page from top to bottom on an empty database gets what it shows."""
     with ExitStack() as stack:
-        reader = _Reader(tmp_path, pgconductor_empty_dsn, pgconductor_server, stack)
+        reader = _Reader(tmp_path, pgconductor_empty_dsn, pgconductor_server, interpreter, stack)
         for block in blocks(page):
             try:
                 reader.follow(block)

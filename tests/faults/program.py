@@ -51,7 +51,7 @@ def main(dsn: str, journal: str, options: str) -> None:
         """Go on until the file `gate` is there, cancelled or not."""
         write("start", n)
         with trio.CancelScope(shield=True):
-            while not await trio.Path(gate).exists():  # noqa: ASYNC110  # another process makes it
+            while not await trio.Path(gate).exists():  # another process makes it
                 await trio.sleep(0.02)
         write("end", n)
 

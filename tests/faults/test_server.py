@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from faults.site import Site, open_site, until
+from faults.site import LIMIT, Site, open_site, until
 
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
@@ -52,16 +52,22 @@ def test_crash_of_the_server_under_load_loses_nothing_and_finishes_nothing_twice
 
 
 def test_terminated_process_ends_though_the_database_is_down(server: OwnServer, site: Site) -> None:
-    """It cannot flush and cannot give back: the lease will. Waiting for the database would block the deployment."""
-    process = site.start(lease=3.0, grace=0.5)
-    site.invoke("nap", range(30), seconds=0.3)
-    until(lambda: len(site.journal("end")) >= 5)
+    """Neither can flush, nor give back; one has lost its lease already. Waiting would block the deployment."""
+    brief, long = site.start(lease=2.0, grace=0.5), site.start(lease=30.0, grace=0.5)
+    site.invoke("nap", range(60), seconds=0.3)
+    until(lambda: {entry.pid for entry in site.journal("end")} == {brief.pid, long.pid})
     server.stop("immediate")
     asked_at = time.monotonic()
-    process.send(signal.SIGTERM)
-    process.until_exit(25.0)
-    print(f"ended {time.monotonic() - asked_at:.1f} s after it was asked to")
+    long.send(signal.SIGTERM)
+    until(lambda: "lease of orchestrator" in site.logs())
+    brief.send(signal.SIGTERM)
+    brief.until_exit(LIMIT)
+    long.until_exit(LIMIT)
+    print(f"both ended {time.monotonic() - asked_at:.1f} s after the first was asked to")
+    assert "could not be written" in site.logs()
     server.start()
+    # As if the longer lease had run out.
+    site.query("update pgconductor._private_orchestrators set expires_at = now() returning id")
     site.start(lease=3.0)
     until(lambda: site.live() == 0)
-    site.check_finished_once(range(30))
+    site.check_finished_once(range(60))

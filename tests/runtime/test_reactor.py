@@ -376,6 +376,25 @@ async def test_saturated_worker_lowers_its_flag_and_is_sent_nothing(pgconductor_
             assert is_flag_up(producer)
 
 
+async def test_freed_runner_takes_what_is_ready_without_waiting_for_a_flush(pgconductor_dsn: str) -> None:
+    """Each slot of a saturated worker stood idle for a flush interval after every execution."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(concurrency=2, flush_interval=5.0)
+    place.hold(1)
+    go_on = place.hold(2)
+    with session(pgconductor_dsn) as producer:
+        async with place.open():
+            insert(producer, 1, 2)
+            await place.until_started(1, 2)
+            await worker.until_asleep()
+            worker.pipeline._prefetch.note_stuck()  # as after long executions: nothing is claimed ahead
+            insert(producer, 3)
+            await until(lambda: not is_flag_up(producer))
+            go_on.set()
+            await place.until_started(3)
+            assert worker.pipeline.statistics().flushes == 0
+
+
 async def test_cancelled_worker_leaves_no_flag_and_no_claim_behind(pgconductor_dsn: str) -> None:
     """A flag without a sleeper would make every producer notify for ever."""
     place = Workplace(pgconductor_dsn)

@@ -157,6 +157,7 @@ class Workplace:
         notify: NotifyMode = "adaptive",
         sweep_interval: float = math.inf,
         concurrency: int = 10,
+        flush_interval: float = 0.05,
         listener: Listener | None = None,
     ) -> WatchedWorker:
         """One more worker, with a listener of its own unless one is given or none is needed."""
@@ -165,7 +166,11 @@ class Workplace:
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             owner = register(conn, self.conductor, queue)
         worker = self.conductor.create_worker(
-            queue=queue, tasks=[self._task(queue)], concurrency=concurrency, notify=notify
+            queue=queue,
+            tasks=[self._task(queue)],
+            concurrency=concurrency,
+            flush_interval=flush_interval,
+            notify=notify,
         )
         pipeline = Pipeline(
             worker, owner, trio.CancelScope(), self._target, self.calls, {}, listener, self._outages, random.Random()

@@ -41,7 +41,7 @@ def test_stock_does_not_grow_when_the_queue_had_no_more_or_nobody_waited(size: i
         assert prefetch.size == size
 
 
-@given(st.integers(1, 2000), st.lists(WAITS, max_size=10), st.floats(min_value=0.051, max_value=10.0))
+@given(st.integers(1, 2000), st.lists(WAITS, max_size=10), st.floats(min_value=0.101, max_value=10.0))
 def test_stock_shrinks_when_one_execution_had_to_wait(size: int, waits: list[float], long_wait: float) -> None:
     """The worst wait counts, not the last: a short execution must not wait behind a long one."""
     prefetch = Prefetch(size=size)
@@ -106,3 +106,11 @@ def test_lingering_ends_when_the_load_does(count: int) -> None:
     linger.note_arrivals(0.0, count)
     linger.note_arrivals(10.0, 0)
     assert not linger.is_lingering
+
+
+def test_the_looks_of_a_spell_become_rarer_and_end() -> None:
+    """A spell that did not end would poll for ever; one at a fixed short distance would drown the server."""
+    looks = list(Linger().intervals())
+    assert abs(sum(looks) - Linger().period) < 1e-9
+    assert looks[:-1] == sorted(looks[:-1])
+    assert max(looks) <= Linger().longest_interval

@@ -40,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # it shows local variables, connection strings among them
 )
 
+_EXAMPLE = """'{"name": "Ada"}'"""
+
 
 class LogLevel(StrEnum):
     """What `run --log-level` takes."""
@@ -248,11 +250,9 @@ def _parse_payload(text: str) -> dict[str, Any]:
     try:
         payload: object = json.loads(sys.stdin.read() if text == "-" else text)
     except (ValueError, RecursionError) as error:
-        raise InvalidPayload(f'the payload is not JSON ({error}); for example \'{{"name": "Ada"}}\'') from None
+        raise InvalidPayload(f"the payload is not JSON ({error}); for example {_EXAMPLE}") from None
     if not isinstance(payload, dict):
-        raise InvalidPayload(
-            'the payload must be a JSON object of the task\'s parameters, for example \'{"name": "Ada"}\''
-        )
+        raise InvalidPayload(f"the payload must be a JSON object of the task's parameters, for example {_EXAMPLE}")
     return cast("dict[str, Any]", payload)
 
 

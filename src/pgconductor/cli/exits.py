@@ -8,7 +8,7 @@
     130  interrupted by Ctrl-C
 
 An error of the library is one line on stderr that names the remedy. Anything else is a defect, of this program or of
-the one that `run` runs, and keeps its traceback. No message holds a password: `dsn` and `errors` see to that.
+the one that `run` runs, and keeps its traceback. No message holds a password: `db.address` sees to that.
 """
 
 from __future__ import annotations

@@ -268,12 +268,17 @@ def stop(home: Path, how: signal.Signals) -> None:
     """Stop the server if it runs, and return when it is gone: as asked, then at once, then by force."""
     if not is_alive(home):
         return
-    try:
-        lines = postmaster_lines(home)
-    except NoDatabase:  # it is ending already: its last processes are what is alive
-        if _gone_within(home, 30.0):
+    # Without the file it is just starting, or ending already, and its last processes are what is alive.
+    deadline = time.monotonic() + 30.0
+    lines: list[str] = []
+    while not lines:
+        try:
+            lines = postmaster_lines(home)
+        except NoDatabase:
+            if time.monotonic() > deadline:
+                raise
+        if not lines and _gone_within(home, 0.05):
             return
-        raise
     pid, sockets = int(lines[0]), Path(lines[4].strip()) if len(lines) > 4 else home
     for attempt, patience in ((how, 20.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError):

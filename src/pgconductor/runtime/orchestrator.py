@@ -286,25 +286,10 @@ class Orchestrator:
     # Living
 
     async def _incarnate(self, process: _Process, task_status: trio.TaskStatus[None]) -> None:
-        """One incarnation after the other, until one ends by being stopped."""
-        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        has_lived = False
-        while True:
-            owner = uuid4()
-            registered_at = trio.current_time()
-            call = self._conductor.calls.register_orchestrator(
-                owner, name, process.lease, VERSION, schema.latest_version(), rows
-            )
-            try:
-                await process.control.attempt(call)
-            except Unavailable as error:
-                if not has_lived:
-                    raise
-                process.outages.warn("cannot register: %s", error)  # it may be registered or not: an id is used once
-                await trio.sleep(self._rng.uniform(0.1, 1.0))
-                continue
-            has_lived = True
+        """One incarnation after the other, until one ends by being stopped, or is not begun because of that."""
+        registered: tuple[UUID, float] | None = await self._register(process)
+        while registered is not None:
+            owner, registered_at = registered
             self._owner = owner
             self._incarnations += 1
             lease = trio.CancelScope(deadline=registered_at + _trusted(process.lease))
@@ -317,7 +302,40 @@ class Orchestrator:
             task_status = trio.TASK_STATUS_IGNORED
             if not lease.cancelled_caught:
                 return
-            logger.warning("lease of orchestrator %s lost; its executions were cancelled, registering anew", name)
+            logger.warning("lease of orchestrator %s lost; its executions were cancelled", owner)
+            registered = await self._register_again(process)
+
+    async def _register(self, process: _Process) -> tuple[UUID, float]:
+        """Register an incarnation; return its id and when that was sent. Raises `Unavailable`."""
+        owner = uuid4()
+        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        registered_at = trio.current_time()
+        call = self._conductor.calls.register_orchestrator(
+            owner, name, process.lease, VERSION, schema.latest_version(), rows
+        )
+        await process.control.attempt(call)
+        return owner, registered_at
+
+    async def _register_again(self, process: _Process) -> tuple[UUID, float] | None:
+        """As `_register`, however long the database is away; None when a stop is asked for meanwhile."""
+        registered: tuple[UUID, float] | None = None
+        async with trio.open_nursery() as nursery:
+            if process.signals is not None:
+                nursery.start_soon(self._watch_signals, process.signals, name="signals")
+            nursery.start_soon(self._cancel_when_stopped, nursery.cancel_scope, name="stop")
+            while registered is None:
+                try:
+                    registered = await self._register(process)
+                except Unavailable as error:
+                    process.outages.warn("cannot register: %s", error)  # it may be or not: an id is used once
+                    await trio.sleep(self._rng.uniform(0.1, 1.0))
+            nursery.cancel_scope.cancel()
+        return None if self._stop_wanted.is_set() else registered
+
+    async def _cancel_when_stopped(self, scope: trio.CancelScope) -> None:
+        await self._stop_wanted.wait()
+        scope.cancel()
 
     async def _live(
         self, owner: UUID, lease: trio.CancelScope, process: _Process, task_status: trio.TaskStatus[None]

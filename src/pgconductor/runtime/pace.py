@@ -6,12 +6,14 @@ when an execution had waited in it for longer than `longest_wait`.
 
 `Linger` tells a busy worker from an idle one. A worker that raised its sleep flag after every empty claim would make
 producers notify it for nearly every insert; one that always lingered first would double the latency at light load. So
-the measured rate of arrivals decides, with hysteresis.
+the measured rate decides, with hysteresis. What is measured is what this worker sees of the queue: what it claims, and
+what it is notified of, since with ten workers each claims a tenth and all are notified.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -20,7 +22,7 @@ class Prefetch:
     """How many executions to hold beyond those that run."""
 
     maximum: int = 2000
-    longest_wait: float = 0.05
+    longest_wait: float = 0.1
     size: int = 0
     _worst_wait: float = field(default=0.0, repr=False)
 
@@ -47,20 +49,22 @@ class Linger:
     """Whether an empty claim should be followed by more looks (True) or by sleep.
 
     `begin` and `end`: arrivals per second above which lingering begins, below which it ends. `period`: how long to
-    look, in seconds, `interval` apart. The rate is averaged over about `memory` seconds.
+    look, in seconds; the looks are `interval` apart at first, `longest_interval` at last. The rate is averaged over
+    about `memory` seconds.
     """
 
-    begin: float = 250.0
-    end: float = 100.0
+    begin: float = 100.0
+    end: float = 60.0
     period: float = 0.03
-    interval: float = 0.0015
+    interval: float = 0.001
+    longest_interval: float = 0.005
     memory: float = 0.25
     rate: float = 0.0
     is_lingering: bool = False
     _noted_at: float = field(default=-math.inf, repr=False)
 
     def note_arrivals(self, now: float, count: int) -> None:
-        """`count` executions were claimed at `now` (0 for an empty claim)."""
+        """`count` executions were claimed, or notifications came, at `now` (0 for an empty claim)."""
         elapsed = now - self._noted_at
         self._noted_at = now
         self.rate = self.rate * math.exp(-elapsed / self.memory) + count / self.memory
@@ -68,3 +72,11 @@ class Linger:
             self.is_lingering = True
         elif self.rate < self.end:
             self.is_lingering = False
+
+    def intervals(self) -> Iterator[float]:
+        """Seconds between the looks of one spell, longer and longer, `period` in all."""
+        left, interval = self.period, self.interval
+        while left > 0:
+            yield min(interval, left)
+            left -= interval
+            interval = min(1.5 * interval, self.longest_interval)

@@ -94,13 +94,13 @@ class Reactor:
         self._is_raised = False
         self._is_pending = False
         self._sleeper: trio.Event | None = None
-        self._notifications = 0
+        self.notifications = 0
         if listener is not None:
             listener.add(queue, self)
 
     def statistics(self) -> ReactorStatistics:
         listener = None if self._listener is None else self._listener.statistics()
-        return ReactorStatistics(self._is_raised, self._notifications, listener)
+        return ReactorStatistics(self._is_raised, self.notifications, listener)
 
     def __repr__(self) -> str:
         return f"<Reactor of queue {self._queue!r}, {self.mode}{', flag raised' if self._is_raised else ''}>"
@@ -173,7 +173,7 @@ class Reactor:
     def on_notify(self) -> None:
         """Somebody made work, or says so: the payload is never looked at, since any role may notify any channel."""
         if self._wakes_on_notify():
-            self._notifications += 1
+            self.notifications += 1
             self.wake()
 
     def on_lost(self) -> None:

@@ -118,6 +118,7 @@ class Pipeline:
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
+        self._noted_notifications = 0
         self._limiter = trio.CapacityLimiter(worker.concurrency)
         self._max_claim = worker.claim_batch or _MAX_CLAIM
         self._max_flush = worker.flush_batch or _MAX_FLUSH
@@ -189,6 +190,11 @@ class Pipeline:
                 if self._outcomes and not self._lease.cancel_called:
                     with trio.move_on_after(_LAST_FLUSH_TIMEOUT, shield=True):
                         await self._last_flush(flushes)
+                if self._outcomes:
+                    logger.warning(
+                        "queue %r: %d outcomes could not be written, their executions run again: %s",
+                        queue, len(self._outcomes), ", ".join(str(outcome.id) for outcome in self._outcomes[:100]),
+                    )  # fmt: skip
 
     # Claiming
 
@@ -254,7 +260,9 @@ class Pipeline:
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
-        self._linger.note_arrivals(now, len(claimed))
+        notified = self.reactor.notifications - self._noted_notifications
+        self._noted_notifications += notified
+        self._linger.note_arrivals(now, max(len(claimed), notified))
         self._prefetch.note_claim(asked=limit, got=len(claimed), ran_dry=len(self._idle_runners) > 0)
         if not claimed:
             self._counts.empty_claims += 1
@@ -274,9 +282,9 @@ class Pipeline:
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
-            until = trio.current_time() + self._linger.period
-            while trio.current_time() < until:
-                await trio.sleep(self._linger.interval)
+            intervals = self._linger.intervals()
+            while (interval := next(intervals, None)) is not None:
+                await trio.sleep(interval)
                 if not self._wants_more():
                     return
                 before = self._counts.claimed
@@ -284,7 +292,7 @@ class Pipeline:
                 if not drained:
                     return
                 if self._counts.claimed > before:
-                    until = trio.current_time() + self._linger.period
+                    intervals = self._linger.intervals()
         nap = 0.002
         while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
@@ -315,6 +323,8 @@ class Pipeline:
         while True:
             if not self._stock:
                 self._note_idle()
+                if not self._room.is_set() and self._wants_more():
+                    self._room.set()
                 if self._is_stopping:
                     return
                 await self._idle_runners.park()

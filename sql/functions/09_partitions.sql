@@ -1,0 +1,191 @@
+-- What each partition has of its own: claim and flush with static SQL, so that their plans are kept, whatever the number of
+-- queues (planned anew at each call they took 0.3 to 1 ms more; benchmarks/wakeup.py). The public verbs in 05_claim.sql and
+-- 06_flush.sql find the partition and call these.
+
+create or replace function @schema@._private_define_partition(p_no int) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $define$
+begin
+    execute replace($template$
+create or replace function @schema@._private_flush_{no}(
+    p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
+    p_delays double precision[], p_keeps double precision[], p_crashes int
+) returns table (id uuid, requeued_queue text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+    set enable_hashjoin = off
+    set enable_mergejoin = off
+as $body$
+#variable_conflict use_column
+declare
+    v_now timestamptz;
+    v_left int := cardinality(p_ids);
+    v_written int;
+begin
+    loop
+        v_now := @schema@._private_clock();
+        return query
+            with o as materialized (
+                -- In the order of ids, so that a flush sent again while the first is still at work locks rows in the same
+                -- order. Rows are found by id here, and by their place below, where the token is tested in a form that no index
+                -- answers: stale statistics would make the planner walk all running rows for each outcome (100 times
+                -- slower; benchmarks/throughput.py).
+                select o.*, row.tid from unnest(p_ids, p_claim_nos, p_outcomes, p_results, p_errors, p_delays, p_keeps) as o (id, claim_no, outcome, result, error, delay, keep)
+                    cross join lateral (select e.ctid as tid from @schema@._private_queue_{no} e where e.id = o.id offset 0) row
+                order by o.id
+            ), slots as materialized (
+                -- Once for each distinct time to keep, not for each row: offset 0 keeps the planner from pulling it up.
+                select k.keep, @schema@._private_expiry_slot(k.keep, v_now) as slot from (select distinct keep from o offset 0) k
+            ), gone as (
+                delete from @schema@._private_queue_{no} e using o
+                where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
+                    and o.outcome in ('completed', 'failed', 'cancelled')
+                returning e.*, o.outcome as new_state, o.result, o.error, o.keep
+            ), kept as (
+                insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
+                    claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
+                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers)
+                select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
+                    g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
+                    v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload, g.result,
+                    case when g.error is null then g.errors else coalesce(g.errors, '[]') || g.error end,
+                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers
+                from gone g
+                    join slots s on s.keep is not distinct from g.keep
+                where s.slot is not null
+            ), keys as (
+                delete from @schema@._private_dedupe_keys d using gone g
+                where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+            ), payloads as (
+                delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
+            ), again as (
+                update @schema@._private_queue_{no} e set
+                    state = (case when o.delay > 0 then 'scheduled' else 'ready' end)::@schema@.execution_state,
+                    run_at = case when o.outcome = 'retried' or o.delay > 0 then v_now + make_interval(secs => o.delay) else e.run_at end,
+                    attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end,
+                    crashes = e.crashes + p_crashes,
+                    owner = null, claimed_at = null, outcome = o.outcome, outcome_claim = e.claim_no,
+                    errors = case when o.error is null then e.errors else coalesce(e.errors, '[]') || o.error end
+                from o
+                where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
+                    and o.outcome in ('retried', 'released', 'recovered')
+                returning e.id, e.queue
+            )
+            select g.id, null::text from gone g union all select a.id, a.queue from again a;
+        get diagnostics v_written = row_count;
+        v_left := v_left - v_written;
+        exit when v_left = 0;
+        -- Somebody may have changed a row and left it to its owner (asked for its cancellation) between the look-up of
+        -- its place and the write, which then found nothing there: look again. A row that lost its token stays unwritten.
+        perform
+            from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome) cross join lateral (
+                select e.claim_no, e.owner, e.state from @schema@._private_queue_{no} e where e.id = o.id offset 0) row
+            where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')
+                and o.outcome in ('completed', 'failed', 'cancelled', 'retried', 'released', 'recovered') limit 1;
+        exit when not found;
+    end loop;
+end $body$
+    $template$, '{no}', p_no::text);
+    if p_no = 0 then
+        return;  -- nobody claims from the overflow partition alone
+    end if;
+    execute replace($template$
+create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
+    returns table (
+        id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
+        due_in double precision
+    )
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+    set enable_bitmapscan = off
+as $body$
+#variable_conflict use_column
+declare
+    v_now timestamptz;
+    v_due timestamptz;
+    v_due_0 timestamptz;
+    v_found boolean := false;
+begin
+    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
+    perform set_config('synchronous_commit', 'off', true);
+    v_now := @schema@._private_clock();
+    -- Checked without locking the orchestrator's row (that made claims three times slower): a claim that commits
+    -- after its owner was declared dead is found from the executions' side.
+    if not exists (select from @schema@._private_orchestrators o
+            where o.id = p_owner and o.died_at is null and o.expires_at > v_now
+                and o.server_epoch = @schema@._private_server_epoch()) then
+        raise exception using errcode = 'PC003',
+            message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
+    end if;
+
+    -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
+    select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting')
+    order by run_at limit 1;
+    if v_due <= v_now then
+        perform @schema@._private_promote(p_queue, {no}, v_now, greatest(1000, p_limit));
+    end if;
+    select run_at into v_due_0 from @schema@._private_queue_0
+    where queue = p_queue and state in ('scheduled', 'waiting') order by run_at limit 1;
+    if v_due_0 <= v_now then
+        perform @schema@._private_promote(p_queue, 0, v_now, greatest(1000, p_limit));
+    end if;
+
+    if exists (select from @schema@._private_queue_0 where queue = p_queue and state = 'ready') then
+        -- Some were produced before the queue was registered: pick from both partitions by one order. What is locked
+        -- beyond the limit stays ready.
+        return query
+        with own as materialized (
+            select ctid, 1 as part, priority, run_at, id from @schema@._private_queue_{no}
+            where state = 'ready' and task = any (p_tasks)
+            order by priority desc, run_at, id limit p_limit for update skip locked
+        ), overflow as materialized (
+            select ctid, 0 as part, priority, run_at, id from @schema@._private_queue_0
+            where queue = p_queue and state = 'ready' and task = any (p_tasks)
+            order by priority desc, run_at, id limit p_limit for update skip locked
+        ), picked as materialized (
+            select ctid, part from (table own union all table overflow) x order by priority desc, run_at, id limit p_limit
+        ), claimed_own as (
+            update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
+                attempt = e.attempt + 1, claimed_at = v_now
+            from picked p where p.part = 1 and e.ctid = p.ctid
+            returning e.*
+        ), claimed_overflow as (
+            update @schema@._private_queue_0 e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
+                attempt = e.attempt + 1, claimed_at = v_now
+            from picked p where p.part = 0 and e.ctid = p.ctid
+            returning e.*
+        )
+        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at), null::float8
+        from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
+        v_found := found;
+    else
+        return query
+        with picked as materialized (
+            select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)
+            order by priority desc, run_at, id limit p_limit for update skip locked
+        ), claimed as (
+            update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
+                attempt = e.attempt + 1, claimed_at = v_now
+            from picked p where e.ctid = p.ctid
+            returning e.*
+        )
+        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at), null::float8
+        from claimed order by priority desc, run_at, id;
+        v_found := found;
+    end if;
+    if not v_found then
+        return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
+            case when least(v_due, v_due_0) is not null
+                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
+    end if;
+end $body$
+    $template$, '{no}', p_no::text);
+end $define$;
+
+-- After a change of the above: for the partitions that are there.
+select @schema@._private_define_partition(no) from (select 0 as no union all select no from @schema@._private_queues) q order by no;
