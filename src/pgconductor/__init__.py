@@ -5,41 +5,47 @@ General layout: `conductor` (declare, invoke, wait), `sync_client` (the same wit
 among it), `errors` (the tree of what can be raised), `testing` (a pytest plugin).
 """
 
-from .codec import Limits
-from .conductor import Conductor
-from .context import Context
-from .db.connection import TrioConnection
-from .db.pool import Pool, PoolStatistics, open_pool
-from .db.schema import MigrationReport, SchemaVersion
-from .errors import (
-    ExecutionCancelled,
-    ExecutionError,
-    ExecutionFailed,
-    Incompatible,
-    InvalidOption,
-    InvalidPayload,
-    InvalidTask,
-    LeaseLost,
-    Misuse,
-    NoDatabase,
-    NotOpen,
-    PgconductorError,
-    PoolTimeout,
-    Refused,
-    ResultNotKept,
-    SchemaMissing,
-    SchemaTooNew,
-    Unavailable,
-    Unstorable,
-    WaitTimeout,
-)
-from .handle import Handle, SyncHandle
-from .model import OrchestratorStatus, QueueStatus, State
-from .retry import Backoff, Exponential
-from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
-from .runtime.worker import WorkerStatistics
-from .sync_client import SyncClient
-from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .codec import Limits
+    from .conductor import Conductor
+    from .context import Context
+    from .db.connection import TrioConnection
+    from .db.pool import Pool, PoolStatistics, open_pool
+    from .db.schema import MigrationReport, SchemaVersion
+    from .errors import (
+        ExecutionCancelled,
+        ExecutionError,
+        ExecutionFailed,
+        Incompatible,
+        InvalidOption,
+        InvalidPayload,
+        InvalidTask,
+        LeaseLost,
+        Misuse,
+        NoDatabase,
+        NotOpen,
+        PgconductorError,
+        PoolTimeout,
+        Refused,
+        ResultNotKept,
+        SchemaMissing,
+        SchemaTooNew,
+        Unavailable,
+        Unstorable,
+        WaitTimeout,
+    )
+    from .handle import Handle, SyncHandle
+    from .model import OrchestratorStatus, QueueStatus, State
+    from .retry import Backoff, Exponential
+    from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
+    from .runtime.worker import WorkerStatistics
+    from .sync_client import SyncClient
+    from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
     # Declaring and running
@@ -95,3 +101,67 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Unstorable",
     "WaitTimeout",
 ]
+
+_MODULES = {
+    "Backoff": "retry",
+    "Conductor": "conductor",
+    "Context": "context",
+    "Drained": "runtime.orchestrator",
+    "ExecutionCancelled": "errors",
+    "ExecutionError": "errors",
+    "ExecutionFailed": "errors",
+    "Exponential": "retry",
+    "Handle": "handle",
+    "Incompatible": "errors",
+    "InvalidOption": "errors",
+    "InvalidPayload": "errors",
+    "InvalidTask": "errors",
+    "Invocable": "tasks",
+    "Invocation": "tasks",
+    "LeaseLost": "errors",
+    "Limits": "codec",
+    "MigrationReport": "db.schema",
+    "Misuse": "errors",
+    "NoDatabase": "errors",
+    "NotOpen": "errors",
+    "Orchestrator": "runtime.orchestrator",
+    "OrchestratorStatistics": "runtime.orchestrator",
+    "OrchestratorStatus": "model",
+    "PgconductorError": "errors",
+    "Pool": "db.pool",
+    "PoolStatistics": "db.pool",
+    "PoolTimeout": "errors",
+    "QueueStatus": "model",
+    "Refused": "errors",
+    "ResultNotKept": "errors",
+    "SchemaMissing": "errors",
+    "SchemaTooNew": "errors",
+    "SchemaVersion": "db.schema",
+    "State": "model",
+    "SyncClient": "sync_client",
+    "SyncHandle": "handle",
+    "SyncTaskCall": "tasks",
+    "Task": "tasks",
+    "TaskCall": "tasks",
+    "TrioConnection": "db.connection",
+    "Unavailable": "errors",
+    "Unstorable": "errors",
+    "WaitTimeout": "errors",
+    "Worker": "tasks",
+    "WorkerStatistics": "runtime.worker",
+    "open_pool": "db.pool",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Each name is imported when it is first used: pytest loads this package in every run of whoever has it installed,
+    # and declaring tasks needs neither the driver nor the engine.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]
