@@ -136,6 +136,7 @@ class Orchestrator:
         self._listen = listen
         self._rng = random.Random()
         self._is_active = False
+        self._has_started = False
         self._stop_wanted = trio.Event()
         self._hurry_wanted = trio.Event()
         self._owner: UUID | None = None
@@ -228,6 +229,7 @@ class Orchestrator:
             for task in worker.tasks:
                 task.resolve()
         self._is_active = True
+        self._has_started = False
         self._stop_wanted = trio.Event()
         self._hurry_wanted = trio.Event()
         try:
@@ -299,7 +301,6 @@ class Orchestrator:
             finally:
                 self._owner = None
                 self._note_totals()
-            task_status = trio.TASK_STATUS_IGNORED
             if not lease.cancelled_caught:
                 return
             logger.warning("lease of orchestrator %s lost; its executions were cancelled", owner)
@@ -363,7 +364,9 @@ class Orchestrator:
                 async with trio.open_nursery() as workers:
                     for pipeline in self._pipelines:
                         await workers.start(pipeline.run, name=repr(pipeline))
-                    task_status.started()
+                    if not self._has_started:  # the first incarnation that gets here, which need not be the first
+                        self._has_started = True
+                        task_status.started()
                     keepers.start_soon(self._watch_stop, workers.cancel_scope, name="stop")
                     keepers.start_soon(self._stop_when, process, name="drain")
                     if process.signals is not None:
