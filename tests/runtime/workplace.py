@@ -165,6 +165,7 @@ class Workplace:
             listener = self.listener()
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             owner = register(conn, self.conductor, queue)
+            number = run_sync(conn, self.calls.register_queue(queue))
         worker = self.conductor.create_worker(
             queue=queue,
             tasks=[self._task(queue)],
@@ -173,7 +174,16 @@ class Workplace:
             notify=notify,
         )
         pipeline = Pipeline(
-            worker, owner, trio.CancelScope(), self._target, self.calls, {}, listener, self._outages, random.Random()
+            worker,
+            number,
+            owner,
+            trio.CancelScope(),
+            self._target,
+            self.calls,
+            {},
+            listener,
+            self._outages,
+            random.Random(),
         )
         watched = WatchedWorker(pipeline, owner, listener, sweep_interval)
         self.workers.append(watched)

@@ -130,8 +130,12 @@ class Calls:
         columns = [list(column) for column in zip(*executions, strict=True)] or [[] for _ in NewExecution._fields]
         return Call(self._query["invoke_many"], columns, lambda rows: [Invoked._make(row) for row in rows])
 
-    def claim(self, queue: str, owner: UUID, tasks: list[str], limit: int) -> Call[Claim]:
-        return Call(self._query["claim"], (queue, owner, tasks, limit), _claim)
+    def claim(self, queue: str, owner: UUID, tasks: list[str], limit: int, queue_no: int | None = None) -> Call[Claim]:
+        """`queue_no`: the queue's number where it is known, to call the partition's own function."""
+        query = self._query["claim"]
+        if queue_no is not None:
+            query = query.replace(b".claim(", b"._private_claim_%d(" % queue_no)
+        return Call(query, (queue, owner, tasks, limit), _claim)
 
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
         return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)

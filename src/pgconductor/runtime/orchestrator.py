@@ -81,6 +81,7 @@ class _Process:
     """What all incarnations of a run share. `lease` is in seconds. When `until` returns, the run is to stop."""
 
     target: Target
+    queue_nos: Mapping[str, int]
     control: Link
     outages: OutageLog
     resources: Resources
@@ -237,15 +238,17 @@ class Orchestrator:
                 target = Target(conductor.conninfo, conductor.listen_conninfo, conductor.prepare_threshold)
                 outages = OutageLog()
                 async with open_link(target, "control", outages, self._rng) as control:
-                    await self._prepare(control)
+                    queue_nos = await self._prepare(control)
                     async with self._open_resources() as resources:
                         with _signal_receiver(self._wants_signals()) as signals:
-                            process = _Process(target, control, outages, resources, signals, lease, until)
+                            process = _Process(target, queue_nos, control, outages, resources, signals, lease, until)
                             await self._incarnate(process, task_status)
         finally:
             self._is_active = False
 
-    async def _prepare(self, control: Link) -> None:
+    async def _prepare(self, control: Link) -> dict[str, int]:
+        """See to the schema, the queues and the tasks; return the queues' numbers."""
+        numbers: dict[str, int] = {}
         conductor = self._conductor
         if self._migrate:
             await conductor.migrate()
@@ -254,12 +257,13 @@ class Orchestrator:
         for worker in self.workers:
             for attempt in range(30):
                 try:
-                    await control.attempt(conductor.calls.register_queue(worker.queue))
+                    numbers[worker.queue] = await control.attempt(conductor.calls.register_queue(worker.queue))
                     break
                 except Unavailable:  # other DDL was in the way for a second; nobody waits behind us meanwhile
                     if attempt == 29:
                         raise
             await control.attempt(conductor.calls.register_tasks([task.name for task in worker.tasks], worker.queue))
+        return numbers
 
     @asynccontextmanager
     async def _open_resources(self) -> AsyncIterator[Resources]:
@@ -354,7 +358,18 @@ class Orchestrator:
                 listeners.append(listener)
                 shared = listener if self._listen == "shared" else None
             self._pipelines.append(
-                Pipeline(worker, owner, lease, target, calls, process.resources, listener, outages, self._rng)
+                Pipeline(
+                    worker,
+                    process.queue_nos[worker.queue],
+                    owner,
+                    lease,
+                    target,
+                    calls,
+                    process.resources,
+                    listener,
+                    outages,
+                    self._rng,
+                )
             )
         try:
             async with trio.open_nursery() as keepers:

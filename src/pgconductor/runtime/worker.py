@@ -95,6 +95,7 @@ class Pipeline:
     def __init__(
         self,
         worker: Worker,
+        queue_no: int,
         owner: UUID,
         lease: trio.CancelScope,
         target: Target,
@@ -104,8 +105,11 @@ class Pipeline:
         outages: OutageLog,
         rng: random.Random,
     ) -> None:
-        """`lease`: once cancelled, what this worker holds is no longer its own, and nothing is written."""
+        """`queue_no`: as `register_queue` gave it. `lease`: once cancelled, what this worker holds is no longer its
+        own, and nothing is written.
+        """
         self.worker = worker
+        self._queue_no = queue_no
         self._lease = lease
         self._owner = owner
         self._target = target
@@ -249,7 +253,7 @@ class Pipeline:
         """Claim once. Returns whether the queue has no more for now, and when the next is due."""
         room = self.worker.concurrency - self._running + self._prefetch.size - len(self._stock)
         limit = max(1, min(room, self._max_claim))
-        call = self._calls.claim(self.worker.queue, self._owner, self._task_names, limit)
+        call = self._calls.claim(self.worker.queue, self._owner, self._task_names, limit, self._queue_no)
         self.reactor.clear()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim | None = None
