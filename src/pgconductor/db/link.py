@@ -32,9 +32,9 @@ T = TypeVar("T")
 logger = logging.getLogger("pgconductor.runtime")
 
 # SQLSTATE classes after which the same call may succeed later: connection, transaction rollback, resources, operator
-# intervention, system error, read-only server; and object_in_use, lock_not_available.
+# intervention, system error; and a standby (read-only, or in recovery), object_in_use, lock_not_available, a stale plan.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
-_TRANSIENT_STATES = ("25006", "55006", "55P03", "0A000", "26000")
+_TRANSIENT_STATES = ("25006", "55000", "55006", "55P03", "0A000", "26000")
 # Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
 _DATA_CLASSES = ("22", "23", "54")
 
