@@ -85,15 +85,15 @@ async def cut_replies(proxy: ChaosProxy, tag: bytes, times: int) -> None:
         await trio.sleep(0.005)
 
 
-@pytest.mark.parametrize("verb", ["flush", "claim"])
-async def test_lost_reply_is_answered_without_loss_or_repetition(pgconductor_dsn: str, verb: str) -> None:
+@pytest.mark.parametrize(("verb", "tag"), [("flush", b".flush("), ("claim", b"._private_claim_")])
+async def test_lost_reply_is_answered_without_loss_or_repetition(pgconductor_dsn: str, verb: str, tag: bytes) -> None:
     """A flush is sent again and must not count twice; a claim nobody heard of must be given back, and soon."""
     async with open_chaos_proxy(pgconductor_dsn) as proxy:
         work = work_on(proxy.dsn, 0.002)
         invoke(pgconductor_dsn, 400)
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(cut_replies, proxy, f".{verb}(".encode(), 3)
+                nursery.start_soon(cut_replies, proxy, tag, 3)
                 drained = await work.orchestrator().drain()
                 nursery.cancel_scope.cancel()
         assert proxy.cuts >= 2
