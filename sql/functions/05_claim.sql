@@ -30,8 +30,8 @@ end $$;
 -- orchestrator (T2).
 --
 -- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim,
--- a single row with id null and due_in: seconds until the next one is due, null if none is. `waited`: seconds it has
--- been due. Holds the queue's K until it commits: what it locks is hidden from other claimers and would be seen by
+-- a single row with id null and due_in: seconds until the next one is due, null if none is; 0.01 at most if there are
+-- ready ones that another claim in flight has locked. `waited`: seconds it has been due. Holds the queue's K until it commits: what it locks is hidden from other claimers and would be seen by
 -- nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
 -- fits nothing (an orchestrator takes a new id after a restart). The work is done by the partition's own function
 -- (09_partitions.sql).

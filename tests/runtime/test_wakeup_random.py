@@ -117,6 +117,25 @@ async def note_lag(load: Load) -> None:
         load.lag = max(load.lag, trio.current_time() - begun - 0.01)
 
 
+def admin_rows(dsn: str, queue: str) -> list[tuple[object, ...]]:
+    """What is live on a queue, for the message of a failure."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        return conn.execute(
+            "select payload->>'n', state::text, claim_no, owner, outcome, run_at, clock_timestamp()"
+            " from pgconductor._private_executions where queue = %s",
+            [queue],
+        ).fetchall()
+
+
+def admin_locks(dsn: str) -> list[tuple[object, ...]]:
+    """Who holds advisory locks, for the message of a failure."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        return conn.execute(
+            "select l.pid, l.mode, l.granted, l.classid, l.objid, a.application_name, a.state, left(a.query, 80)"
+            " from pg_locks l join pg_stat_activity a using (pid) where l.locktype = 'advisory'"
+        ).fetchall()
+
+
 async def rounds(place: Workplace, load: Load, queue: str, wanted: int) -> None:
     """On one queue: some producers at once, then quiet until all that they committed has started."""
     rng = load.rng
@@ -137,7 +156,19 @@ async def rounds(place: Workplace, load: Load, queue: str, wanted: int) -> None:
                 if rng.random() < 0.05:
                     is_disturbed = True
                     nursery.start_soon(come_and_go, place.worker(queue), rng)
-            await place.until_started(*numbers)
+            try:
+                await place.until_started(*numbers)
+            except trio.TooSlowError:
+                missing = [n for n in numbers if n not in place.started_at]
+                rows = admin_rows(place.dsn, queue)
+                workers = [
+                    (w.pipeline, w.reactor, w.pipeline.statistics())
+                    for w in place.workers
+                    if w.pipeline.worker.queue == queue
+                ]
+                pytest.fail(
+                    f"never started on queue {queue!r}, disturbed {is_disturbed}: {missing}; rows {rows}; locks {admin_locks(place.dsn)}; workers {workers}"
+                )
             if is_disturbed:
                 load.disturbed.update(numbers)
     finally:

@@ -198,9 +198,26 @@ def test_claimers_skip_what_a_rival_has_locked(db: Database, owner: UUID) -> Non
     assert [c.id for c in rival.claim(owner, limit=2)] == ids[:2]
     assert [c.id for c in third.claim(owner, limit=2)] == ids[2:4]
     assert [c.id for c in db.claim(owner, limit=2)] == ids[4:]
-    assert db.look(owner) == ([], None)
+    assert db.look(owner) == ([], 0.01)
     rival.rollback()
     assert [(c.id, c.claim_no) for c in db.claim(owner)] == [(ids[0], 1), (ids[1], 1)]
+
+
+def test_an_empty_claim_says_come_again_while_a_rival_hides_a_row(db: Database, owner: UUID) -> None:
+    """The rival may have begun after the worker's look at K, and die without a word: the worker must not sleep on it.
+
+    Found by 100,000 random wake-ups (tests/runtime/test_wakeup_random.py): the row waited for the sweep.
+    """
+    (execution,) = (db.invoke(),)
+    other = db.invoke(task="of others")
+    assert [c.id for c in db.claim(owner, tasks=["of others"])] == [other]
+    rival = db.session()
+    assert rival.claim(owner)
+    assert db.look(owner) == ([], 0.01)
+    assert db.look(owner, tasks=["unknown"]) == ([], None), "what it could not run anyway does not keep a worker awake"
+    rival.rollback()
+    assert [c.id for c in db.claim(owner)] == [execution]
+    assert db.look(owner) == ([], None)
 
 
 def test_promotion_skips_what_a_rival_promotes(db: Database, owner: UUID, clock: DatabaseClock) -> None:

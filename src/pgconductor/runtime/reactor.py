@@ -23,13 +23,14 @@ and a worker that goes to sleep, and order C's step 1 against the worker's last 
 - C took K before: it holds K until its transaction has ended. The worker saw K free, so C had ended by then; a
   transaction's rows are visible before its locks are released, and the worker's claim in step 3 has a newer snapshot:
   it sees C's work, or C rolled back and there is none.
-- C took K after, or could not have it because the worker was looking at that very moment: then C's step 2 comes after
-the
-  worker's step 1, M is taken, and C sends a NOTIFY (in the second case because K was not had). It is delivered
-  when C commits, after the worker had already been listening; the worker's flag `_is_pending` keeps it if it comes
-  before the sleep.
-A row that a claim hides from the worker (SKIP LOCKED) is the same case: the claimer holds K, and if it dies the row is
-visible again before K is free.
+- C took K after, or could not have it because the worker was looking at that very moment: then C's step 2 comes
+  after the worker's step 1, M is taken, and C sends a NOTIFY (in the second case because K was not had). It is
+  delivered when C commits, after the worker had already been listening; the worker's flag `_is_pending` keeps it if
+  it comes before the sleep.
+
+A row that a claim in flight hides from the worker (SKIP LOCKED) needs more than K: the claim may begin after the
+worker's look, hide the row from its last claim, and die without a word. So an empty claim reads once more without
+locking, which sees the row as it was, and then tells the worker to come again in 10 ms instead of sleeping.
 
 What may fail only costs time. A look takes the lock and lets go in one expression, so no cancellation falls between;
 two that look at once make one another see a flag that is not raised: one NOTIFY too many, or one nap of 2 ms. Locks
