@@ -117,7 +117,7 @@ async def note_lag(load: Load) -> None:
         load.lag = max(load.lag, trio.current_time() - begun - 0.01)
 
 
-def admin_rows(dsn: str, queue: str) -> list[tuple[object, ...]]:
+def live_rows(dsn: str, queue: str) -> list[tuple[object, ...]]:
     """What is live on a queue, for the message of a failure."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         return conn.execute(
@@ -127,7 +127,7 @@ def admin_rows(dsn: str, queue: str) -> list[tuple[object, ...]]:
         ).fetchall()
 
 
-def admin_locks(dsn: str) -> list[tuple[object, ...]]:
+def advisory_locks(dsn: str) -> list[tuple[object, ...]]:
     """Who holds advisory locks, for the message of a failure."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         return conn.execute(
@@ -160,14 +160,12 @@ async def rounds(place: Workplace, load: Load, queue: str, wanted: int) -> None:
                 await place.until_started(*numbers)
             except trio.TooSlowError:
                 missing = [n for n in numbers if n not in place.started_at]
-                rows = admin_rows(place.dsn, queue)
                 workers = [
-                    (w.pipeline, w.reactor, w.pipeline.statistics())
-                    for w in place.workers
-                    if w.pipeline.worker.queue == queue
+                    worker.pipeline.statistics() for worker in place.workers if worker.pipeline.worker.queue == queue
                 ]
                 pytest.fail(
-                    f"never started on queue {queue!r}, disturbed {is_disturbed}: {missing}; rows {rows}; locks {admin_locks(place.dsn)}; workers {workers}"
+                    f"never started on queue {queue!r}, disturbed {is_disturbed}: {missing};"
+                    f" rows {live_rows(place.dsn, queue)}; locks {advisory_locks(place.dsn)}; workers {workers}"
                 )
             if is_disturbed:
                 load.disturbed.update(numbers)

@@ -32,7 +32,7 @@ T = TypeVar("T")
 logger = logging.getLogger("pgconductor.runtime")
 
 # SQLSTATE classes after which the same call may succeed later: connection, transaction rollback, resources, operator
-# intervention, system error; and a standby (read-only, or in recovery), object_in_use, lock_not_available, a stale plan.
+# intervention, system error; a standby (read-only, in recovery); object_in_use, lock_not_available; a stale plan.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
 _TRANSIENT_STATES = ("25006", "55000", "55006", "55P03", "0A000", "26000")
 # Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
