@@ -199,7 +199,7 @@ async def test_killed_listener_in_mode_always_raises_its_flag_again(pgconductor_
             await worker.until_asleep()
             admin.execute("select pg_terminate_backend(%s)", listeners_pids(admin))
             await until(lambda: place.listeners[0].statistics().reconnects == 1)
-            await until(lambda: worker.reactor.can_be_woken)
+            await until(lambda: worker.reactor.statistics().is_flag_raised)
             await worker.until_asleep()
             assert is_flag_up(admin)
             insert(admin, 1)
