@@ -134,7 +134,9 @@ class Calls:
         """`queue_no`: the queue's number where it is known, to call the partition's own function."""
         query = self._query["claim"]
         if queue_no is not None:
-            query = query.replace(b".claim(", b"._private_claim_%d(" % queue_no)
+            # The last one: a schema's name may hold the same text.
+            schema, _, arguments = query.rpartition(b".claim(")
+            query = b"%s._private_claim_%d(%s" % (schema, queue_no, arguments)
         return Call(query, (queue, owner, tasks, limit), _claim)
 
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
