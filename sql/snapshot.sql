@@ -209,12 +209,14 @@ view executions
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
+function _private_check_version(p_schema_version integer) returns void language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=2s
 function _private_clock() returns timestamp with time zone language sql parallel safe
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
+function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_w(p_bucket integer) returns bigint language sql immutable parallel safe strict
