@@ -400,6 +400,7 @@ function _private_advance_slots(p_now timestamp with time zone) returns integer 
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
+function _private_check_version(p_schema_version integer) returns void language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=2s
 function _private_clock() returns timestamp with time zone language sql parallel safe
 function _private_control_channel(p_owner uuid) returns text language sql immutable parallel safe strict
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -410,6 +411,7 @@ function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_ou
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
 function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
+function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_maintenance() returns bigint language sql immutable parallel safe
