@@ -228,6 +228,7 @@ function _private_results_channel() returns text language sql immutable parallel
 function _private_server_epoch() returns text language sql stable
 function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function execution_errors(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text) returns uuid language sql set search_path=pg_catalog, pg_temp

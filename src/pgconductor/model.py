@@ -25,6 +25,26 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Cancellation(StrEnum):
+    """What came of asking to cancel an execution.
+
+    `CANCELLED`: it had not begun, or was waiting, and has ended as cancelled. `REQUESTED`: it runs, and its handler is
+    being cancelled. `FINISHED`: it had ended before. `UNKNOWN`: there is no row of it.
+    """
+
+    CANCELLED = "cancelled"
+    REQUESTED = "requested"
+    FINISHED = "finished"
+    UNKNOWN = "unknown"
+
+
+class CancelCounts(NamedTuple):
+    """What a cancellation by filter did: executions ended at once, and running ones whose handlers are cancelled."""
+
+    cancelled: int
+    requested: int
+
+
 class Claimed(NamedTuple):
     """An execution that this process may run: `(id, claim_no)` and the orchestrator's id are the token of every write
     for it.
@@ -67,6 +87,17 @@ class Ended:
     result: str | None
     error: str | None  # JSON text: type, message, traceback
     reason: str | None  # of a cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptError:
+    """What one failed attempt of an execution left. `at`: when it was recorded, by the database's clock."""
+
+    attempt: int | None
+    at: datetime | None
+    type: str
+    message: str
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)

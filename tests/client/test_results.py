@@ -27,7 +27,9 @@ from pgconductor import (
     WaitTimeout,
 )
 from pgconductor.db.result_listener import bucket_of, named_buckets
-from pgconductor.results import PollSchedule, Results, error_record
+from pgconductor.outcomes import error_record
+from pgconductor.polling import PollSchedule
+from pgconductor.results import Results
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)
 SESSIONS = (
@@ -284,7 +286,7 @@ async def test_listener_that_cannot_connect_leaves_polling(
             handle = await task.invoke(1)
             nursery.start_soon(finished, handle)
             results = results_of(conductor)
-            await until(lambda: results._backoff >= 1.0)  # it has failed twice
+            await until(lambda: results._reconnecting.backoff >= 1.0)  # it has failed twice
             begun = trio.current_time()
             worker.finish_all(0)
     assert len(caplog.records) <= 2 + trio.current_time() - begun

@@ -28,7 +28,7 @@ from pgconductor import (
     Unavailable,
     WaitTimeout,
 )
-from pgconductor.results import PollSchedule
+from pgconductor.polling import PollSchedule
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)
 LISTENING = (

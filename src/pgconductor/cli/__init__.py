@@ -28,7 +28,7 @@ from ..sync_client import SyncClient
 from ..version import VERSION
 from . import report
 from .exits import FAILED, complain, reported
-from .target import load_orchestrator, redirect
+from .target import load_orchestrator
 
 app = typer.Typer(
     name="pgconductor",
@@ -141,7 +141,7 @@ def run(
     """Run an orchestrator until SIGINT or SIGTERM. A second signal cancels the handlers that still run."""
     with reported(debug=debug):
         orchestrator = load_orchestrator(target, debug=debug)
-        redirect(orchestrator, dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
+        orchestrator.conductor.redirect(dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger = logging.getLogger("pgconductor.cli")
         logger.info("running %r", orchestrator)

@@ -105,6 +105,7 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
+    "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
@@ -200,6 +201,10 @@ class Calls:
             (executions,),
             lambda rows: {r[0]: Standing(r[0], State(r[1]) if r[1] else None, *r[2:]) for r in rows},
         )
+
+    def execution_errors(self, execution: UUID) -> Call[str | None]:
+        """JSON text: an array of the errors of its attempts, oldest first."""
+        return Call(self._query["execution_errors"], (execution,), _text_or_none)
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(

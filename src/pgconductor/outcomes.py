@@ -1,0 +1,105 @@
+"""What is said about an execution: its result, or the error that tells how it ended or where it stands.
+
+Pure: what both clients share once they have asked the database.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, Final, TypeVar, cast
+from uuid import UUID
+
+from .codec import printable
+from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, WaitTimeout
+from .model import AttemptError, Ended, Standing, State
+from .tasks import Task
+
+R = TypeVar("R")
+
+FINISHED: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
+
+
+def outcome(task: Task[..., R], ended: Ended) -> R:
+    """Return the result of a finished execution, or raise what it ended with."""
+    subject = _subject(task, ended.id)
+    if ended.state is State.COMPLETED:
+        return task.result.decode("null" if ended.result is None else ended.result)
+    if ended.state is State.CANCELLED:
+        said = f": {printable(ended.reason)}" if ended.reason else ""
+        raise ExecutionCancelled(f"{subject} was cancelled{said}", ended.reason)
+    record = error_record(ended.error)
+    said = ": ".join(printable(record[name]) for name in ("type", "message") if record.get(name))
+    failure = ExecutionFailed(f"{subject} failed" + (f": {said}" if said else ""), record)
+    if traceback := record.get("traceback"):
+        failure.add_note(f"Traceback of the last attempt:\n{traceback}")
+    raise failure
+
+
+def error_record(text: str | None) -> dict[str, str]:
+    """Return the last error as a record of texts: type, message, traceback. Empty if there is none to read."""
+    loaded = _loaded(text)
+    if not isinstance(loaded, dict):
+        return {}
+    return {name: value for name, value in cast("dict[str, Any]", loaded).items() if isinstance(value, str)}
+
+
+def attempt_errors(text: str | None) -> list[AttemptError]:
+    """Return the errors that are kept with an execution, oldest first, from their JSON text."""
+    loaded = _loaded(text)
+    errors = cast("list[object]", loaded) if isinstance(loaded, list) else []
+    return [_attempt_error(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
+
+
+def _attempt_error(error: dict[str, Any]) -> AttemptError:
+    attempt, at = error.get("attempt"), error.get("at")
+    return AttemptError(
+        attempt if isinstance(attempt, int) else None,
+        datetime.fromisoformat(at) if isinstance(at, str) else None,
+        *(str(error.get(name) or "") for name in ("type", "message", "traceback")),
+    )
+
+
+def _loaded(text: str | None) -> object:
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+
+
+def not_kept(task: Task[..., Any], execution_id: UUID) -> ResultNotKept:
+    """The error for an execution of which there is no row."""
+    return ResultNotKept(
+        f"there is no row of {_subject(task, execution_id)}: it has finished and its result was not kept, or the "
+        f"transaction that invoked it was rolled back or is not yet committed"
+    )
+
+
+def wait_timeout(task: Task[..., Any], timeout: float | None, standing: Standing) -> WaitTimeout:
+    """The error for an execution that is still under way; it says what it is waiting for."""
+    queue = printable(standing.queue or "")
+    match standing.state:
+        case State.SCHEDULED | State.WAITING if standing.due_in is not None:
+            told = f"{standing.state}, due in {standing.due_in:.3g} s"
+        case _:
+            told = str(standing.state)
+    if standing.state is not State.RUNNING and not standing.live_workers:
+        told += f"; no live worker has task {printable(standing.task or task.name)!r} on queue {queue!r}"
+    else:
+        told += f" on queue {queue!r}"
+    return WaitTimeout(f"{_subject(task, standing.id)} did not finish{_within(timeout)}: {told}")
+
+
+def unanswered_timeout(task: Task[..., Any], execution_id: UUID, timeout: float | None) -> WaitTimeout:
+    """The error for an execution of which nothing is known, since the database does not answer."""
+    return WaitTimeout(
+        f"{_subject(task, execution_id)} is not known to have finished{_within(timeout)}: the database does not answer"
+    )
+
+
+def _subject(task: Task[..., Any], execution_id: UUID) -> str:
+    return f"execution {execution_id} of task {printable(task.name)!r}"
+
+
+def _within(timeout: float | None) -> str:
+    return f" within {timeout:g} s" if timeout else " yet"
