@@ -33,7 +33,7 @@ from .db.sql_files import validate_schema_name
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import AttemptError, CancelCounts, Cancellation, OrchestratorStatus, QueueStatus, State
+from .model import CancelCounts, Cancellation, FailedAttempt, OrchestratorStatus, QueueStatus, State
 from .options import checked_int
 from .polling import PollSchedule
 from .results import Results
@@ -359,7 +359,7 @@ class Conductor(Tasks):
         """
         return await self._require_open().results.wait(execution_id, task, timeout)
 
-    async def execution_errors(self, execution_id: UUID) -> list[AttemptError]:
+    async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
         return await follow(self._verbs.execution_errors(execution_id), self._ask)
 

@@ -14,7 +14,7 @@ from uuid import UUID
 from .options import MAX_DELAY, checked_seconds
 
 if TYPE_CHECKING:
-    from .model import AttemptError, Cancellation
+    from .model import Cancellation, FailedAttempt
     from .tasks import Task
 
 R = TypeVar("R")
@@ -31,7 +31,7 @@ class Source(Protocol):
         """Cancel executions, or ask for it."""
         ...
 
-    async def execution_errors(self, execution_id: UUID) -> list[AttemptError]:
+    async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's attempts, oldest first."""
         ...
 
@@ -47,7 +47,7 @@ class SyncSource(Protocol):
         """Cancel executions, or ask for it."""
         ...
 
-    def execution_errors(self, execution_id: UUID) -> list[AttemptError]:
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's attempts, oldest first."""
         ...
 
@@ -97,7 +97,7 @@ class Handle(AnyHandle[R]):
         """
         return (await self._source.cancel(self.id, reason=reason))[self.id]
 
-    async def errors(self) -> list[AttemptError]:
+    async def errors(self) -> list[FailedAttempt]:
         """Return the errors of its failed attempts, oldest first: the first and the last 49, of those that are kept.
 
         Empty if there are none, or nothing of the execution is kept. Raises `NotOpen`, `Unavailable`.
@@ -122,7 +122,7 @@ class SyncHandle(AnyHandle[R]):
         """Cancel the execution; as `Handle.cancel`."""
         return self._source.cancel(self.id, reason=reason)[self.id]
 
-    def errors(self) -> list[AttemptError]:
+    def errors(self) -> list[FailedAttempt]:
         """Return the errors of its failed attempts; as `Handle.errors`."""
         return self._source.execution_errors(self.id)
 

@@ -90,7 +90,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptError:
+class FailedAttempt:
     """What one failed attempt of an execution left. `at`: when it was recorded, by the database's clock."""
 
     attempt: int | None

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from .codec import printable
 from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, WaitTimeout
-from .model import AttemptError, Ended, Standing, State
+from .model import Ended, FailedAttempt, Standing, State
 from .tasks import Task
 
 R = TypeVar("R")
@@ -44,16 +44,16 @@ def error_record(text: str | None) -> dict[str, str]:
     return {name: value for name, value in cast("dict[str, Any]", loaded).items() if isinstance(value, str)}
 
 
-def attempt_errors(text: str | None) -> list[AttemptError]:
+def failed_attempts(text: str | None) -> list[FailedAttempt]:
     """Return the errors that are kept with an execution, oldest first, from their JSON text."""
     loaded = _loaded(text)
     errors = cast("list[object]", loaded) if isinstance(loaded, list) else []
-    return [_attempt_error(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
+    return [_failed_attempt(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
 
 
-def _attempt_error(error: dict[str, Any]) -> AttemptError:
+def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
     attempt, at = error.get("attempt"), error.get("at")
-    return AttemptError(
+    return FailedAttempt(
         attempt if isinstance(attempt, int) else None,
         datetime.fromisoformat(at) if isinstance(at, str) else None,
         *(str(error.get(name) or "") for name in ("type", "message", "traceback")),

@@ -29,7 +29,7 @@ from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connecti
 from .errors import InvalidOption, Misuse, NotOpen, Unavailable
 from .handle import AnyHandle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import AttemptError, CancelCounts, Cancellation, Ended, OrchestratorStatus, QueueStatus, Standing, State
+from .model import CancelCounts, Cancellation, Ended, FailedAttempt, OrchestratorStatus, QueueStatus, Standing, State
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
@@ -68,7 +68,7 @@ class OpenClients:
         """Cancel with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("cancel").cancel(*executions, reason=reason)
 
-    def execution_errors(self, execution_id: UUID) -> list[AttemptError]:
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Read with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("errors").execution_errors(execution_id)
 
@@ -241,7 +241,7 @@ class SyncClient:
 
     # Reading
 
-    def execution_errors(self, execution_id: UUID) -> list[AttemptError]:
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """As `Conductor.execution_errors`."""
         return follow_sync(self._verbs.execution_errors(execution_id), self._ask)
 

@@ -21,10 +21,10 @@ from .db.calls import Calls, NewExecution
 from .errors import InvalidOption, Unavailable, WaitTimeout
 from .handle import AnyHandle
 from .model import (
-    AttemptError,
     CancelCounts,
     Cancellation,
     Ended,
+    FailedAttempt,
     Invoked,
     OrchestratorStatus,
     QueueStatus,
@@ -32,7 +32,7 @@ from .model import (
     State,
 )
 from .options import checked_instant, checked_int, checked_text
-from .outcomes import FINISHED, attempt_errors, not_kept, unanswered_timeout, wait_timeout
+from .outcomes import FINISHED, failed_attempts, not_kept, unanswered_timeout, wait_timeout
 from .tasks import Task
 
 T = TypeVar("T")
@@ -147,10 +147,10 @@ class Verbs:
             raise unanswered_timeout(task, execution_id, timeout) from error
         raise unanswered_timeout(task, execution_id, timeout)
 
-    def execution_errors(self, execution_id: UUID) -> Steps[list[AttemptError]]:
+    def execution_errors(self, execution_id: UUID) -> Steps[list[FailedAttempt]]:
         """The errors of an execution's attempts, oldest first."""
         request = Request(self._calls.execution_errors(execution_id), "reading an execution's errors")
-        return attempt_errors((yield from _asked(request)))
+        return failed_attempts((yield from _asked(request)))
 
     # Cancelling
 

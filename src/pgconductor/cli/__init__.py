@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | status | demo`.
+"""The command line: `pgconductor migrate | run | invoke | cancel | status | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -13,21 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
 import trio
 import typer
 
-from ..conductor import Conductor
-from ..errors import ExecutionError, InvalidOption, InvalidPayload
-from ..sync_client import SyncClient
+from ..errors import ExecutionError, InvalidPayload
 from ..version import VERSION
 from . import report
+from .cancelling import cancel
 from .exits import FAILED, complain, reported
+from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_instant
 from .target import load_orchestrator
 
 app = typer.Typer(
@@ -50,31 +47,6 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
-
-
-Dsn = Annotated[
-    str | None,
-    typer.Option(
-        "--dsn",
-        metavar="DSN",
-        help="Connection string; otherwise PGCONDUCTOR_DSN, else DATABASE_URL. Prefer these for one with a password: "
-        "others can see command lines.",
-    ),
-]
-ListenDsn = Annotated[
-    str | None,
-    typer.Option(metavar="DSN", help="A direct connection to the same database, where --dsn leads to a pooler."),
-]
-Embedded = Annotated[bool, typer.Option("--embedded", help="Use your embedded PostgreSQL, started if necessary.")]
-Schema = Annotated[str, typer.Option(metavar="NAME", help="Name of the schema.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
-
-
-@contextmanager
-def _client(dsn: str | None, listen_dsn: str | None, schema: str, *, embedded: bool) -> Iterator[SyncClient]:
-    with Conductor(dsn, schema=schema, listen_dsn=listen_dsn, embedded=embedded).sync() as client:
-        yield client
 
 
 def _print_version(wanted: bool) -> None:
@@ -103,7 +75,7 @@ def migrate(
 ) -> None:
     """Install the schema, or bring it up to date."""
     with reported(debug=debug):
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             done = client.migrate()
         if as_json:
             report.print_json(
@@ -180,8 +152,8 @@ def invoke(
     """Invoke a task, and print the id of the execution; with --wait its result instead."""
     with reported(debug=debug):
         arguments = _parse_payload(payload)
-        due = None if run_at is None else _parse_instant(run_at)
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        due = parse_instant("--run-at", run_at)
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             handle = client.invoke(
                 task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key
             )
@@ -200,6 +172,9 @@ def invoke(
             report.print_json({**answer, "result": result} if as_json else result)
 
 
+app.command()(cancel)
+
+
 @app.command()
 def status(
     dsn: Dsn = None,
@@ -211,7 +186,7 @@ def status(
 ) -> None:
     """Show the queues and the orchestrators."""
     with reported(debug=debug):
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             queues, orchestrators = client.queue_status(), client.orchestrator_status()
         if as_json:
             report.print_json({"schema": schema, "queues": queues, "orchestrators": orchestrators})
@@ -254,16 +229,6 @@ def _parse_payload(text: str) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise InvalidPayload(f"the payload must be a JSON object of the task's parameters, for example {_EXAMPLE}")
     return cast("dict[str, Any]", payload)
-
-
-def _parse_instant(text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidOption(f"--run-at {text!r} is no instant; write it as 2030-01-31T09:00:00+01:00") from None
-    if instant.utcoffset() is None:
-        raise InvalidOption(f"--run-at {text!r} has no time zone; write {instant.isoformat()}Z or ...+01:00")
-    return instant
 
 
 def main() -> None:

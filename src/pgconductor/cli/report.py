@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 import msgspec
 from rich.console import Console
@@ -28,6 +29,15 @@ def console() -> Console:
 def print_json(value: Any) -> None:
     """Print plain values, dataclasses, ids and instants as indented JSON."""
     print(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))
+
+
+def print_statuses(statuses: Mapping[UUID, str], *, as_json: bool) -> None:
+    """Print what came of each execution: an object of ids, or a line for each."""
+    if as_json:
+        print_json({str(execution): status for execution, status in statuses.items()})
+        return
+    for execution, status in statuses.items():
+        print(f"{execution} {status}")
 
 
 def plain(text: str) -> str:
