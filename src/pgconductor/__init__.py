@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from .handle import Handle, SyncHandle
-    from .model import OrchestratorStatus, QueueStatus, State
+    from .model import CancelCounts, Cancellation, FailedAttempt, OrchestratorStatus, QueueStatus, State
     from .retry import Backoff, Exponential
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
@@ -66,7 +66,10 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncTaskCall",
     "TaskCall",
     # Reading
+    "CancelCounts",
+    "Cancellation",
     "Drained",
+    "FailedAttempt",
     "MigrationReport",
     "OrchestratorStatistics",
     "OrchestratorStatus",
@@ -104,6 +107,8 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
 
 _MODULES = {
     "Backoff": "retry",
+    "CancelCounts": "model",
+    "Cancellation": "model",
     "Conductor": "conductor",
     "Context": "context",
     "Drained": "runtime.orchestrator",
@@ -111,6 +116,7 @@ _MODULES = {
     "ExecutionError": "errors",
     "ExecutionFailed": "errors",
     "Exponential": "retry",
+    "FailedAttempt": "model",
     "Handle": "handle",
     "Incompatible": "errors",
     "InvalidOption": "errors",

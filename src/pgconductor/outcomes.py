@@ -19,6 +19,8 @@ R = TypeVar("R")
 
 FINISHED: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
 
+_ERROR_KEYS = ("type", "message", "traceback")
+
 
 def outcome(task: Task[..., R], ended: Ended) -> R:
     """Return the result of a finished execution, or raise what it ended with."""
@@ -41,7 +43,8 @@ def error_record(text: str | None) -> dict[str, str]:
     loaded = _loaded(text)
     if not isinstance(loaded, dict):
         return {}
-    return {name: value for name, value in cast("dict[str, Any]", loaded).items() if isinstance(value, str)}
+    record = cast("dict[str, Any]", loaded)
+    return {name: record[name] for name in _ERROR_KEYS if isinstance(record.get(name), str)}
 
 
 def failed_attempts(text: str | None) -> list[FailedAttempt]:
@@ -56,7 +59,7 @@ def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
     return FailedAttempt(
         attempt if isinstance(attempt, int) else None,
         datetime.fromisoformat(at) if isinstance(at, str) else None,
-        *(str(error.get(name) or "") for name in ("type", "message", "traceback")),
+        *(str(error.get(name) or "") for name in _ERROR_KEYS),
     )
 
 

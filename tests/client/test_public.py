@@ -18,6 +18,8 @@ def test_exported_names_are_these() -> None:
     """A name added or lost by accident: they are the contract."""
     assert set(pgconductor.__all__) == {
         "Backoff",
+        "CancelCounts",
+        "Cancellation",
         "Conductor",
         "Context",
         "Drained",
@@ -25,6 +27,7 @@ def test_exported_names_are_these() -> None:
         "ExecutionError",
         "ExecutionFailed",
         "Exponential",
+        "FailedAttempt",
         "Handle",
         "Incompatible",
         "InvalidOption",

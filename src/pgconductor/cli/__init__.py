@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, cast
 
 import trio
@@ -25,13 +26,13 @@ from . import report
 from .cancelling import cancel
 from .exits import FAILED, complain, reported
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_instant
-from .target import load_orchestrator
+from .target import Life, load_orchestrator
 
 app = typer.Typer(
     name="pgconductor",
     help="Durable execution on nothing but PostgreSQL.",
     epilog="Exit status: 0 done, 1 failed, 2 used wrongly, 3 not available or too late, 4 the schema does not fit, "
-    "130 interrupted.",
+    "5 stopped with outcomes unwritten, 6 stopped by a newer program's migration, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # it shows local variables, connection strings among them
@@ -111,13 +112,14 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run an orchestrator until SIGINT or SIGTERM. A second signal cancels the handlers that still run."""
-    with reported(debug=debug):
+    life = Life()
+    with reported(debug=debug, was_running=life.has_started):
         orchestrator = load_orchestrator(target, debug=debug)
         orchestrator.conductor.redirect(dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger = logging.getLogger("pgconductor.cli")
         logger.info("running %r", orchestrator)
-        trio.run(orchestrator.run)
+        trio.run(partial(orchestrator.run, task_status=life))
         logger.info("stopped")
 
 

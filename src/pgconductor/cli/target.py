@@ -18,6 +18,21 @@ from ..runtime.orchestrator import Orchestrator
 _FORM = "write module:attribute, for example app:orchestrator"
 
 
+class Life:
+    """Whether an orchestrator has started: what its `run` takes as `task_status`."""
+
+    def __init__(self) -> None:
+        self._has_started = False
+
+    def started(self, value: None = None) -> None:
+        """Called by `run` when all workers claim."""
+        self._has_started = True
+
+    def has_started(self) -> bool:
+        """Whether it was called."""
+        return self._has_started
+
+
 def load_orchestrator(target: str, *, debug: bool = False) -> Orchestrator:
     """Import the module that `target` ("module:attribute") names and return its orchestrator.
 
