@@ -16,7 +16,6 @@ from client.test_results import NEVER, conductor_that, finished, until_listening
 from client.test_sync_client import LISTENING, client_that
 from client.test_sync_client import until as until_sync
 from client.worker_by_hand import WorkerByHand, open_worker
-from proxy import open_chaos_proxy
 
 from pgconductor import (
     CancelCounts,
@@ -32,6 +31,7 @@ from pgconductor import (
 )
 from pgconductor.db.execute import run_sync
 from pgconductor.model import Outcome
+from pgconductor.testing.proxy import open_chaos_proxy
 
 CANCELLED, REQUESTED, FINISHED, UNKNOWN = Cancellation
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 import typer
 
@@ -33,16 +33,16 @@ UNWRITTEN = 5
 SUPERSEDED = 6
 INTERRUPTED = 130
 
-_BY_KIND: Final = ((Misuse, MISUSED), (Unavailable, UNAVAILABLE), (Incompatible, INCOMPATIBLE))
-_WHILE_RUNNING: Final = ((Unavailable, UNWRITTEN), (SchemaTooNew, SUPERSEDED))
+_Kinds: TypeAlias = tuple[tuple[type[PgconductorError], int], ...]
+
+_BY_KIND: Final[_Kinds] = ((Misuse, MISUSED), (Unavailable, UNAVAILABLE), (Incompatible, INCOMPATIBLE))
+_WHILE_RUNNING: Final[_Kinds] = ((Unavailable, UNWRITTEN), (SchemaTooNew, SUPERSEDED))
 
 
 def status_of(error: PgconductorError, *, was_running: bool = False) -> int:
     """The exit status for an error of the library. `was_running`: it ended an orchestrator that had started."""
-    for kind, status in (*(_WHILE_RUNNING if was_running else ()), *_BY_KIND):
-        if isinstance(error, kind):
-            return status
-    return FAILED
+    kinds = (*_WHILE_RUNNING, *_BY_KIND) if was_running else _BY_KIND
+    return next((status for kind, status in kinds if isinstance(error, kind)), FAILED)
 
 
 def complain(message: str) -> None:
