@@ -361,7 +361,7 @@ class Conductor(Tasks):
 
     async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
-        return await follow(self._verbs.execution_errors(execution_id), self._ask)
+        return await self._ask(self._verbs.execution_errors(execution_id))
 
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""

@@ -6,13 +6,12 @@ Pure: what both clients share once they have asked the database.
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Any, Final, TypeVar, cast
 from uuid import UUID
 
 from .codec import printable
 from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, WaitTimeout
-from .model import Ended, FailedAttempt, Standing, State
+from .model import Ended, Standing, State
 from .tasks import Task
 
 R = TypeVar("R")
@@ -40,34 +39,14 @@ def outcome(task: Task[..., R], ended: Ended) -> R:
 
 def error_record(text: str | None) -> dict[str, str]:
     """Return the last error as a record of texts: type, message, traceback. Empty if there is none to read."""
-    loaded = _loaded(text)
+    try:
+        loaded = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return {}
     if not isinstance(loaded, dict):
         return {}
     record = cast("dict[str, Any]", loaded)
     return {name: record[name] for name in _ERROR_KEYS if isinstance(record.get(name), str)}
-
-
-def failed_attempts(text: str | None) -> list[FailedAttempt]:
-    """Return the errors that are kept with an execution, oldest first, from their JSON text."""
-    loaded = _loaded(text)
-    errors = cast("list[object]", loaded) if isinstance(loaded, list) else []
-    return [_failed_attempt(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
-
-
-def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
-    attempt, at = error.get("attempt"), error.get("at")
-    return FailedAttempt(
-        attempt if isinstance(attempt, int) else None,
-        datetime.fromisoformat(at) if isinstance(at, str) else None,
-        *(str(error.get(name) or "") for name in _ERROR_KEYS),
-    )
-
-
-def _loaded(text: str | None) -> object:
-    try:
-        return json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return None
 
 
 def not_kept(task: Task[..., Any], execution_id: UUID) -> ResultNotKept:

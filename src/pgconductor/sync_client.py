@@ -243,7 +243,7 @@ class SyncClient:
 
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """As `Conductor.execution_errors`."""
-        return follow_sync(self._verbs.execution_errors(execution_id), self._ask)
+        return self._ask(self._verbs.execution_errors(execution_id))
 
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""

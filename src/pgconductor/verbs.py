@@ -32,7 +32,7 @@ from .model import (
     State,
 )
 from .options import checked_instant, checked_int, checked_text
-from .outcomes import FINISHED, failed_attempts, not_kept, unanswered_timeout, wait_timeout
+from .outcomes import FINISHED, not_kept, unanswered_timeout, wait_timeout
 from .tasks import Task
 
 T = TypeVar("T")
@@ -147,10 +147,8 @@ class Verbs:
             raise unanswered_timeout(task, execution_id, timeout) from error
         raise unanswered_timeout(task, execution_id, timeout)
 
-    def execution_errors(self, execution_id: UUID) -> Steps[list[FailedAttempt]]:
-        """The errors of an execution's attempts, oldest first."""
-        request = Request(self._calls.execution_errors(execution_id), "reading an execution's errors")
-        return failed_attempts((yield from _asked(request)))
+    def execution_errors(self, execution_id: UUID) -> Request[list[FailedAttempt]]:
+        return Request(self._calls.execution_errors(execution_id), "reading an execution's errors")
 
     # Cancelling
 
