@@ -48,7 +48,17 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from .handle import Handle, SyncHandle
-    from .model import CancelCounts, Cancellation, FailedAttempt, OrchestratorStatus, QueueStatus, State
+    from .model import (
+        CancelCounts,
+        Cancellation,
+        DeadLetter,
+        FailedAttempt,
+        OrchestratorStatus,
+        QueueStatus,
+        Retry,
+        RetryCounts,
+        State,
+    )
     from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
@@ -84,12 +94,15 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     # Reading
     "CancelCounts",
     "Cancellation",
+    "DeadLetter",
     "Drained",
     "FailedAttempt",
     "MigrationReport",
     "OrchestratorStatistics",
     "OrchestratorStatus",
     "QueueStatus",
+    "Retry",
+    "RetryCounts",
     "SchemaVersion",
     "State",
     "WorkerStatistics",
@@ -132,6 +145,7 @@ _MODULES = {
     "Cancellation": "model",
     "Conductor": "conductor",
     "Context": "context",
+    "DeadLetter": "model",
     "DeadlineExceeded": "errors",
     "Delays": "retry",
     "Drained": "runtime.orchestrator",
@@ -168,7 +182,9 @@ _MODULES = {
     "QueueStatus": "model",
     "Refused": "errors",
     "ResultNotKept": "errors",
+    "Retry": "model",
     "RetryAfter": "errors",
+    "RetryCounts": "model",
     "SchemaMissing": "errors",
     "SchemaTooNew": "errors",
     "SchemaVersion": "db.schema",

@@ -33,7 +33,17 @@ from .db.sql_files import validate_schema_name
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import CancelCounts, Cancellation, FailedAttempt, OrchestratorStatus, QueueStatus, State
+from .model import (
+    CancelCounts,
+    Cancellation,
+    DeadLetter,
+    FailedAttempt,
+    OrchestratorStatus,
+    QueueStatus,
+    Retry,
+    RetryCounts,
+    State,
+)
 from .options import checked_int
 from .polling import PollSchedule
 from .results import Results
@@ -241,6 +251,10 @@ class Conductor(Tasks):
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> Handle[Any]:
         """Insert an execution of a task by name, whose code may be elsewhere. Waits for the database only.
@@ -253,7 +267,16 @@ class Conductor(Tasks):
         Raises `InvalidOption`, `InvalidPayload`, `NotOpen`, `Unavailable`, `SchemaMissing`.
         """
         options = checked_options(
-            queue=queue, priority=priority, run_at=run_at, delay=delay, dedupe_key=dedupe_key, limits=self.limits
+            queue=queue,
+            priority=priority,
+            run_at=run_at,
+            delay=delay,
+            dedupe_key=dedupe_key,
+            timeout=timeout,
+            deadline=deadline,
+            max_attempts=max_attempts,
+            tags=tags,
+            limits=self.limits,
         )
         declared, execution = self._by_name.execution(task, payload, options)
         (invoked,) = await self._ask(self._verbs.invoke_many([execution]), conn)
@@ -345,6 +368,76 @@ class Conductor(Tasks):
             tags=tags,
             created_before=created_before,
             reason=reason,
+            limit=limit,
+            everything=everything,
+        )
+        return await follow(steps, self._ask)
+
+    # Dead letters
+
+    async def dead_letters(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+    ) -> list[DeadLetter]:
+        """Return executions that failed or were cancelled and are still kept, those that ended last first.
+
+        `queue`, `task`: names. `states`: of failed and cancelled, None for both. `limit`: 1 to 10,000. `after`: the
+        last one of the page before. Waits for the database only. Raises `InvalidOption`, `NotOpen`, `Unavailable`,
+        `SchemaMissing`.
+        """
+        return await self._ask(
+            self._verbs.dead_letters(queue=queue, task=task, states=states, limit=limit, after=after)
+        )
+
+    async def retry(
+        self, *executions: UUID | AnyHandle[Any], conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> dict[UUID, Retry]:
+        """Let failed or cancelled executions begin anew, by handle or id, in one statement: 10,000 at most.
+
+        Each is ready now, with its id, its payload, what its steps have recorded, and all its attempts before it; its
+        deadline is gone. `conn`: the caller's connection; the retry is part of its transaction.
+
+        Returns what came of it, by id: what is live or completed is left alone. Waits for the database only. Raises
+        `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        if not executions:
+            return {}
+        return await self._ask(self._verbs.retry(executions), conn)
+
+    async def retry_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> RetryCounts:
+        """Let all dead letters that fit every filter given begin anew, the oldest first, in chunks.
+
+        `queue`, `task`: names. `error_type`: the type of the last error, such as "ValueError" or "timeout". `states`:
+        of failed and cancelled; None for failed alone, since a cancellation was somebody's will. `finished_after`,
+        `finished_before`: aware datetimes, from the first to before the second; None for the second is before now, so
+        that what fails again meanwhile is left. `limit`: how many at most. `everything`: instead of a filter.
+
+        Returns how many begin anew, and how many do not because a live execution holds their dedupe key. Each chunk is
+        a transaction of its own; what those before an error did stays done. Raises as `retry`.
+        """
+        steps = self._verbs.retry_matching(
+            queue=queue,
+            task=task,
+            error_type=error_type,
+            states=states,
+            finished_after=finished_after,
+            finished_before=finished_before,
             limit=limit,
             everything=everything,
         )

@@ -29,7 +29,19 @@ from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connecti
 from .errors import InvalidOption, Misuse, NotOpen, Unavailable
 from .handle import AnyHandle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import CancelCounts, Cancellation, Ended, FailedAttempt, OrchestratorStatus, QueueStatus, Standing, State
+from .model import (
+    CancelCounts,
+    Cancellation,
+    DeadLetter,
+    Ended,
+    FailedAttempt,
+    OrchestratorStatus,
+    QueueStatus,
+    Retry,
+    RetryCounts,
+    Standing,
+    State,
+)
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
@@ -141,6 +153,10 @@ class SyncClient:
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.Connection[Any] | None = None,
     ) -> SyncHandle[Any]: ...
     def invoke(self, task: Any, /, *args: Any, **kwargs: Any) -> SyncHandle[Any]:
@@ -234,6 +250,53 @@ class SyncClient:
             tags=tags,
             created_before=created_before,
             reason=reason,
+            limit=limit,
+            everything=everything,
+        )
+        return follow_sync(steps, self._ask)
+
+    # Dead letters
+
+    def dead_letters(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+    ) -> list[DeadLetter]:
+        """As `Conductor.dead_letters`."""
+        return self._ask(self._verbs.dead_letters(queue=queue, task=task, states=states, limit=limit, after=after))
+
+    def retry(
+        self, *executions: UUID | AnyHandle[Any], conn: psycopg.Connection[Any] | None = None
+    ) -> dict[UUID, Retry]:
+        """As `Conductor.retry`."""
+        if not executions:
+            return {}
+        return self._ask(self._verbs.retry(executions), conn)
+
+    def retry_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> RetryCounts:
+        """As `Conductor.retry_matching`."""
+        steps = self._verbs.retry_matching(
+            queue=queue,
+            task=task,
+            error_type=error_type,
+            states=states,
+            finished_after=finished_after,
+            finished_before=finished_before,
             limit=limit,
             everything=everything,
         )

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from datetime import datetime, timedelta
+from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from .codec import Limits
@@ -23,17 +23,20 @@ from .handle import AnyHandle
 from .model import (
     CancelCounts,
     Cancellation,
+    DeadLetter,
     Ended,
     FailedAttempt,
     Invoked,
     OrchestratorStatus,
     QueueStatus,
+    Retry,
+    RetryCounts,
     Standing,
     State,
 )
 from .options import checked_instant, checked_int, checked_text
 from .outcomes import FINISHED, not_kept, unanswered_timeout, wait_timeout
-from .tasks import Task
+from .tasks import Task, checked_tags
 
 T = TypeVar("T")
 
@@ -41,7 +44,11 @@ MAX_REASON_BYTES: Final = 1_000
 MAX_COUNT: Final = 2**31 - 1
 _CHUNK: Final = 1_000  # executions per statement of a verb that takes a filter
 
+MAX_PAGE: Final = 10_000
+
 LIVE_STATES: Final = tuple(state for state in State if state not in FINISHED)
+DEAD_STATES: Final = (State.FAILED, State.CANCELLED)
+States: TypeAlias = Iterable[State | str] | State | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ class Verbs:
         *,
         queue: str | None,
         task: str | None,
-        states: Iterable[State | str] | State | str | None,
+        states: States,
         tags: Iterable[str] | None,
         created_before: datetime | None,
         reason: str | None,
@@ -174,15 +181,14 @@ class Verbs:
         """Cancel by filter, in chunks, until nothing is left or the limit is reached. Raises `InvalidOption`."""
         reason = checked_reason(reason)
         limit = checked_limit(limit)
-        queue = None if queue is None else checked_text("queue", queue, max_bytes=self._limits.name_bytes)
-        task = None if task is None else checked_text("task", task, max_bytes=self._limits.name_bytes)
-        wanted_states = _checked_states(states)
-        wanted_tags = _checked_tags(tags)
+        queue, task = self._name("queue", queue), self._name("task", task)
+        wanted = None if states is None else [state.value for state in _checked_states(states, LIVE_STATES)]
+        with_tags = None if tags is None else _checked_tags(tags)
         before = None if created_before is None else checked_instant("created_before", created_before)
-        _require_filter("cancel_matching", (queue, task, wanted_states, wanted_tags, before), everything)
+        _require_filter("cancel_matching", (queue, task, wanted, with_tags, before), everything)
 
         def cancel(chunk: int) -> Request[CancelCounts]:
-            call = self._calls.cancel_matching(reason, chunk, queue, task, wanted_states, wanted_tags, before)
+            call = self._calls.cancel_matching(reason, chunk, queue, task, wanted, with_tags, before)
             return Request(call, "cancelling")
 
         return self._cancel_in_chunks(cancel, limit)
@@ -198,6 +204,80 @@ class Verbs:
             cancelled += counts.cancelled
             requested += counts.requested
         return CancelCounts(cancelled, requested)
+
+    # Dead letters
+
+    def dead_letters(
+        self, *, queue: str | None, task: str | None, states: States, limit: int, after: DeadLetter | None
+    ) -> Request[list[DeadLetter]]:
+        """A page of executions that failed or were cancelled. Raises `InvalidOption`."""
+        limit = checked_int("limit", limit, minimum=1, maximum=MAX_PAGE)
+        if after is not None and not isinstance(cast(object, after), DeadLetter):
+            raise InvalidOption(f"after must be the last DeadLetter of the page before, not {type(after).__name__}")
+        call = self._calls.dead_letters(
+            self._name("queue", queue), self._name("task", task), limit, after, _checked_states(states, DEAD_STATES)
+        )
+        return Request(call, "reading the dead letters")
+
+    def retry(self, executions: Sequence[UUID | AnyHandle[Any]]) -> Request[dict[UUID, Retry]]:
+        """Let dead letters begin anew. Not repeated unasked: one may have failed again. Raises `InvalidOption`."""
+        return Request(self._calls.retry(self._ids("retry", executions)), "retrying", is_repeatable=False)
+
+    def retry_matching(
+        self,
+        *,
+        queue: str | None,
+        task: str | None,
+        error_type: str | None,
+        states: States,
+        finished_after: datetime | None,
+        finished_before: datetime | None,
+        limit: int | None,
+        everything: bool,
+    ) -> Steps[RetryCounts]:
+        """Retry by filter, in chunks, until nothing is left or the limit is reached. Raises `InvalidOption`."""
+        limit = checked_limit(limit)
+        queue, task = self._name("queue", queue), self._name("task", task)
+        error_type = None if error_type is None else checked_text("error_type", error_type, max_bytes=1_000)
+        after = None if finished_after is None else checked_instant("finished_after", finished_after)
+        before = None if finished_before is None else checked_instant("finished_before", finished_before)
+        chosen = None if states is None else _checked_states(states, DEAD_STATES)
+        _require_filter("retry_matching", (queue, task, error_type, chosen, after, before), everything)
+        wanted = chosen or [State.FAILED]
+
+        def newest() -> Request[list[DeadLetter]]:
+            return Request(self._calls.dead_letters(queue, task, 1, None, wanted), "retrying")
+
+        def retry(chunk: int, before: datetime) -> Request[RetryCounts]:
+            call = self._calls.retry_matching(queue, task, error_type, after, before, chunk, wanted)
+            return Request(call, "retrying", is_repeatable=False)
+
+        return self._retry_in_chunks(newest, retry, before, limit)
+
+    def _retry_in_chunks(
+        self,
+        newest: Callable[[], Request[list[DeadLetter]]],
+        retry: Callable[[int, datetime], Request[RetryCounts]],
+        before: datetime | None,
+        limit: int | None,
+    ) -> Steps[RetryCounts]:
+        retried = duplicates = 0
+        if before is None:
+            # What fails again meanwhile is not to be retried again and again.
+            page = yield from _asked(newest())
+            if not page:
+                return RetryCounts(0, 0)
+            before = page[0].finished_at + timedelta(microseconds=1)
+        while (chunk := _chunk(limit, retried)) > 0:
+            counts = yield from _asked(retry(chunk, before))
+            if not counts.retried and not counts.duplicates:
+                break
+            retried += counts.retried
+            duplicates += counts.duplicates
+        return RetryCounts(retried, duplicates)
+
+    def _name(self, what: str, name: str | None) -> str | None:
+        return None if name is None else checked_text(what, name, max_bytes=self._limits.name_bytes)
 
     def _ids(self, verb: str, executions: Sequence[UUID | AnyHandle[Any]]) -> list[UUID]:
         ids = list(dict.fromkeys(_id_of(verb, execution) for execution in executions))
@@ -228,27 +308,22 @@ def _id_of(verb: str, execution: object) -> UUID:
     raise InvalidOption(f"{verb} takes handles and ids (uuid.UUID), not {type(execution).__name__}")
 
 
-def _checked_states(states: Iterable[State | str] | State | str | None) -> list[str] | None:
+def _checked_states(states: States, allowed: Sequence[State]) -> list[State]:
+    """Return the states that are meant, all that are allowed for None."""
     if states is None:
-        return None
-    wanted: list[str] = []
+        return list(allowed)
+    wanted: list[State] = []
     for state in [states] if isinstance(states, str) else states:
-        if state not in LIVE_STATES:
-            raise InvalidOption(
-                f"states are {', '.join(LIVE_STATES)}, not {state!r}: only what is live can be cancelled"
-            )
-        wanted.append(State(state).value)
+        if state not in allowed:
+            raise InvalidOption(f"a state here is one of {', '.join(allowed)}, not {state!r}")
+        wanted.append(State(state))
     if not wanted:
         raise InvalidOption("states must not be empty; leave it out for all")
     return wanted
 
 
-def _checked_tags(tags: Iterable[str] | None) -> list[str] | None:
-    if tags is None:
-        return None
-    if isinstance(tags, str):
-        raise InvalidOption(f"tags must be a collection of texts, not one text; write tags=[{tags!r}]")
-    wanted = [checked_text("a tag", tag, max_bytes=512) for tag in tags]
+def _checked_tags(tags: Iterable[str]) -> list[str]:
+    wanted = list(checked_tags(tags))
     if not wanted:
         raise InvalidOption("tags must not be empty; leave it out for all")
     return wanted

@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | cancel | status | demo`.
+"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -24,8 +24,9 @@ from ..errors import ExecutionError, InvalidPayload
 from ..version import VERSION
 from . import report
 from .cancelling import cancel
+from .dead_letters import dead_letters, retry
 from .exits import FAILED, complain, reported
-from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_instant
+from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
 from .target import Life, load_orchestrator
 
 app = typer.Typer(
@@ -140,8 +141,18 @@ def invoke(
     dedupe_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="If a live execution has this key, take that one.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it as JSON.")] = False,
     timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Time for an attempt; otherwise the task's.")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="SECONDS|INSTANT", help="It fails unless it has completed by then.")
+    ] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Starts in all; otherwise the task's.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="TAG", help="To find it by; may be repeated.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it as JSON.")] = False,
+    wait_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Wait at most so long; implies --wait.")
     ] = None,
     dsn: Dsn = None,
@@ -154,17 +165,18 @@ def invoke(
     """Invoke a task, and print the id of the execution; with --wait its result instead."""
     with reported(debug=debug):
         arguments = _parse_payload(payload)
-        due = parse_instant("--run-at", run_at)
+        due, last = parse_instant("--run-at", run_at), parse_deadline(deadline)
         with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             handle = client.invoke(
-                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key
-            )
+                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key,
+                timeout=timeout, deadline=last, max_attempts=max_attempts, tags=tag or (),
+            )  # fmt: skip
             answer: dict[str, Any] = {"id": str(handle.id), "created": handle.created}
-            if not wait and timeout is None:
+            if not wait and wait_timeout is None:
                 report.print_json(answer) if as_json else print(handle.id)
                 return
             try:
-                result = handle.result(timeout)
+                result = handle.result(wait_timeout)
             except ExecutionError as error:
                 if not as_json or debug:
                     raise
@@ -175,6 +187,8 @@ def invoke(
 
 
 app.command()(cancel)
+app.command("dead-letters")(dead_letters)
+app.command()(retry)
 
 
 @app.command()

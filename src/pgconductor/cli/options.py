@@ -56,6 +56,14 @@ def parse_instant(option: str, text: str | None) -> datetime | None:
     return instant
 
 
+def parse_deadline(text: str | None) -> datetime | float | None:
+    """Seconds from now, or the instant that --deadline names. Raises `InvalidOption` if it is neither."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return parse_instant("--deadline", text)
+
+
 def parse_ids(texts: list[str]) -> list[UUID]:
     """The ids of executions. Raises `InvalidOption` for a text that is none."""
     ids: list[UUID] = []

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..model import OrchestratorStatus, QueueStatus
+from ..model import DeadLetter, FailedAttempt, OrchestratorStatus, QueueStatus, State
 
+_LONG = 100  # characters of an error in a table
 _WIDE = 240  # columns where there is no terminal: whoever reads a file or a pipe wants whole lines
 
 
@@ -85,6 +86,46 @@ def orchestrator_table(orchestrators: Sequence[OrchestratorStatus]) -> Table:
             f"{age(each.heartbeat_age)} ago",
         )
     return table
+
+
+def dead_letter_table(letters: Sequence[DeadLetter]) -> Table:
+    """One row per dead letter, with the beginning of its last error or the reason of its cancellation."""
+    table = Table(title="Dead letters", title_justify="left")
+    for column in ("execution", "queue", "task", "state", "ended"):
+        table.add_column(column)
+    for column in ("attempts", "crashes", "retried"):
+        table.add_column(column, justify="right")
+    table.add_column("why")
+    for each in letters:
+        table.add_row(
+            str(each.id),
+            Text(plain(each.queue)),
+            Text(plain(each.task)),
+            each.state,
+            f"{each.finished_at:%Y-%m-%d %H:%M:%S %Z}",
+            *(f"{count:,}" for count in (each.attempts, each.crashes, each.generation)),
+            Text(shortened(plain(_why(each)))),
+        )
+    return table
+
+
+def _why(letter: DeadLetter) -> str:
+    if letter.state is State.CANCELLED:
+        return letter.reason or ""
+    return "" if letter.error is None else f"{letter.error.type}: {letter.error.message}"
+
+
+def shortened(text: str) -> str:
+    """`text`, cut to what fits into a line."""
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+
+
+def attempt(error: FailedAttempt) -> str:
+    """A failed attempt in several lines."""
+    which = "" if error.attempt is None else f" {error.attempt}"
+    when = "" if error.at is None else f" at {error.at:%Y-%m-%d %H:%M:%S %Z}"
+    lines = [f"attempt{which}{when}: {error.type}: {error.message}", *error.traceback.splitlines()]
+    return "\n".join(plain(line) for line in lines)
 
 
 def missing_workers(queues: Sequence[QueueStatus]) -> list[str]:

@@ -118,10 +118,10 @@ def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
 
 
 def _dead_letter(row: Row) -> DeadLetter:
-    *columns, error, reason = row
-    columns[3] = State(columns[3])
-    last = _failed_attempts(None if error is None else f"[{error}]")
-    return DeadLetter(*columns, error=last[0] if last else None, reason=reason)
+    columns = list(row)
+    columns[3] = State(row[3])
+    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    return DeadLetter(*columns)
 
 
 def _scalar(rows: list[Row]) -> object:
