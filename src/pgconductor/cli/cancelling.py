@@ -14,7 +14,7 @@ from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client,
 
 
 def cancel(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Executions, by id.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Executions, by id.")] = None,
     queue: Annotated[str | None, typer.Option(metavar="NAME", help="Those on this queue.")] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Those of this task.")] = None,
     state: Annotated[

@@ -52,7 +52,7 @@ def dead_letters(
 
 
 def retry(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Executions, by id.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Executions, by id.")] = None,
     queue: _Queue = None,
     task: _Task = None,
     error_type: Annotated[
