@@ -1,6 +1,8 @@
 -- A fresh install, as the database describes it. Not to be run; a test compares it with the migrations and functions.
 -- To write it anew: PGCONDUCTOR_WRITE_SNAPSHOT=1 python -m pytest tests/migrations/test_snapshot.py
 
+type _private_invoke_options as (max_attempts integer, timeout interval, deadline_at timestamp with time zone, tags text[])
+
 type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'completed', 'failed', 'cancelled')
 
 sequence _private_queues_no_seq as integer
@@ -47,20 +49,25 @@ table _private_executions partition by LIST (queue_no)
     version text
     tags text[]
     headers jsonb
+    created_by oid
     constraint _private_executions_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 10000)))
     constraint counts CHECK (((0 <= attempt) AND (attempt <= claim_no) AND (0 <= crashes)))
+    constraint deadline_at_range CHECK (((deadline_at >= '0001-01-02 00:00:00+00'::timestamp with time zone) AND (deadline_at <= '9999-01-01 00:00:00+00'::timestamp with time zone)))
     constraint due CHECK (((run_at IS NOT NULL) OR (state = 'waiting'::execution_state)))
     constraint live CHECK ((state = ANY (ARRAY['scheduled'::execution_state, 'ready'::execution_state, 'running'::execution_state, 'waiting'::execution_state])))
     constraint names CHECK ((((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)) AND ((octet_length(task) >= 1) AND (octet_length(task) <= 128)) AND (octet_length(dedupe_key) <= 512)))
+    constraint options CHECK (((timeout > '00:00:00'::interval) AND (cardinality(tags) <= 64) AND (octet_length(cancel_reason) <= 1000)))
     constraint outcome_known CHECK ((((outcome IS NULL) = (outcome_claim IS NULL)) AND (outcome_claim <= claim_no)))
     constraint owned_while_running CHECK (((state = 'running'::execution_state) = (owner IS NOT NULL)))
     constraint run_at_range CHECK (((run_at >= '0001-01-02 00:00:00+00'::timestamp with time zone) AND (run_at <= '9999-01-01 00:00:00+00'::timestamp with time zone)))
     CREATE TRIGGER _private_announce AFTER INSERT ON _private_executions FOR EACH ROW EXECUTE FUNCTION _private_on_insert()
     partition _private_queue_0 FOR VALUES IN (0) with (autovacuum_vacuum_scale_factor=0.02, autovacuum_vacuum_threshold=1000)
+    CREATE INDEX _private_queue_0_cancel ON _private_queue_0 USING btree (owner) WHERE ((state = 'running'::execution_state) AND (cancel_requested_at IS NOT NULL))
     CREATE INDEX _private_queue_0_claim ON _private_queue_0 USING btree (queue, priority DESC, run_at, id) WHERE (state = 'ready'::execution_state)
     CREATE INDEX _private_queue_0_due ON _private_queue_0 USING btree (queue, run_at) WHERE (state = ANY (ARRAY['scheduled'::execution_state, 'waiting'::execution_state]))
     CREATE UNIQUE INDEX _private_queue_0_id ON _private_queue_0 USING btree (id)
     CREATE INDEX _private_queue_0_owner ON _private_queue_0 USING btree (owner) WHERE (state = 'running'::execution_state)
+    CREATE INDEX _private_queue_0_suspect ON _private_queue_0 USING btree (queue, priority DESC, run_at, id) WHERE ((state = 'ready'::execution_state) AND (crashes >= 2))
 
 table _private_expiry_slots
     no integer not null
@@ -98,6 +105,7 @@ table _private_finished partition by LIST (slot)
     version text
     tags text[]
     headers jsonb
+    timeout interval
     constraint finished CHECK ((state = ANY (ARRAY['completed'::execution_state, 'failed'::execution_state, 'cancelled'::execution_state])))
     constraint result_of_completed CHECK (((result IS NULL) OR (state = 'completed'::execution_state)))
     partition _private_finished_0 FOR VALUES IN (0)
@@ -122,6 +130,8 @@ table _private_orchestrators
     heartbeat_at timestamp with time zone not null
     expires_at timestamp with time zone not null
     died_at timestamp with time zone
+    stop_requested_at timestamp with time zone
+    has_session boolean not null default false
     constraint _private_orchestrators_pkey PRIMARY KEY (id)
 
 table _private_payloads
@@ -162,6 +172,8 @@ table _private_tasks
     name text not null
     queue text not null
     registered_at timestamp with time zone not null
+    keep_completed double precision default 86400
+    keep_failed double precision default 604800
     constraint _private_tasks_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_tasks_pkey PRIMARY KEY (name)
     constraint _private_tasks_queue_check CHECK (((octet_length(queue) >= 1) AND (octet_length(queue) <= 128)))
@@ -205,43 +217,65 @@ view executions
     payload jsonb
     result jsonb
     errors jsonb
+    claim_no bigint
+    max_attempts integer
+    generation integer
+    timeout interval
+    deadline_at timestamp with time zone
+    tags text[]
+    cancel_requested_at timestamp with time zone
+    cancel_reason text
+    expires_at timestamp with time zone
 
+function _private_add_error(p_errors jsonb, p_error jsonb, p_attempt integer, p_now timestamp with time zone) returns jsonb language sql stable parallel safe
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
 function _private_clock() returns timestamp with time zone language sql parallel safe
+function _private_control_channel(p_owner uuid) returns text language sql immutable parallel safe strict
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns SETOF uuid language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
+function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
+function _private_key_o(p_owner uuid) returns bigint language sql immutable parallel safe strict
 function _private_key_w(p_bucket integer) returns bigint language sql immutable parallel safe strict
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
+function _private_options(p_options jsonb, p_now timestamp with time zone) returns _private_invoke_options language plpgsql stable set search_path=pg_catalog, pg_temp
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_require_alive(p_owner uuid, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_server_epoch() returns text language sql stable
-function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp
+function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql set search_path=pg_catalog, pg_temp
+function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp
+function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
-function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text) returns uuid language sql set search_path=pg_catalog, pg_temp
-function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql set search_path=pg_catalog, pg_temp
+function hold_session(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[]) returns uuid language sql set search_path=pg_catalog, pg_temp
+function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql set search_path=pg_catalog, pg_temp
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[]) language sql set search_path=pg_catalog, pg_temp
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
-function recover(p_queue text, p_limit integer DEFAULT 1000, p_max_crashes integer DEFAULT 3) returns TABLE(recovered bigint, failed bigint) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function recover(p_queue text, p_limit integer DEFAULT 1000) returns TABLE(recovered bigint, failed bigint, cancelled bigint) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function register_orchestrator(p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version integer, p_queues text[], p_tasks jsonb[], p_concurrencies integer[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function register_queue(p_queue text) returns integer language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=1s
-function register_tasks(p_names text[], p_queue text) returns void language sql set search_path=pg_catalog, pg_temp
+function register_tasks(p_names text[], p_queue text, p_keep_completed double precision[] DEFAULT NULL::double precision[], p_keep_failed double precision[] DEFAULT NULL::double precision[]) returns void language sql set search_path=pg_catalog, pg_temp
 function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language sql stable set search_path=pg_catalog, pg_temp
 function retire_orchestrator(p_id uuid) returns bigint language plpgsql set search_path=pg_catalog, pg_temp
+function signals(p_owner uuid, p_queues text[]) returns TABLE(stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[]) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function standing(p_ids uuid[]) returns TABLE(id uuid, state text, task text, queue text, live_workers bigint, due_in double precision) language sql set search_path=pg_catalog, pg_temp
+function succeed_orchestrator(p_old uuid, p_new uuid, p_lease double precision, p_ids uuid[], p_claim_nos bigint[]) returns SETOF uuid language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off

@@ -40,6 +40,11 @@ create or replace function @schema@._private_key_w(p_bucket int) returns bigint
     language sql immutable parallel safe strict
     return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' W ' || p_bucket, 7263381);
 
+-- Held by an orchestrator's session for as long as the session lives.
+create or replace function @schema@._private_key_o(p_owner uuid) returns bigint
+    language sql immutable parallel safe strict
+    return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' O ' || p_owner, 7263381);
+
 create or replace function @schema@._private_bucket(p_id uuid) returns int
     language sql immutable parallel safe strict
     return pg_catalog.get_byte(pg_catalog.uuid_send(p_id), 15);
@@ -53,6 +58,11 @@ create or replace function @schema@._private_results_channel() returns text
     language sql immutable parallel safe
     return 'pgconductor_r_' || pg_catalog.md5(@schema_literal@);
 
+-- An orchestrator's own channel: "read your signals". A hash, since any role may listen, and the id is a secret.
+create or replace function @schema@._private_control_channel(p_owner uuid) returns text
+    language sql immutable parallel safe strict
+    return 'pgconductor_c_' || pg_catalog.md5(pg_catalog.md5(@schema_literal@) || p_owner);
+
 -- Payloads above this size are kept out of the rows that move.
 create or replace function @schema@._private_is_large(p_payload jsonb) returns boolean
     language sql immutable parallel safe strict
@@ -63,3 +73,18 @@ create or replace function @schema@._private_server_epoch() returns text
     language sql stable
     return pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
         || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);
+
+-- Seconds to keep a failed or cancelled execution of a task, where no worker says it; a week for a task nobody registered.
+create or replace function @schema@._private_keep_failed(p_task text) returns double precision
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select case when count(*) = 0 then 604800 else max(t.keep_failed) end from @schema@._private_tasks t where t.name = p_task
+$$;
+
+-- The errors of an execution with one more, oldest first. At most 50: the first stays, then the oldest goes.
+create or replace function @schema@._private_add_error(p_errors jsonb, p_error jsonb, p_attempt int, p_now timestamptz) returns jsonb
+    language sql stable parallel safe
+    return case when p_error is null then p_errors else
+        (case when pg_catalog.jsonb_array_length(p_errors) >= 50 then p_errors - 1 else coalesce(p_errors, '[]') end)
+        || (p_error || pg_catalog.jsonb_build_object('attempt', p_attempt, 'at', p_now)) end;

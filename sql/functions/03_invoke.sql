@@ -1,5 +1,25 @@
 -- Producing executions: any number in one call, or one by named arguments from any SQL client.
 
+-- The columns that an object of options stands for. Raises PC001 for what it does not know.
+create or replace function @schema@._private_options(p_options jsonb, p_now timestamptz) returns @schema@._private_invoke_options
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_unknown constant text := (select string_agg(quote_literal(k), ', ') from jsonb_object_keys(p_options) as k
+        where k not in ('timeout', 'deadline_at', 'deadline_in', 'max_attempts', 'tags'));
+begin
+    if v_unknown is not null then
+        raise exception using errcode = 'PC001', message = format('unknown options: %s', v_unknown);
+    end if;
+    return (
+        (p_options ->> 'max_attempts')::int,
+        make_interval(secs => (p_options ->> 'timeout')::float8),
+        coalesce((p_options ->> 'deadline_at')::timestamptz, p_now + make_interval(secs => (p_options ->> 'deadline_in')::float8)),
+        case when p_options ? 'tags' then array(select jsonb_array_elements_text(p_options -> 'tags')) end
+    )::@schema@._private_invoke_options;
+end $$;
+
 -- Returns a row per position of the arrays (all of one length): the execution's id, and whether this call created it.
 -- With a dedupe key that a live execution of the same queue and task holds, the row is that one's, which stays as it
 -- is. Two positions with one key are one execution, created by the first. Locks: dedupe keys in the order of (queue,
@@ -11,7 +31,9 @@ create or replace function @schema@.invoke_many(
     p_priorities int[] default null,
     p_run_ats timestamptz[] default null,
     p_delays double precision[] default null,   -- seconds from now, where no run_at is given
-    p_dedupe_keys text[] default null
+    p_dedupe_keys text[] default null,
+    p_options jsonb[] default null          -- an object or null per position, with any of: timeout, deadline_in (seconds),
+                                            -- deadline_at (an instant with its zone), max_attempts, tags (texts)
 ) returns table ("position" int, id uuid, created boolean)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -19,12 +41,14 @@ as $$
 #variable_conflict use_column
 declare
     v_now constant timestamptz := @schema@._private_clock();
+    v_me constant oid := quote_ident(session_user)::regrole;
     v_deduped constant boolean := coalesce(cardinality(array_remove(p_dedupe_keys, null)), 0) > 0;
     v_queue text;
     v_no int;
     v_id uuid;
     v_run_at timestamptz;
     v_large boolean;
+    v_options @schema@._private_invoke_options;
     v_queues text[];
     v_nos int[];
     v_ids uuid[];
@@ -48,10 +72,15 @@ begin
         v_id := @schema@._private_new_id(coalesce(v_no, 0), v_now);
         v_run_at := coalesce(p_run_ats[1], v_now + make_interval(secs => p_delays[1]), v_now);
         v_large := @schema@._private_is_large(p_payloads[1]);
-        insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, payload)
+        if p_options[1] is not null then
+            v_options := @schema@._private_options(p_options[1], v_now);
+        end if;
+        insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
+            payload, max_attempts, timeout, deadline_at, tags)
         values (coalesce(v_no, 0), v_id, v_queue, p_tasks[1],
             (case when v_run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
-            coalesce(p_priorities[1], 0), v_run_at, v_now, case when not v_large then p_payloads[1] end);
+            coalesce(p_priorities[1], 0), v_run_at, v_now, v_me, case when not v_large then p_payloads[1] end,
+            (v_options).max_attempts, (v_options).timeout, (v_options).deadline_at, (v_options).tags);
         if v_large then
             insert into @schema@._private_payloads (execution_id, payload) values (v_id, p_payloads[1]);
         end if;
@@ -63,18 +92,21 @@ begin
         with item as materialized (
             select i.ordinality::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
                 coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
-                coalesce(q.no, 0) as queue_no, r.queue, @schema@._private_new_id(coalesce(q.no, 0), v_now) as id
+                coalesce(q.no, 0) as queue_no, r.queue, @schema@._private_new_id(coalesce(q.no, 0), v_now) as id, i.options
             from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_queues), unnest(p_priorities), unnest(p_run_ats),
-                    unnest(p_delays)) with ordinality as i (task, payload, queue, priority, run_at, delay, ordinality)
+                    unnest(p_delays), unnest(p_options))
+                    with ordinality as i (task, payload, queue, priority, run_at, delay, options, ordinality)
                 left join @schema@._private_tasks t on i.queue is null and t.name = i.task
                 cross join lateral (select coalesce(i.queue, t.queue, 'default') as queue) r
                 left join @schema@._private_queues q on q.name = r.queue
         ), inserted as (
-            insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, payload)
+            insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
+                payload, max_attempts, timeout, deadline_at, tags)
             select queue_no, id, queue, task,
                 (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
-                priority, run_at, v_now, case when not @schema@._private_is_large(payload) then payload end
-            from item
+                priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end,
+                o.max_attempts, o.timeout, o.deadline_at, o.tags
+            from item left join lateral @schema@._private_options(options, v_now) o on options is not null
         ), large as (
             insert into @schema@._private_payloads (execution_id, payload)
             select id, payload from item where @schema@._private_is_large(payload)
@@ -119,16 +151,19 @@ begin
     with item as materialized (
         select i.n::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
             coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
-            i.queue, i.queue_no, i.key, i.id, coalesce(i.holder, i.id) as holder
+            i.queue, i.queue_no, i.key, i.id, coalesce(i.holder, i.id) as holder, i.options
         from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_priorities), unnest(p_run_ats), unnest(p_delays),
-                unnest(v_queues), unnest(v_nos), unnest(p_dedupe_keys), unnest(v_ids), unnest(v_holders))
-            with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, n)
+                unnest(v_queues), unnest(v_nos), unnest(p_dedupe_keys), unnest(v_ids), unnest(v_holders), unnest(p_options))
+            with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, options, n)
     ), inserted as (
-        insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, payload, dedupe_key)
+        insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
+            payload, dedupe_key, max_attempts, timeout, deadline_at, tags)
         select queue_no, id, queue, task,
             (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
-            priority, run_at, v_now, case when not @schema@._private_is_large(payload) then payload end, key
-        from item where id = holder
+            priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end, key,
+            o.max_attempts, o.timeout, o.deadline_at, o.tags
+        from item left join lateral @schema@._private_options(options, v_now) o on options is not null
+        where id = holder
     ), large as (
         insert into @schema@._private_payloads (execution_id, payload)
         select id, payload from item where id = holder and @schema@._private_is_large(payload)
@@ -146,11 +181,17 @@ create or replace function @schema@.invoke(
     priority int default 0,
     run_at timestamptz default null,
     delay interval default null,
-    dedupe_key text default null
+    dedupe_key text default null,
+    timeout interval default null,
+    deadline timestamptz default null,
+    max_attempts int default null,
+    tags text[] default null
 ) returns uuid
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
     select id from @schema@.invoke_many(array[task], array[payload], array[queue], array[priority], array[run_at],
-        array[extract(epoch from delay)::double precision], array[dedupe_key])
+        array[extract(epoch from delay)::double precision], array[dedupe_key],
+        array[case when num_nonnulls(timeout, deadline, max_attempts, tags) > 0 then jsonb_strip_nulls(jsonb_build_object(
+            'timeout', extract(epoch from timeout), 'deadline_at', deadline, 'max_attempts', max_attempts, 'tags', tags)) end])
 $$;

@@ -31,6 +31,10 @@ begin
     execute format('create index on @schema@.%I (priority desc, run_at, id) where state = ''ready''', '_private_queue_' || v_no);
     execute format('create index on @schema@.%I (run_at) where state in (''scheduled'', ''waiting'')', '_private_queue_' || v_no);
     execute format('create index on @schema@.%I (owner) where state = ''running''', '_private_queue_' || v_no);
+    execute format('create index on @schema@.%I (owner) where state = ''running'' and cancel_requested_at is not null',
+        '_private_queue_' || v_no);
+    execute format('create index on @schema@.%I (queue, priority desc, run_at, id) where state = ''ready'' and crashes >= 2',
+        '_private_queue_' || v_no);
     execute format('alter table @schema@._private_executions attach partition @schema@.%I for values in (%s)',
         '_private_queue_' || v_no, v_no);
     execute format('alter table @schema@.%I drop constraint partition_bound', '_private_queue_' || v_no);
@@ -38,12 +42,22 @@ begin
     return v_no;
 end $$;
 
--- What the running programs have. Never removes what another program registered.
-create or replace function @schema@.register_tasks(p_names text[], p_queue text) returns void
+-- What the running programs have, and how many seconds executions that no worker ends are kept: null is for ever, and no
+-- array leaves it as it is. Never removes what another program registered; of two versions, the last one started counts.
+create or replace function @schema@.register_tasks(
+    p_names text[], p_queue text, p_keep_completed double precision[] default null, p_keep_failed double precision[] default null
+) returns void
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
-    insert into @schema@._private_tasks as t (name, queue, registered_at)
-    select n, p_queue, @schema@._private_clock() from unnest(p_names) as n order by n
-    on conflict (name) do update set queue = excluded.queue where t.queue <> excluded.queue
+    insert into @schema@._private_tasks as t (name, queue, registered_at, keep_completed, keep_failed)
+    select n.name, p_queue, @schema@._private_clock(), case when p_keep_completed is null then 86400 else n.keep_completed end,
+        case when p_keep_failed is null then 604800 else n.keep_failed end
+    from unnest(p_names, p_keep_completed, p_keep_failed) as n (name, keep_completed, keep_failed) order by n.name
+    on conflict (name) do update set queue = excluded.queue,
+        keep_completed = case when p_keep_completed is null then t.keep_completed else excluded.keep_completed end,
+        keep_failed = case when p_keep_failed is null then t.keep_failed else excluded.keep_failed end
+    where t.queue <> excluded.queue
+        or p_keep_completed is not null and t.keep_completed is distinct from excluded.keep_completed
+        or p_keep_failed is not null and t.keep_failed is distinct from excluded.keep_failed
 $$;

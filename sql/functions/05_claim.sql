@@ -26,19 +26,37 @@ begin
     return v_count;
 end $$;
 
+-- Refuse with PC003 an orchestrator that is dead, expired, or of before a restart of the server. Its row is not locked
+-- (that made claims three times slower): a claim that commits after its owner was declared dead is found from the
+-- executions' side.
+create or replace function @schema@._private_require_alive(p_owner uuid, p_now timestamptz) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (select from @schema@._private_orchestrators o
+            where o.id = p_owner and o.died_at is null and o.expires_at > p_now
+                and o.server_epoch = @schema@._private_server_epoch()) then
+        raise exception using errcode = 'PC003',
+            message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
+    end if;
+end $$;
+
 -- Claim up to p_limit due executions of a queue, of the given tasks only, highest priority first, for one live
 -- orchestrator (T2).
 --
 -- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim,
 -- a single row with id null and due_in: seconds until the next one is due, null if none is; 0.01 at most if there are
--- ready ones that another claim in flight has locked. `waited`: seconds it has been due. Holds the queue's K until it commits: what it locks is hidden from other claimers and would be seen by
--- nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
+-- ready ones that another claim in flight has locked. `waited`: seconds it has been due. `timeout`: seconds for this
+-- attempt; `deadline_in`: seconds left to the execution, which may be negative; null for none. Executions on their last
+-- life (two crashes) are left to claim_suspect. Holds the queue's K until it commits: what it locks is hidden from other
+-- claimers and would be seen by nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
 -- fits nothing (an orchestrator takes a new id after a restart). The work is done by the partition's own function
 -- (09_partitions.sql).
 create or replace function @schema@.claim(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        due_in double precision
+        timeout double precision, deadline_in double precision, due_in double precision
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -52,6 +70,44 @@ begin
     end if;
     return query execute format('select * from @schema@.%I($1, $2, $3, $4)', '_private_claim_' || v_no)
         using p_queue, p_owner, p_tasks, p_limit;
+end $$;
+
+-- Claim one execution that has brought down two claims, if one is ready: its last life. Its process lets nothing else
+-- begin beside it, so that the third crash is charged to it alone. Returns at most one row, as claim does.
+create or replace function @schema@.claim_suspect(p_queue text, p_owner uuid, p_tasks text[])
+    returns table (
+        id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
+        timeout double precision, deadline_in double precision, due_in double precision
+    )
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+    v_now timestamptz;
+    v_no int;
+    v_claimed int;
+begin
+    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
+    v_now := @schema@._private_clock();
+    perform @schema@._private_require_alive(p_owner, v_now);
+    for v_no in select q.no from @schema@._private_queues q where q.name = p_queue union all select 0 loop
+        return query execute format($sql$
+            with picked as materialized (
+                select ctid from @schema@.%1$I
+                where state = 'ready' and crashes >= 2 and queue = $1 and task = any ($2)
+                order by priority desc, run_at, id limit 1 for update skip locked
+            )
+            update @schema@.%1$I e set state = 'running', owner = $3, claim_no = e.claim_no + 1, attempt = e.attempt + 1,
+                claimed_at = $4
+            from picked p where e.ctid = p.ctid
+            returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', $4 - e.run_at),
+                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - $4), null::float8
+            $sql$, '_private_queue_' || v_no) using p_queue, p_tasks, p_owner, v_now;
+        get diagnostics v_claimed = row_count;
+        exit when v_claimed > 0;
+    end loop;
 end $$;
 
 -- The payload of a claimed execution whose payload is large; null if the claim is not this one any more.

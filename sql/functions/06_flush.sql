@@ -31,9 +31,10 @@ as $$
 $$;
 
 -- Write the outcomes of claims of one orchestrator, all of one partition. Arrays of one length:
---   p_outcomes: completed | failed | retried (after p_delays seconds) | released (the attempt is given back; also
--- after p_delays)
---   p_keeps: seconds to keep the finished row; null for ever, 0 not at all
+--   p_outcomes: completed | failed | cancelled | retried (after p_delays seconds) | released (the attempt is given back;
+-- also after p_delays). A row whose cancellation was requested ends as cancelled instead of being retried or released; a
+-- completion or failure that comes with a valid token counts.
+--   p_keeps: seconds to keep the finished row, should it end; null for ever, 0 not at all
 -- Each row is written whole if its token (id, claim_no, owner, running) holds, or not at all; a row whose token does
 -- not hold changes nothing. Returns the ids that were written now. Locks: the rows (owned by the caller, so nobody
 -- else waits for them but recovery, which skips), their dedupe keys. The work is done by the partition's own function
@@ -51,7 +52,8 @@ begin
 end $$;
 
 -- Flush outcomes. Returns only those that were not written now, with why: "already" (an earlier flush of the same
--- claim did it: the reply was lost), or "fenced" (the claim is no longer the caller's). Sending a flush twice changes
+-- claim did it: the reply was lost), "fenced" (the claim is no longer the caller's), or "gone" (there is no row of it:
+-- this outcome was written and is not kept, or the claim was lost and whoever had it next ended it so). Sending a flush twice changes
 -- nothing the second time. Holds K and announces for every queue on which something was made ready again.
 create or replace function @schema@.flush(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
@@ -103,11 +105,16 @@ begin
         return query
         select o.id, case
                 when exists (select from @schema@._private_finished f where f.id = o.id and f.claim_no = o.claim_no
-                            and f.owner = p_owner and f.state::text = o.outcome)
+                            and f.owner = p_owner
+                            and f.state::text = case when o.outcome in ('completed', 'failed') then o.outcome else 'cancelled' end)
                     or exists (select from @schema@._private_executions e
                         where e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id
                             and e.outcome_claim = o.claim_no and e.outcome = o.outcome)
-                then 'already' else 'fenced' end
+                then 'already'
+                when exists (select from @schema@._private_finished f where f.id = o.id)
+                    or exists (select from @schema@._private_executions e
+                        where e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id)
+                then 'fenced' else 'gone' end
         from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome)
         where o.id <> all (v_written);
     end if;

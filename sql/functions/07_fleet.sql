@@ -37,12 +37,119 @@ begin
     return found;
 end $$;
 
--- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition (T10),
--- and fail those that have now brought down p_max_crashes claims (T10'). A crash is charged, the attempt is not.
--- Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
+-- Hold the session lock of an orchestrator for as long as the calling session lives, and say so in its row: others may
+-- then rescue its work as soon as the session is gone and two heartbeats are missing, without waiting for the lease. For a
+-- session of the orchestrator's own, not through a transaction pooler; to be called again on the next one. False: dead.
+create or replace function @schema@.hold_session(p_id uuid) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not pg_try_advisory_lock(@schema@._private_key_o(p_id)) then
+        return false;  -- the former session has not been missed yet by the server: its lock goes when that one does
+    end if;
+    update @schema@._private_orchestrators set has_session = true where id = p_id and died_at is null;
+    return found;
+end $$;
+
+-- What an orchestrator is to know and do: stop; cancel executions it runs, with the claims that are meant; run those that
+-- are on their last life, on the queues named. Exactly one row. Reads only; a signal stays until it is acted upon (the
+-- execution ends, the orchestrator retires), so a lost reply loses nothing.
+create or replace function @schema@.signals(p_owner uuid, p_queues text[])
+    returns table (stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[])
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+    v_no int;
+    v_queue text;
+    v_ids uuid[];
+    v_claim_nos bigint[];
+    v_reasons text[];
+    v_has_suspects boolean;
+begin
+    stop_requested := exists (select from @schema@._private_orchestrators o where o.id = p_owner and o.stop_requested_at is not null);
+    cancelled_ids := '{}';
+    cancelled_claim_nos := '{}';
+    reasons := '{}';
+    suspects := '{}';
+    for v_no, v_queue in select q.no, q.name from @schema@._private_queues q where q.name = any (p_queues) union all select 0, null loop
+        execute format($sql$
+            select coalesce(array_agg(id), '{}'), coalesce(array_agg(claim_no), '{}'), coalesce(array_agg(cancel_reason), '{}')
+            from @schema@.%I where owner = $1 and state = 'running' and cancel_requested_at is not null
+            $sql$, '_private_queue_' || v_no) into v_ids, v_claim_nos, v_reasons using p_owner;
+        cancelled_ids := cancelled_ids || v_ids;
+        cancelled_claim_nos := cancelled_claim_nos || v_claim_nos;
+        reasons := reasons || v_reasons;
+        if v_no > 0 then
+            execute format($sql$
+                select exists (select from @schema@.%I where state = 'ready' and crashes >= 2 and queue = $1)
+                    or exists (select from @schema@._private_queue_0 where state = 'ready' and crashes >= 2 and queue = $1)
+                $sql$, '_private_queue_' || v_no) into v_has_suspects using v_queue;
+            if v_has_suspects then
+                suspects := suspects || v_queue;
+            end if;
+        end if;
+    end loop;
+    return next;
+end $$;
+
+-- Take over, after a restart of the server or a promotion, what the same process held as p_old: registers p_new as p_old
+-- was, for p_lease seconds, and makes it the owner of those of the given claims that are still there. Claims are committed
+-- asynchronously: some may be lost, and a lost one could come back under the same number, so the owner must be another.
+-- Returns the ids that were handed over; whatever else p_old holds is given back, free of charge. p_old ends as a
+-- tombstone. PC003: p_old is dead or its lease has ended. Locks: K of its queues, its row, its executions.
+create or replace function @schema@.succeed_orchestrator(
+    p_old uuid, p_new uuid, p_lease double precision, p_ids uuid[], p_claim_nos bigint[]
+) returns setof uuid
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+    v_now timestamptz;
+    v_queues text[];
+    v_no int;
+begin
+    select array_agg(queue order by queue) into v_queues from @schema@._private_workers where orchestrator_id = p_old;
+    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(q)) from unnest(v_queues) as q;
+    v_now := @schema@._private_clock();
+    update @schema@._private_orchestrators set died_at = v_now where id = p_old and died_at is null and expires_at > v_now;
+    if not found then
+        raise exception using errcode = 'PC003', message = 'the orchestrator is not registered, or its lease has ended';
+    end if;
+    insert into @schema@._private_orchestrators
+        (id, name, program_version, schema_version, server_epoch, started_at, heartbeat_at, expires_at, stop_requested_at)
+    select p_new, name, program_version, schema_version, @schema@._private_server_epoch(), v_now, v_now,
+        v_now + make_interval(secs => p_lease), stop_requested_at
+    from @schema@._private_orchestrators where id = p_old;
+    insert into @schema@._private_workers (orchestrator_id, queue, tasks, concurrency)
+    select p_new, queue, tasks, concurrency from @schema@._private_workers where orchestrator_id = p_old;
+    for v_no in select no from @schema@._private_queues where name = any (v_queues) union all select 0 order by 1 loop
+        return query execute format($sql$
+            with held as materialized (
+                select e.ctid from unnest($3, $4) as h (id, claim_no)
+                    cross join lateral (select e.ctid, e.claim_no, e.owner, e.state from @schema@.%1$I e where e.id = h.id offset 0) e
+                where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'
+                order by h.id
+            )
+            update @schema@.%1$I e set owner = $2 from held h
+            where e.ctid = h.ctid and e.owner = $1 and e.state = 'running' returning e.id
+            $sql$, '_private_queue_' || v_no) using p_old, p_new, p_ids, p_claim_nos;
+    end loop;
+    perform @schema@.release_unknown(p_old, q, '{}') from unnest(v_queues) as q;
+end $$;
+
+-- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition and owner
+-- (T10); fail those that have now brought down three claims (T10'); end those whose cancellation was requested (T12). A
+-- crash is charged, the attempt is not. Dead is whose lease has ended, or who misses two heartbeats and whose session is
+-- gone. Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
 -- day.
-create or replace function @schema@.recover(p_queue text, p_limit int default 1000, p_max_crashes int default 3)
-    returns table (recovered bigint, failed bigint)
+create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
+    returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -54,15 +161,26 @@ declare
     v_owner uuid;
     v_ids uuid[];
     v_claim_nos bigint[];
-    v_fail boolean[];
+    v_outcomes text[];
+    v_keeps double precision[];
     v_ended uuid[];
+    v_cancelled bigint;
     v_requeued bigint;
 begin
     recovered := 0;
     failed := 0;
+    cancelled := 0;
     update @schema@._private_orchestrators set died_at = v_now
     where id in (select o.id from @schema@._private_orchestrators o
-        where o.died_at is null and o.expires_at <= v_now order by o.id for update skip locked);
+        where o.died_at is null and case
+            when o.expires_at <= v_now then true
+            -- Of this server's present life only: a restart takes all session locks at once.
+            when o.has_session and o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2
+                and o.server_epoch = @schema@._private_server_epoch()
+            then case when pg_try_advisory_lock(@schema@._private_key_o(o.id))
+                then pg_advisory_unlock(@schema@._private_key_o(o.id)) else false end
+            else false end
+        order by o.id for update skip locked);
     delete from @schema@._private_orchestrators
     where id in (select o.id from @schema@._private_orchestrators o
         where o.died_at < v_now - interval '1 day' order by o.id for update skip locked);
@@ -82,22 +200,25 @@ begin
             $sql$, '_private_queue_' || v_no)
         loop
             execute format($sql$
-                select array_agg(id), array_agg(claim_no), array_agg(crashes + 1 >= $4) from (
-                    select id, claim_no, crashes from @schema@.%1$I
+                select array_agg(id), array_agg(claim_no),
+                    array_agg(case when crashes >= 2 and cancel_requested_at is null then 'failed' else 'recovered' end),
+                    array_agg(@schema@._private_keep_failed(task)), count(*) filter (where cancel_requested_at is not null)
+                from (
+                    select id, claim_no, crashes, task, cancel_requested_at from @schema@.%1$I
                     where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x
                 $sql$, '_private_queue_' || v_no)
-            into v_ids, v_claim_nos, v_fail using v_owner, p_queue, p_limit, p_max_crashes;
+            into v_ids, v_claim_nos, v_outcomes, v_keeps, v_cancelled using v_owner, p_queue, p_limit;
             continue when v_ids is null;
             select array_agg(f.id) filter (where f.requeued_queue is null), count(f.requeued_queue) into v_ended, v_requeued
-            from @schema@._private_flush_partition(v_no, v_owner, v_ids, v_claim_nos,
-                array(select case when f then 'failed' else 'recovered' end from unnest(v_fail) with ordinality as x (f, n) order by n),
+            from @schema@._private_flush_partition(v_no, v_owner, v_ids, v_claim_nos, v_outcomes,
                 array_fill(null::jsonb, array[cardinality(v_ids)]),
-                array(select case when f then jsonb_build_object('type', 'crash_loop', 'message',
-                        format('the process that ran it died %s times', p_max_crashes)) end
-                    from unnest(v_fail) with ordinality as x (f, n) order by n),
-                array_fill(0::float8, array[cardinality(v_ids)]), array_fill(null::float8, array[cardinality(v_ids)]), 1) f;
+                array(select case when o = 'failed' then jsonb_build_object('type', 'crash_loop', 'message',
+                        'the process that ran it died 3 times') end
+                    from unnest(v_outcomes) with ordinality as x (o, n) order by n),
+                array_fill(0::float8, array[cardinality(v_ids)]), v_keeps, 1) f;
             recovered := recovered + v_requeued;
-            failed := failed + coalesce(cardinality(v_ended), 0);
+            cancelled := cancelled + v_cancelled;
+            failed := failed + coalesce(cardinality(v_ended), 0) - v_cancelled;
             if v_ended is not null then
                 perform @schema@._private_notify_results(v_ended);
             end if;
@@ -120,18 +241,23 @@ declare
     v_no int;
     v_ids uuid[];
     v_claim_nos bigint[];
+    v_keeps double precision[];
+    v_ended uuid[];
     v_released bigint := 0;
 begin
     for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
-        execute format('select array_agg(id), array_agg(claim_no) from (select id, claim_no from @schema@.%I
+        execute format('select array_agg(id), array_agg(claim_no), array_agg(@schema@._private_keep_failed(task))
+                from (select id, claim_no, task from @schema@.%I
                 where state = ''running'' and owner = $1 and queue = $2 and id <> all ($3) for update skip locked) x',
                 '_private_queue_' || v_no)
-            into v_ids, v_claim_nos using p_owner, p_queue, p_known;
+            into v_ids, v_claim_nos, v_keeps using p_owner, p_queue, p_known;
         continue when v_ids is null;
-        perform f.id from @schema@._private_flush_partition(v_no, p_owner, v_ids, v_claim_nos,
+        select array_agg(f.id) filter (where f.requeued_queue is null) into v_ended from @schema@._private_flush_partition(v_no, p_owner, v_ids, v_claim_nos,
             array_fill('released'::text, array[cardinality(v_ids)]), array_fill(null::jsonb, array[cardinality(v_ids)]),
-            array_fill(null::jsonb, array[cardinality(v_ids)]), array_fill(0::float8, array[cardinality(v_ids)]),
-            array_fill(null::float8, array[cardinality(v_ids)]), 0) f;
+            array_fill(null::jsonb, array[cardinality(v_ids)]), array_fill(0::float8, array[cardinality(v_ids)]), v_keeps, 0) f;
+        if v_ended is not null then
+            perform @schema@._private_notify_results(v_ended);
+        end if;
         v_released := v_released + cardinality(v_ids);
     end loop;
     if v_released > 0 then

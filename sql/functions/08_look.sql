@@ -4,13 +4,15 @@ create or replace view @schema@.executions as
     select e.id, e.queue, e.task, e.state, e.priority, e.attempt, e.crashes, e.run_at, e.created_at, e.claimed_at,
         null::timestamptz as finished_at, e.dedupe_key,
         coalesce(e.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = e.id)) as payload,
-        null::jsonb as result, e.errors
+        null::jsonb as result, e.errors, e.claim_no, e.max_attempts, e.generation, e.timeout, e.deadline_at, e.tags,
+        e.cancel_requested_at, e.cancel_reason, null::timestamptz as expires_at
     from @schema@._private_executions e
     union all
     select f.id, f.queue, f.task, f.state, f.priority, f.attempt, f.crashes, f.run_at, f.created_at, f.claimed_at,
         f.finished_at, f.dedupe_key,
         coalesce(f.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = f.id)),
-        f.result, f.errors
+        f.result, f.errors, f.claim_no, f.max_attempts, f.generation, f.timeout, null::timestamptz, f.tags,
+        null::timestamptz, f.cancel_reason, f.expires_at
     from @schema@._private_finished f;
 
 -- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON

@@ -42,17 +42,20 @@ begin
             ), gone as (
                 delete from @schema@._private_queue_{no} e using o
                 where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
-                    and o.outcome in ('completed', 'failed', 'cancelled')
-                returning e.*, o.outcome as new_state, o.result, o.error, o.keep
+                    and (o.outcome in ('completed', 'failed', 'cancelled')
+                        or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))
+                returning e.*, case when o.outcome in ('completed', 'failed') then o.outcome else 'cancelled' end as new_state,
+                    o.result, o.error, o.keep
             ), kept as (
                 insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
                     claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers)
+                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout)
                 select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
                     g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
-                    v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload, g.result,
-                    case when g.error is null then g.errors else coalesce(g.errors, '[]') || g.error end,
-                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers
+                    v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
+                    case when g.new_state <> 'cancelled' then g.result end,
+                    @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
+                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout
                 from gone g
                     join slots s on s.keep is not distinct from g.keep
                 where s.slot is not null
@@ -68,10 +71,10 @@ begin
                     attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end,
                     crashes = e.crashes + p_crashes,
                     owner = null, claimed_at = null, outcome = o.outcome, outcome_claim = e.claim_no,
-                    errors = case when o.error is null then e.errors else coalesce(e.errors, '[]') || o.error end
+                    errors = @schema@._private_add_error(e.errors, o.error, e.attempt, v_now)
                 from o
                 where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
-                    and o.outcome in ('retried', 'released', 'recovered')
+                    and e.cancel_requested_at is null and o.outcome in ('retried', 'released', 'recovered')
                 returning e.id, e.queue
             )
             select g.id, null::text from gone g union all select a.id, a.queue from again a;
@@ -96,7 +99,7 @@ end $body$
 create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        due_in double precision
+        timeout double precision, deadline_in double precision, due_in double precision
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -114,14 +117,7 @@ begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     perform set_config('synchronous_commit', 'off', true);
     v_now := @schema@._private_clock();
-    -- Checked without locking the orchestrator's row (that made claims three times slower): a claim that commits
-    -- after its owner was declared dead is found from the executions' side.
-    if not exists (select from @schema@._private_orchestrators o
-            where o.id = p_owner and o.died_at is null and o.expires_at > v_now
-                and o.server_epoch = @schema@._private_server_epoch()) then
-        raise exception using errcode = 'PC003',
-            message = 'the orchestrator is not registered, its lease has ended, or the server was restarted';
-    end if;
+    perform @schema@._private_require_alive(p_owner, v_now);
 
     -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
     select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1;
@@ -140,11 +136,11 @@ begin
         return query
         with own as materialized (
             select ctid, 1 as part, priority, run_at, id from @schema@._private_queue_{no}
-            where state = 'ready' and task = any (p_tasks)
+            where state = 'ready' and crashes < 2 and task = any (p_tasks)
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), overflow as materialized (
             select ctid, 0 as part, priority, run_at, id from @schema@._private_queue_0
-            where queue = p_queue and state = 'ready' and task = any (p_tasks)
+            where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks)
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), picked as materialized (
             select ctid, part from (table own union all table overflow) x order by priority desc, run_at, id limit p_limit
@@ -159,13 +155,14 @@ begin
             from picked p where p.part = 0 and e.ctid = p.ctid
             returning e.*
         )
-        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at), null::float8
+        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), null::float8
         from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
         v_found := found;
     else
         return query
         with picked as materialized (
-            select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)
+            select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), claimed as (
             update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
@@ -173,7 +170,8 @@ begin
             from picked p where e.ctid = p.ctid
             returning e.*
         )
-        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at), null::float8
+        select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), null::float8
         from claimed order by priority desc, run_at, id;
         v_found := found;
     end if;
@@ -181,13 +179,13 @@ begin
         -- Rows that are ready, and that another claim in flight has locked: its end may make them visible again without
         -- a word, if it dies, and it may have begun after our caller looked at K. So our caller may not sleep on this:
         -- it has to come again in 10 ms. A plain read sees such rows.
-        if exists (select from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks))
+        if exists (select from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks))
             or exists (select from @schema@._private_queue_0
-                where queue = p_queue and state = 'ready' and task = any (p_tasks)) then
+                where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks)) then
             v_due := least(v_due, v_now + interval '10 ms');
         end if;
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            case when least(v_due, v_due_0) is not null
+            null::float8, null::float8, case when least(v_due, v_due_0) is not null
                 then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
     end if;
 end $body$

@@ -6,6 +6,7 @@ because the worker makes one of each per execution (benchmarks/throughput.py); t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -37,6 +38,8 @@ class Claimed(NamedTuple):
     max_attempts: int | None  # of this execution; None: the task's
     payload: str | None  # JSON text; None: large, to be loaded when it runs
     waited: float  # seconds between its due time and the claim, by the database's clock
+    timeout: float | None = None  # seconds for this attempt, as its invocation says; None: the task's
+    deadline_in: float | None = None  # seconds left to it at the claim, perhaps negative; None: no deadline
 
 
 class Outcome(NamedTuple):
@@ -44,11 +47,29 @@ class Outcome(NamedTuple):
 
     id: UUID
     claim_no: int
-    kind: str  # completed | failed | retried | released
+    kind: str  # completed | failed | cancelled | retried | released
     result: str | None = None  # JSON text
     error: str | None = None  # JSON text
     delay: float = 0.0  # seconds until a retried or released one is due
-    keep: float | None = None  # seconds to keep the finished row; None: for ever
+    keep: float | None = None  # seconds to keep the finished row, should it end; None: for ever
+
+
+class Cancellation(StrEnum):
+    """What asking for the cancellation of an execution did."""
+
+    CANCELLED = "cancelled"  # nobody ran it: it has ended now
+    REQUESTED = "requested"  # it is running: its worker is told, and interrupts it
+    FINISHED = "finished"  # it had ended before
+    UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What an orchestrator is asked to do, until it has been done."""
+
+    stop_requested: bool
+    cancelled: Mapping[UUID, tuple[int, str | None]]  # claim and reason of the running executions to cancel
+    suspects: tuple[str, ...]  # queues with an execution on its last life
 
 
 class Invoked(NamedTuple):

@@ -130,12 +130,16 @@ def test_execution_that_brings_down_its_process_three_times_fails(db: Database, 
     (poison,) = work(db, 1)
     for crash in range(1, 4):
         owner = db.register_orchestrator(lease=10)
-        assert [c.id for c in db.claim(owner)] == [poison]
+        claimed = db.claim(owner)
+        if crash == 3:
+            assert claimed == []  # its last life: not in company
+            claimed = [c for c in [db.run(db.calls.claim_suspect("q", owner, ["t"]))] if c is not None]
+        assert [c.id for c in claimed] == [poison]
         clock.advance(11)
         assert db.recover() == ((1, 0) if crash < 3 else (0, 1))
     assert db.claim(db.register_orchestrator()) == []
     assert db.finished(poison) == [("failed", 0, 3, 3)]
-    assert db.finished(poison, "errors -> 0 ->> 'type', expires_at") == [("crash_loop", None)]
+    assert db.finished(poison, "errors -> 0 ->> 'type', expires_at - finished_at = '7 d'") == [("crash_loop", True)]
     assert db.value("select count(*) from {s}._private_executions") == 0
 
 
@@ -143,8 +147,8 @@ def test_crash_loop_frees_the_key_and_tells_those_who_wait(db: Database, clock: 
     """A poisonous execution keeps its key for ever, and its waiter waits."""
     db.register_queue()
     poison = db.invoke(key="k")
-    db.rows("update {s}._private_executions set crashes = 2")
     db.claim(db.register_orchestrator(lease=10))
+    db.rows("update {s}._private_executions set crashes = 2")
     clock.advance(11)
     waiter = db.session(autocommit=True)
     waiter.rows(f"listen {db.run(db.calls.results_channel())}")
@@ -161,7 +165,12 @@ def test_recovery_is_bounded_and_goes_on(db: Database, clock: DatabaseClock) -> 
     work(db, 50)
     db.claim(db.register_orchestrator(lease=10))
     clock.advance(11)
-    assert [db.rows("select * from {s}.recover('q', 20)")[0] for _ in range(4)] == [(20, 0), (20, 0), (10, 0), (0, 0)]
+    assert [db.rows("select recovered, failed from {s}.recover('q', 20)")[0] for _ in range(4)] == [
+        (20, 0),
+        (20, 0),
+        (10, 0),
+        (0, 0),
+    ]
 
 
 def test_recovery_skips_rows_another_holds(db: Database, clock: DatabaseClock) -> None:

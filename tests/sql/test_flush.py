@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -117,7 +118,7 @@ def test_unknown_execution_is_fenced(db: Database) -> None:
     """An outcome of an execution that is not there fails the whole batch of others."""
     one = run_one(db)
     stranger = one.ended("completed")._replace(id=db.value("select {s}._private_new_id(0, now())"))
-    assert db.flush(one.owner, stranger, one.ended("completed")) == {stranger.id: "fenced"}
+    assert db.flush(one.owner, stranger, one.ended("completed")) == {stranger.id: "gone"}
     assert db.finished(one.id) == [("completed", 1, 0, 1)]
 
 
@@ -157,11 +158,11 @@ def test_flush_sent_twice_with_new_outcomes_writes_those(db: Database) -> None:
 
 
 def test_flush_sent_twice_of_a_row_nobody_keeps_finds_no_trace(db: Database) -> None:
-    """Nothing is kept that could say "already": it is "fenced", and nothing changes."""
+    """Nothing is kept that could say "already": it is "gone", and nothing changes."""
     one = run_one(db)
     assert db.flush(one.owner, one.ended("completed", keep=0.0)) == {}
     before = db.dump()
-    assert db.flush(one.owner, one.ended("completed", keep=0.0)) == {one.id: "fenced"}
+    assert db.flush(one.owner, one.ended("completed", keep=0.0)) == {one.id: "gone"}
     assert db.dump() == before
 
 
@@ -311,14 +312,26 @@ def test_released_one_keeps_its_place_and_a_retried_one_queues_up(db: Database) 
 
 
 def test_errors_of_all_attempts_are_kept_in_order(db: Database) -> None:
-    """A later error in the place of an earlier one."""
+    """A later error in the place of an earlier one, or nobody knows which attempt it was."""
     one = run_one(db)
     db.flush(one.owner, one.ended("retried", error='{"n": 1}'))
     one = Running(one.owner, *db.claim(one.owner))
     db.flush(one.owner, one.ended("released"))
     one = Running(one.owner, *db.claim(one.owner))
     db.flush(one.owner, one.ended("failed", error='{"n": 2}'))
-    assert db.finished(one.id, "errors") == [([{"n": 1}, {"n": 2}],)]
+    ((errors,),) = db.finished(one.id, "errors")
+    assert [(e["n"], e["attempt"]) for e in errors] == [(1, 1), (2, 2)]
+    assert errors[0]["at"] < errors[1]["at"]
+
+
+def test_of_many_errors_the_first_and_the_latest_are_kept(db: Database) -> None:
+    """An execution of ten thousand attempts carries ten thousand tracebacks from claim to claim."""
+    one = run_one(db)
+    for n in range(1, 54):
+        db.flush(one.owner, one.ended("retried", error=json.dumps({"n": n})))
+        one = Running(one.owner, *db.claim(one.owner))
+    (errors,) = db.live(one.id, "errors") or ([],)
+    assert [e["n"] for e in errors] == [1, *range(5, 54)]
 
 
 @pytest.mark.parametrize("kind", ["completed", "failed"])
@@ -338,7 +351,7 @@ def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str) -> 
     db.rows(
         "update {s}._private_executions set generation = 2, max_attempts = 9, depth = 3, cancel_reason = 'r',"
         " parent_id = id, root_id = id, limit_key = 'l', version = 'v', tags = '{x}',"
-        " headers = '{\"h\": 1}', crashes = 1"
+        " headers = '{\"h\": 1}', crashes = 1, timeout = '7 s'"
     )
     (claimed,) = db.claim(owner)
     columns = ", ".join(shared_columns)
@@ -467,4 +480,4 @@ def test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written(db: D
     db.wait_blocked(flusher, flush)
     rival.commit()
     assert flush.result(20) == {}
-    assert db.live(one.id) is None if kind in ("completed", "failed") else db.live(one.id, "owner") == (None,)
+    assert db.finished(one.id, "state::text") == [(kind if kind in ("completed", "failed") else "cancelled",)]

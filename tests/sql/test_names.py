@@ -125,7 +125,7 @@ def test_identifiers_have_room_for_the_largest_queue_number(db: Database) -> Non
     no = db.register_queue()
     assert no == 1048575
     names = db.rows("select relname from pg_class where relname ~ '^_private_queue_1048575'")
-    assert len(names) == 5
+    assert len(names) == 7
     assert max(len(name) for (name,) in names) < 63
     id_ = db.invoke()
     assert db.live_row(id_, "queue_no, {s}._private_queue_no(id)".replace("{s}", db.schema)) == (no, no)

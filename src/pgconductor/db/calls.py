@@ -13,7 +13,18 @@ from uuid import UUID
 
 from psycopg import sql
 
-from ..model import Claimed, Ended, Invoked, OrchestratorStatus, Outcome, QueueStatus, Standing, State
+from ..model import (
+    Cancellation,
+    Claimed,
+    Ended,
+    Invoked,
+    OrchestratorStatus,
+    Outcome,
+    QueueStatus,
+    Signals,
+    Standing,
+    State,
+)
 from .call import Call, Row, ignore
 
 
@@ -25,11 +36,22 @@ class Claim(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """Whether the lease still holds, and how many executions of dead owners were given back, or failed for good."""
+    """Whether the lease still holds; how many executions of dead owners were given back, failed for good, or ended as
+    they were asked to; what this orchestrator is asked to do.
+    """
 
     is_alive: bool
     recovered: int
     failed: int
+    cancelled: int
+    signals: Signals
+
+
+class CancelledMatching(NamedTuple):
+    """How many executions one call of `cancel_matching` ended, and of how many it told the owner."""
+
+    cancelled: int
+    requested: int
 
 
 class NewExecution(NamedTuple):
@@ -42,6 +64,7 @@ class NewExecution(NamedTuple):
     run_at: datetime | None = None
     delay: float | None = None
     dedupe_key: str | None = None
+    options: str | None = None  # JSON object, see `invoke_many` in SQL
 
 
 class WorkerRow(NamedTuple):
@@ -54,12 +77,30 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][7])
-    return Claim([Claimed._make(row[:7]) for row in rows], None)
+        return Claim([], rows[0][9])
+    return Claim([Claimed._make(row[:9]) for row in rows], None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
     return [*row[:-1], tuple(row[-1])]
+
+
+def _suspect(rows: list[Row]) -> Claimed | None:
+    return Claimed._make(rows[0][:9]) if rows else None
+
+
+def _signals(row: Sequence[Any]) -> Signals:
+    stop_requested, ids, claim_nos, reasons, suspects = row
+    return Signals(
+        stop_requested,
+        {i: (no, reason) for i, no, reason in zip(ids, claim_nos, reasons, strict=True)},
+        tuple(suspects),
+    )
+
+
+def _heartbeat(rows: list[Row]) -> Heartbeat:
+    (row,) = rows
+    return Heartbeat(row[0], row[1], row[2], row[3], _signals(row[4:]))
 
 
 def _scalar(rows: list[Row]) -> object:
@@ -85,9 +126,11 @@ def _optional_boolean(rows: list[Row]) -> bool | None:
 # Text of each call; {s} is the schema. Casts say what the driver cannot know of a Python list or string.
 _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
-    ' %s::timestamptz[], %s::float8[], %s::text[]) order by "position"',
-    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, due_in"
-    " from {s}.claim(%s, %s, %s::text[], %s)",
+    ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, due_in"
+    " from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
+    "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, due_in"
+    " from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[]) /*flush*/",
@@ -95,13 +138,25 @@ _QUERIES = {
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
     "register_queue": "select {s}.register_queue(%s)",
-    "register_tasks": "select {s}.register_tasks(%s::text[], %s)",
+    "register_tasks": "select {s}.register_tasks(%s::text[], %s, %s::float8[], %s::float8[])",
     "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
-    # The lease first, then the rescue of others' work, in one statement: an idle process sends no other.
-    "heartbeat": "select h.alive, r.recovered, r.failed from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
+    # The lease first, then the rescue of others' work and what we are asked to do, in one statement: an idle process
+    # sends no other.
+    "heartbeat": "select h.alive, r.recovered, r.failed, r.cancelled, g.stop_requested, g.cancelled_ids,"
+    " g.cancelled_claim_nos, g.reasons, g.suspects from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
     " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
-    " coalesce(sum(r.failed), 0)::int8 as failed"
-    " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r",
+    " coalesce(sum(r.failed), 0)::int8 as failed, coalesce(sum(r.cancelled), 0)::int8 as cancelled"
+    " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r"
+    " cross join lateral {s}.signals(%s, %s::text[]) g /*heartbeat*/",
+    "signals": "select stop_requested, cancelled_ids, cancelled_claim_nos, reasons, suspects"
+    " from {s}.signals(%s, %s::text[])",
+    "hold_session": "select {s}.hold_session(%s)",
+    "succeed_orchestrator": "select id from {s}.succeed_orchestrator(%s, %s, %s, %s::uuid[], %s::int8[]) as id"
+    " /*succeed*/",
+    "cancel": "select id, status from {s}.cancel(%s::uuid[], %s) /*cancel*/",
+    "cancel_matching": "select cancelled, requested from {s}.cancel_matching(%s, %s, %s, %s, %s::text[], %s::text[],"
+    " %s::timestamptz)",
+    "control_channel": "select {s}._private_control_channel(%s)",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
@@ -139,11 +194,15 @@ class Calls:
             query = b"%s._private_claim_%d(%s" % (schema, queue_no, arguments)
         return Call(query, (queue, owner, tasks, limit), _claim)
 
+    def claim_suspect(self, queue: str, owner: UUID, tasks: list[str]) -> Call[Claimed | None]:
+        """Claim one execution on its last life."""
+        return Call(self._query["claim_suspect"], (queue, owner, tasks), _suspect)
+
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
         return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)
 
     def flush(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
-        """Result: the outcomes that were not written now, with "already" or "fenced"."""
+        """Result: the outcomes that were not written now, with "already", "fenced" or "gone"."""
         columns = [list(column) for column in zip(*outcomes, strict=True)]
         return Call(self._query["flush"], (owner, *columns), lambda rows: {row[0]: row[1] for row in rows})
 
@@ -159,8 +218,15 @@ class Calls:
     def register_queue(self, queue: str) -> Call[int]:
         return Call(self._query["register_queue"], (queue,), _count)
 
-    def register_tasks(self, names: list[str], queue: str) -> Call[None]:
-        return Call(self._query["register_tasks"], (names, queue), ignore)
+    def register_tasks(
+        self,
+        names: list[str],
+        queue: str,
+        keep_completed: list[float | None] | None = None,
+        keep_failed: list[float | None] | None = None,
+    ) -> Call[None]:
+        """`keep_completed`, `keep_failed`: seconds per task, None in a list is for ever; no list leaves them."""
+        return Call(self._query["register_tasks"], (names, queue, keep_completed, keep_failed), ignore)
 
     def register_orchestrator(
         self,
@@ -181,8 +247,52 @@ class Calls:
         )
 
     def heartbeat(self, owner: UUID, lease: float, queues: list[str]) -> Call[Heartbeat]:
-        """Renew a lease, and give back what dead orchestrators held on these queues."""
-        return Call(self._query["heartbeat"], (owner, lease, queues), lambda rows: Heartbeat._make(rows[0]))
+        """Renew a lease, give back what dead orchestrators held on these queues, and read our signals."""
+        return Call(self._query["heartbeat"], (owner, lease, queues, owner, queues), _heartbeat)
+
+    def signals(self, owner: UUID, queues: list[str]) -> Call[Signals]:
+        return Call(self._query["signals"], (owner, queues), lambda rows: _signals(rows[0]))
+
+    def control_channel(self, owner: UUID) -> Call[str]:
+        """The channel that tells an orchestrator to read its signals."""
+        return Call(self._query["control_channel"], (owner,), lambda rows: str(_scalar(rows)))
+
+    def hold_session(self, owner: UUID) -> Call[bool | None]:
+        """On a session of the orchestrator's own: hold its session lock. False: it is dead, or the lock is taken."""
+        return Call(self._query["hold_session"], (owner,), _optional_boolean)
+
+    def succeed_orchestrator(
+        self, old: UUID, new: UUID, lease: float, claims: Iterable[tuple[UUID, int]]
+    ) -> Call[frozenset[UUID]]:
+        """Hand over these claims to a new incarnation. Result: those that were still there."""
+        held = list(claims)
+        return Call(
+            self._query["succeed_orchestrator"],
+            (old, new, lease, [i for i, _ in held], [no for _, no in held]),
+            lambda rows: frozenset(row[0] for row in rows),
+        )
+
+    def cancel(self, executions: list[UUID], reason: str | None) -> Call[dict[UUID, Cancellation]]:
+        return Call(
+            self._query["cancel"], (executions, reason), lambda rows: {row[0]: Cancellation(row[1]) for row in rows}
+        )
+
+    def cancel_matching(
+        self,
+        reason: str | None,
+        limit: int,
+        queue: str | None = None,
+        task: str | None = None,
+        states: list[str] | None = None,
+        tags: list[str] | None = None,
+        created_before: datetime | None = None,
+    ) -> Call[CancelledMatching]:
+        """At most `limit` executions per call; again until both counts are 0."""
+        return Call(
+            self._query["cancel_matching"],
+            (reason, limit, queue, task, states, tags, created_before),
+            lambda rows: CancelledMatching._make(rows[0]),
+        )
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)

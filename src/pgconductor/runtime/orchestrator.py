@@ -262,7 +262,9 @@ class Orchestrator:
                 except Unavailable:  # other DDL was in the way for a second; nobody waits behind us meanwhile
                     if attempt == 29:
                         raise
-            await control.attempt(conductor.calls.register_tasks([task.name for task in worker.tasks], worker.queue))
+            names = [task.name for task in worker.tasks]
+            keeps: list[float | None] = [None] * len(names)
+            await control.attempt(conductor.calls.register_tasks(names, worker.queue, keeps, keeps))
         return numbers
 
     @asynccontextmanager

@@ -1,0 +1,122 @@
+-- → cancelled (T11, T12).
+
+-- End executions that nobody runs, of one partition, in the given state: rows that are running, or gone, are left alone. The
+-- caller holds their locks and has raised K. Returns the ids that were ended now.
+create or replace function @schema@._private_end(p_no int, p_ids uuid[], p_state text, p_reason text, p_now timestamptz)
+    returns setof uuid
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+begin
+    return query execute format($sql$
+        with gone as (
+            delete from @schema@.%I where id = any ($1) and state <> 'running' returning *
+        ), slots as materialized (
+            select g.id, k.keep, @schema@._private_expiry_slot(k.keep, $4) as slot
+            from gone g cross join lateral (select @schema@._private_keep_failed(g.task) as keep offset 0) k
+        ), kept as (
+            insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
+                claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
+                cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout)
+            select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
+                $2::@schema@.execution_state, g.id, null, g.claim_no, g.run_at, g.created_at, g.claimed_at, $4,
+                $4 + make_interval(secs => s.keep), g.queue, g.task, g.dedupe_key, g.payload, null, g.errors,
+                $3, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout
+            from gone g join slots s on s.id = g.id where s.slot is not null
+        ), keys as (
+            delete from @schema@._private_dedupe_keys d using gone g
+            where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+        ), payloads as (
+            delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id = s.id
+        )
+        select id from gone
+        $sql$, '_private_queue_' || p_no) using p_ids, p_state, p_reason, p_now;
+end $$;
+
+-- Cancel executions. Returns a row per distinct id:
+--   cancelled   nobody ran it: it has ended now, and never starts again
+--   requested   it is running: its owner is told (or was before), and interrupts it. If it completes or fails before that
+--               takes effect, that counts. Should its owner be dead, it ends when it is recovered.
+--   finished    it had ended before; unknown: there is no row of it
+-- Whoever asks again is answered as the execution then stands; the first reason is kept. Locks: K of the queues, then the
+-- rows, waiting, in the order of partition and id; dedupe keys. Waits for a claim or flush in flight of the same rows, and
+-- sees what it did.
+create or replace function @schema@.cancel(p_ids uuid[], p_reason text default null) returns table (id uuid, status text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+as $$
+#variable_conflict use_column
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+    v_no int;
+    v_idle uuid[];
+    v_running uuid[];
+    v_cancelled uuid[] := '{}';
+    v_requested uuid[] := '{}';
+    v_ended uuid[];
+    v_owners uuid[];
+begin
+    if octet_length(p_reason) > 1000 then
+        raise exception using errcode = 'PC001', message = 'the reason of a cancellation is at most 1000 bytes long';
+    end if;
+    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(q.name)) from (
+        select q.name from @schema@._private_queues q
+        where q.no in (select distinct @schema@._private_queue_no(i) from unnest(p_ids) as i) order by q.name) q;
+    for v_no in
+        select p.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) p
+        where p.no = 0 or exists (select from @schema@._private_queues q where q.no = p.no) order by 1
+    loop
+        execute format($sql$
+            select array_agg(id) filter (where state <> 'running'), array_agg(id) filter (where state = 'running')
+            from (select id, state from @schema@.%I where id = any ($1) order by id for update) x
+            $sql$, '_private_queue_' || v_no) into v_idle, v_running using p_ids;
+        if v_idle is not null then
+            v_ended := array(select @schema@._private_end(v_no, v_idle, 'cancelled', p_reason, v_now));
+            perform @schema@._private_notify_results(v_ended);
+            v_cancelled := v_cancelled || v_ended;
+        end if;
+        if v_running is not null then
+            execute format($sql$
+                with asked as (
+                    update @schema@.%I set cancel_requested_at = $2, cancel_reason = $3
+                    where id = any ($1) and state = 'running' and cancel_requested_at is null
+                    returning owner
+                )
+                select array_agg(distinct owner) from asked
+                $sql$, '_private_queue_' || v_no) into v_owners using v_running, v_now, p_reason;
+            perform pg_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;
+            v_requested := v_requested || v_running;
+        end if;
+    end loop;
+    return query
+    select i, case when i = any (v_cancelled) then 'cancelled' when i = any (v_requested) then 'requested'
+        when exists (select from @schema@._private_finished f where f.id = i) then 'finished' else 'unknown' end
+    from (select distinct i from unnest(p_ids) as i) x;
+end $$;
+
+-- Cancel what a filter finds, at most p_limit executions per call: all that is given must fit. Those whose cancellation
+-- was requested before are left out, so calling it until both counts are 0 comes to an end. Returns how many have ended
+-- and of how many the owner was told.
+create or replace function @schema@.cancel_matching(
+    p_reason text default null, p_limit int default 1000, p_queue text default null, p_task text default null,
+    p_states text[] default null, p_tags text[] default null, p_created_before timestamptz default null
+) returns table (cancelled bigint, requested bigint)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_ids uuid[];
+begin
+    v_ids := array(
+        select e.id from @schema@._private_executions e
+        where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
+            and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
+            and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
+        limit p_limit);
+    return query
+    select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
+    from @schema@.cancel(v_ids, p_reason) c;
+end $$;
