@@ -16,9 +16,9 @@ import psycopg
 import pytest
 import trio
 from faults.inside import LIMIT, Work, check_once, invoke, query, until, work_on
-from proxy import ChaosProxy, open_chaos_proxy
 
 from pgconductor import Conductor, Unavailable
+from pgconductor.testing.proxy import ChaosProxy, open_chaos_proxy
 
 EITHER_WAY = pytest.mark.parametrize("how", ["request", "reply"])
 

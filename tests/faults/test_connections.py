@@ -11,10 +11,10 @@ from typing import Any
 
 import trio
 from faults.inside import LIMIT, check_once, invoke, query, server_processes, until, work_on
-from proxy import open_chaos_proxy
 
 from pgconductor import Conductor, Orchestrator
 from pgconductor.tasks import Task
+from pgconductor.testing.proxy import open_chaos_proxy
 
 
 async def test_random_backends_terminated_during_a_drain_cost_nothing_but_time(pgconductor_dsn: str) -> None:

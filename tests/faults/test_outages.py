@@ -7,7 +7,8 @@ import logging
 import pytest
 import trio
 from faults.inside import LIMIT, check_once, invoke, query, until, work_on
-from proxy import open_chaos_proxy
+
+from pgconductor.testing.proxy import open_chaos_proxy
 
 
 def finished(dsn: str) -> int:
