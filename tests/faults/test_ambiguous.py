@@ -137,7 +137,7 @@ async def test_lost_commit_of_a_migration_is_found_out_by_the_next_try(pgconduct
             report = await conductor.migrate()
             await conductor.check_schema()
             again = await conductor.migrate()
-        assert report.applied[:1] == ((1,) if how == "request" else ())
+        assert (1 in report.applied) == (how == "request")
         assert (again.applied, again.functions_replaced) == ((), False)
     async with conductor:
         await conductor.invoke("count", {"n": 1})
