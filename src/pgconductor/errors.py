@@ -34,9 +34,9 @@ Messages name the object and the remedy. The cause, where a driver's error lies 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class PgconductorError(Exception):
@@ -194,3 +194,18 @@ class DeadlineExceeded(AttemptError, TimeoutError):
     """The execution's deadline has passed, or will have when it could run again. Recorded as ``deadline``."""
 
     recorded_type = "deadline"
+
+
+# The property of the base class, whatever a subclass makes of the name.
+_members: Any = BaseExceptionGroup.exceptions.__get__
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Every exception in a group and the groups in it, in order, without recursion; `error` itself if it is none."""
+    pending = [error]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, BaseExceptionGroup):
+            pending.extend(reversed(_members(current)))
+        else:
+            yield current

@@ -11,12 +11,12 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
 
-from .errors import InvalidOption, NoRetry, RetryAfter, Snooze
+from .errors import InvalidOption, NoRetry, RetryAfter, Snooze, leaves
 from .options import MAX_DELAY, checked_number, checked_seconds
 
 _MAX_EXPONENT = 700.0  # e to this power is just within a float
@@ -45,6 +45,21 @@ BackoffLike: TypeAlias = (
     | Sequence[float | timedelta]
     | Callable[[int, BaseException], float | timedelta]
 )
+
+
+def _jittered(longest: float, jitter: float, rng: random.Random) -> float:
+    return longest - longest * jitter * rng.random()
+
+
+def _set_seconds(backoff: object, name: str, minimum: float = 0.0) -> float:
+    """Check a duration of a frozen back-off and keep it as seconds."""
+    seconds = checked_seconds(f"{type(backoff).__name__}({name}=)", getattr(backoff, name), minimum=minimum)
+    object.__setattr__(backoff, name, seconds)
+    return seconds
+
+
+def _check_jitter(backoff: Exponential | Linear | Fixed | Delays) -> None:
+    checked_number(f"{type(backoff).__name__}(jitter=)", backoff.jitter, minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +211,7 @@ def checked_backoff(what: str, value: object) -> Backoff:
     if inspect.iscoroutinefunction(value):
         raise InvalidOption(f"{what} is an async function; the wait is computed without waiting, so write a plain def")
     if callable(value):
-        return _Computed(value)
+        return _Computed(cast("Callable[[int, BaseException], float | timedelta]", value))
     raise InvalidOption(
         f"{what} must be seconds, a list of seconds, a function (attempt, error) -> seconds, or have a method "
         f"delay(attempt, rng), as Exponential(initial=1.0) has; {type(value).__name__} is none of these"
@@ -276,35 +291,9 @@ def verdict_in(error: BaseException) -> NoRetry | RetryAfter | Snooze | None:
     return retry or (snooze if only_snoozed else None)
 
 
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """Every exception in a group and the groups in it, in order, without recursion; `error` itself if it is none."""
-    pending = [error]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, BaseExceptionGroup):
-            pending.extend(reversed(cast("BaseExceptionGroup[BaseException]", current).exceptions))
-        else:
-            yield current
-
-
 def _asked(backoff: Backoff, attempt: int, rng: random.Random, error: BaseException) -> float:
     if isinstance(backoff, _Computed):
         return backoff.delay_after(attempt, error)
     return checked_seconds(
         f"the delay that {type(backoff).__name__}.delay() returned", backoff.delay(attempt, rng), maximum=MAX_DELAY
     )
-
-
-def _jittered(longest: float, jitter: float, rng: random.Random) -> float:
-    return longest - longest * jitter * rng.random()
-
-
-def _set_seconds(backoff: object, name: str, minimum: float = 0.0) -> float:
-    """Check a duration of a frozen back-off and keep it as seconds."""
-    seconds = checked_seconds(f"{type(backoff).__name__}({name}=)", getattr(backoff, name), minimum=minimum)
-    object.__setattr__(backoff, name, seconds)
-    return seconds
-
-
-def _check_jitter(backoff: Exponential | Linear | Fixed | Delays) -> None:
-    checked_number(f"{type(backoff).__name__}(jitter=)", backoff.jitter, minimum=0.0, maximum=1.0)
