@@ -15,26 +15,27 @@ claims and flushes fenced there.
 
 Succession
 ----------
-After a restart of the server, or a promotion, the database refuses the old id (asynchronously committed claims may be
-lost, and come back under the same numbers), but the lease still stands, and so does the work. Then the incarnation takes
-a new id, and the claims that survived are handed over to it in one transaction. What carries an id (claim, flush, load a
-payload) goes through `attempt`, which a succession closes: from then on no answer to a call under the old id is still to
-come. Every interleaving of a call with the hand-over H (by its place in the database):
+After a restart of the server, or a promotion, the database refuses the old id (asynchronously
+committed claims may be lost, and come back under the same numbers), but the lease still stands, and so does the work.
+Then the incarnation takes a new id, and the claims that survived are handed over to it in one transaction. What
+carries an id (claim, flush, load a payload) goes through `attempt`, which a succession closes: from then on no answer
+to a call under the old id is still to come. Every interleaving of a call with the hand-over H (by its place in the
+database):
 
 - answered before H: its effects are known, and H hands over what we then hold.
 - sent before H, the reply lost (the usual case: the server was restarted), carried out before H. A claim: rows of
-  which we know nothing; H gives them back, free of charge. A flush: its rows are no longer running, H does not hand them
-  over; their outcomes are sent once more under the *old* id, which answers "already", and so are counted right.
-- the same, but never carried out. A claim: nothing happened. A flush: H hands the rows over, and their outcomes are sent
-  under the new id.
-- sent before H, carried out after it, because it was held up and we gave up waiting (`_PATIENCE`). A claim: refused, the
-  old id is dead. A flush: its token fits nothing, nothing is written; it has been or will be sent under the new id. A
-  payload: not found; asked for again under the new id.
+  which we know nothing; H gives them back, free of charge. A flush: its rows are no longer running, H does not hand
+  them over; their outcomes are sent once more under the *old* id, which answers "already", and so are counted right.
+- the same, but never carried out. A claim: nothing happened. A flush: H hands the rows over, and their outcomes
+  are sent under the new id.
+- sent before H, carried out after it, because it was held up and we gave up waiting (`_PATIENCE`). A claim:
+  refused, the old id is dead. A flush: its token fits nothing, nothing is written; it has been or will be sent under
+  the new id. A payload: not found; asked for again under the new id.
 - H's own reply lost. Had it been carried out, we are known by the new id: the next try hands over from that one first,
   then from the old one, each to yet another id. Whichever is refused does nothing.
 - a handler ends between the list of claims and H's reply: its outcome waits, and is sorted by the reply like others.
-- a claim that is not handed over is no longer ours: its handler is interrupted, nothing is charged or written. It may be
-  running elsewhere by then: as with every lost lease, the fence in the database decides who is heard.
+- a claim that is not handed over is no longer ours: its handler is interrupted, nothing is charged or written. It may
+  be running elsewhere by then: as with every lost lease, the fence in the database decides who is heard.
 - the lease ends before H is answered: all of it is cancelled; others recover the claims.
 
 If H is refused the incarnation is dead, and everything in it is cancelled, as at the end of a lease.
@@ -148,7 +149,7 @@ class Lease:
     async def watch(self) -> None:
         """Look at the clock when the lease would end, and at least every half heartbeat."""
         longest = heartbeat_interval(self.seconds) / 2
-        while self.is_held():
+        while self.is_held():  # noqa: ASYNC110  # nobody tells when the time has passed
             await trio.sleep(min(longest, self._ends_at - self.clock()))
 
     # Doubt: the database refused the id

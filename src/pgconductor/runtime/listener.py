@@ -201,7 +201,8 @@ class Listener:
         self._wants_control = False
         owner = control.owner
         control.on_session_asked()
-        self._holds_session = bool(await self.execute(self._calls.hold_session(owner)))
+        holds = await self.execute(self._calls.hold_session(owner))
+        self._holds_session = bool(holds)
         channel = await self.execute(self._calls.control_channel(owner))
         await self._listen_to(channel)
         self._control_channel = channel

@@ -59,8 +59,8 @@ _CLAIM_TIMEOUT = 10.0
 class WorkerStatistics:
     """What one worker has done since its orchestrator's `run` began, over all incarnations, and what it holds now.
 
-    Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was no
-    longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
+    Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was
+    no longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
     handler.
     """
 
@@ -474,7 +474,11 @@ class Pipeline:
         runner = trio.lowlevel.current_task()
         blank = runner.context
         while True:
-            if not self._stock or (self._starts.is_held and self._stock[0].suspected is None):
+            if (
+                not self._stock
+                or self._is_stopping  # a claim that was in flight then goes back
+                or (self._starts.is_held and self._stock[0].suspected is None)
+            ):
                 self._note_idle()
                 self._note_room()
                 if self._is_stopping and not self._stock:
