@@ -40,7 +40,7 @@ from ..errors import LeaseLost, SchemaMissing, Unavailable
 from ..failpoints import failpoint
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
-from .execution import Interruption, attempt, released
+from .execution import Interruption, attempt, cancelled, released
 from .flusher import MAX_FLUSH, FlushCounts, Flusher, Held
 from .lease import Lease
 from .listener import Listener
@@ -212,7 +212,7 @@ class Pipeline:
             stock, self._stock = self._stock, deque[Held]()
             for held in stock:
                 if held.claimed.id in requested:
-                    self._end_unstarted(held, "cancelled")
+                    self._end_unstarted(held, is_cancelled=True)
                 else:
                     self._stock.append(held)
         return told
@@ -275,7 +275,7 @@ class Pipeline:
         if held.interruption is None and held.suspected is not None and not held.suspected.is_set():
             if held in self._stock:
                 self._stock.remove(held)
-            self._end_unstarted(held, "released")
+            self._end_unstarted(held)
 
     def start_suspect(self, held: Held) -> None:
         """It may begin now, though starts are held."""
@@ -507,7 +507,7 @@ class Pipeline:
                 failpoint("handler.after")
             except BaseException:
                 # Not data: the worker's own cancellation, or the user's Ctrl-C.
-                if self._tasks[held.claimed.task].is_async:
+                if not held.interruption.is_body_running:
                     outcome = released(self._tasks[held.claimed.task], held.claimed)
                 raise
             finally:
@@ -549,9 +549,11 @@ class Pipeline:
         if held.suspected is not None:
             held.suspected.set()
 
-    def _end_unstarted(self, held: Held, kind: str) -> None:
+    def _end_unstarted(self, held: Held, *, is_cancelled: bool = False) -> None:
         if held.is_ours:
-            self._flusher.note(released(self._tasks[held.claimed.task], held.claimed)._replace(kind=kind))
+            claimed = held.claimed
+            task = self._tasks[claimed.task]
+            self._flusher.note(cancelled(task, claimed) if is_cancelled else released(task, claimed))
         if held.suspected is not None:
             held.suspected.set()
 
@@ -561,7 +563,7 @@ class Pipeline:
             while self._stock:
                 held = self._stock.popleft()
                 if not self._lease.is_lost:
-                    self._end_unstarted(held, "released")
+                    self._end_unstarted(held)
             failpoint("stock.given_back")
 
     def _note_idle(self) -> None:
