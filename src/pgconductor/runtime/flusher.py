@@ -100,6 +100,8 @@ class Flusher:
         self._written = written
         self._strays: list[tuple[UUID, list[Outcome]]] = []  # of claims not handed over, by former owners
         self._in_doubt: set[UUID] = set()  # sent, not answered
+        self._replaced: set[UUID] = set()  # by the failure to store them
+        self._given_up: list[UUID] = []
         self._size = self._max_batch  # of the next batch: less while one is looked for that cannot be stored
         self._failures = 0
         self._oldest_at = 0.0
@@ -145,7 +147,8 @@ class Flusher:
 
     def unwritten(self) -> list[UUID]:
         """Executions whose outcomes have not been written, as far as we know."""
-        return [outcome.id for _, stray in self._strays for outcome in stray] + [o.id for o in self.outcomes]
+        strays = [outcome.id for _, stray in self._strays for outcome in stray]
+        return [*self._given_up, *strays, *(outcome.id for outcome in self.outcomes)]
 
     async def run(self, link: Link) -> None:
         """Write until closed and all is written."""
@@ -241,14 +244,21 @@ class Flusher:
                 self._counts.fenced += 1
             else:
                 counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
-        if self._in_doubt:
-            self._in_doubt.difference_update(outcome.id for outcome in batch)
+        for settled in (self._in_doubt, self._replaced):
+            if settled:
+                settled.difference_update(outcome.id for outcome in batch)
 
     def _replace_unstorable(self, outcome: Outcome, error: Unstorable) -> None:
-        """One that the database cannot store fails its execution, with the reason."""
-        held = self.held.get(outcome.id)
-        if held is None or (outcome.result is None and outcome.error is None):
-            raise error
+        """One that the database cannot store fails its execution, with the reason. If not even that can be stored,
+        it is nothing that this process could mend: the claim is kept, for another to try when it has lapsed.
+        """
+        held = self.held[outcome.id]
         task = self._tasks[held.claimed.task]
+        if outcome.id in self._replaced:
+            logger.error("execution %s of task %r cannot even be failed, and stays: %s", outcome.id, task.name, error)
+            del self.outcomes[0]
+            self._given_up.append(outcome.id)
+            return
         logger.warning("the outcome of execution %s of task %r cannot be stored: %s", outcome.id, task.name, error)
+        self._replaced.add(outcome.id)
         self.outcomes[0] = failed(task, held.claimed, error)

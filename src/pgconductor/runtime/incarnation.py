@@ -36,6 +36,7 @@ from ..errors import SchemaMissing, Unavailable
 from ..failpoints import failpoint
 from ..tasks import Worker
 from .control import Control
+from .housekeeping import keep_house
 from .lease import Lease, heartbeat_interval
 from .listener import Listener
 from .suspects import Suspects
@@ -144,6 +145,7 @@ class Incarnation:
                 keepers.start_soon(self._renew, name="renew the lease")
                 keepers.start_soon(self._control.run, name="signals of others")
                 keepers.start_soon(self._suspects.run, name="suspects")
+                keepers.start_soon(keep_house, process.shared, name="maintenance")
                 for listener in self._listeners:
                     await keepers.start(listener.run, name=repr(listener))
                 async with trio.open_nursery() as workers:

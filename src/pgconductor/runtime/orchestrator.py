@@ -39,7 +39,6 @@ from ..errors import (
     InvalidTask,
     Misuse,
     PgconductorError,
-    Refused,
     SchemaMissing,
     SchemaTooNew,
     Unavailable,
@@ -182,7 +181,7 @@ class Orchestrator:
         """Run until `stop` or a signal; `started` once all workers claim.
 
         Cancelling it means stop now: handlers are cancelled, and what has ended is written and given back within
-        `last_words`. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`, `Refused`; later,
+        `last_words`. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later,
         in an exception group, what broke the engine, `Unavailable` (with the ids in its message) if outcomes could not
         be written before the end, `SchemaTooNew` if a newer program asked it to make way. A database that goes away
         later is waited for without end.
@@ -374,7 +373,7 @@ class Orchestrator:
     async def _register(self, process: Process, seconds: float) -> Lease | None:
         """Register an incarnation; None when a stop is asked for meanwhile.
 
-        However long the database is away, but for the first: that raises `Unavailable`, and `Refused`, bare.
+        However long the database is away, but for the first, whose errors come bare.
         """
         lease: Lease | None = None
         error: PgconductorError | None = None
@@ -395,8 +394,6 @@ class Orchestrator:
         if error is not None:
             if self._incarnations == 0:
                 raise error
-            if isinstance(error, Refused):  # a newer program migrates the schema
-                error = SchemaTooNew(f"{error}: upgrade this program")
             raise ExceptionGroup("the orchestrator cannot go on", [error])
         if self._wishes.stop.is_set():
             if lease is not None:
