@@ -159,6 +159,11 @@ class Orchestrator:
         state = "not running" if self._owner is None else f"running, incarnation {self._incarnations}"
         return f"<Orchestrator of {queues}, {state}>"
 
+    @property
+    def conductor(self) -> Conductor:
+        """The conductor whose tasks it runs."""
+        return self._conductor
+
     def statistics(self) -> OrchestratorStatistics:
         """A snapshot of what runs now, and counts since `run` began."""
         return OrchestratorStatistics(
