@@ -778,11 +778,8 @@ def explode(self: object) -> Any:
     raise RuntimeError("boom")
 
 
-class Metaclass(type):
-    """Says something else about its classes than `type` does."""
-
-    __name__ = property(explode)
-    __module__ = property(explode)
+def explode_at(self: object, name: str) -> Any:
+    raise RuntimeError(name)
 
 
 def hostile_kinds() -> Iterator[type[Exception]]:
@@ -792,15 +789,20 @@ def hostile_kinds() -> Iterator[type[Exception]]:
     yield type("BadRepr", (Exception,), {"__repr__": explode, "__str__": explode})
     yield type("BadModule", (Exception,), {"__module__": object()})
     yield type("BadNotes", (Exception,), {"__notes__": [object(), 5, None, "fine"]})
-    yield type("BadGetattribute", (Exception,), {"__getattribute__": lambda self, name: explode(self)})
-    yield cast("type[Exception]", Metaclass("BadMetaclass", (Exception,), {}))
+    yield type("BadGetattribute", (Exception,), {"__getattribute__": explode_at})
+    # A metaclass that says something else about its classes than `type` does.
+    metaclass = cast(
+        "Any", type("Metaclass", (type,), {"__name__": property(explode), "__module__": property(explode)})
+    )
+    yield metaclass("BadMetaclass", (Exception,), {})
 
 
 @pytest.mark.parametrize("number", range(11))
 def test_no_exception_can_raise_while_it_is_described(number: int) -> None:
     """One exception of a user's could end the worker, and with it every execution beside."""
     kind = list(hostile_kinds())[number]
-    error = kind("bad", [ValueError("leaf")]) if issubclass(kind, ExceptionGroup) else kind("bad")
+    make: Any = kind
+    error: Exception = make("bad", [ValueError("leaf")]) if issubclass(kind, ExceptionGroup) else make("bad")
     for described in (describe_error(error), describe_error(ExceptionGroup("group", [error, error]))):
         assert set(described) == {"type", "message", "traceback"}
         assert described["type"]

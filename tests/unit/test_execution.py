@@ -11,7 +11,7 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -72,7 +72,7 @@ async def run(
     received_at: float | None = None,
 ) -> Outcome | None:
     """One attempt of a handler, as the worker makes it."""
-    task = handler if isinstance(handler, Task) else a_task(handler)
+    task: Task[..., Any] = cast("Task[..., Any]", handler) if isinstance(handler, Task) else a_task(handler)
     ctx = Context(ID, 1, task=task.name, queue="default", resources={})
     return await attempt(
         task,
