@@ -36,12 +36,24 @@ class Source:
     async def wait_result(self, execution_id: Any, task: Task[..., R], timeout: float | None) -> R:
         return timeout  # type: ignore[return-value]
 
+    async def cancel(self, *executions: Any, reason: str | None) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def execution_errors(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
 
     def wait_result(self, execution_id: Any, task: Task[..., R], timeout: float | None) -> R:
         return timeout  # type: ignore[return-value]
+
+    def cancel(self, *executions: Any, reason: str | None) -> Any:
+        raise AssertionError("not asked for here")
+
+    def execution_errors(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
 
 
 class Recorder(Tasks):
