@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -289,7 +289,7 @@ def breaking_next() -> SqlSource:
 
 def too_new(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return all(too_new(each) for each in error.exceptions)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return all(map(too_new, cast("BaseExceptionGroup[BaseException]", error).exceptions))
     return isinstance(error, SchemaTooNew)
 
 
