@@ -128,7 +128,7 @@ def migrate_gen(schema: str, source: SqlSource, lock_wait: float, stop_wait: flo
                     yield from ask_gen(script(CREATE_TABLES, schema))
                 try:
                     yield from _take_gen(schema, step, source, server.version_number)
-                except psycopg.errors.LockNotAvailable:
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                     tries_left -= 1
                     if not tries_left:
                         raise
@@ -334,7 +334,7 @@ def _explain(error: psycopg.Error, schema: str, doing: str, role: str) -> Pgcond
                 f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the"
                 " primary, or see default_transaction_read_only"
             )
-        case psycopg.errors.LockNotAvailable():
+        case psycopg.errors.LockNotAvailable() | psycopg.errors.DeadlockDetected():
             return Unavailable(
                 f"{reason}: another session holds a table of schema {schema!r}, and the migration, which asked for it"
                 " again and again, did not get it; nothing was changed by this step, repeat when that session has ended"
