@@ -26,6 +26,7 @@ drop function if exists @schema@.invoke(text, jsonb, text, int, timestamptz, int
 drop function if exists @schema@.claim(text, uuid, text[], int);
 drop function if exists @schema@.recover(text, int, int);
 drop function if exists @schema@.register_tasks(text[], text);
+drop function if exists @schema@.orchestrator_status();
 do $$
 declare
     v_no int;

@@ -54,8 +54,9 @@ begin
     end loop;
     perform setval(pg_get_serial_sequence('{s}._private_queues', 'no'), 1, false);
     update {s}._test_clock set shift = '0';
-    update {s}._private_expiry_slots set expires_upto = case when no < 2 then 'infinity' else '-infinity' end::timestamptz,
-        must_check = is_far, opened_at = case when no = 1 then now() end, check_at = case when no = 1 then now() end;
+    update {s}._private_expiry_slots set must_check = is_far,
+        expires_upto = case when no < 2 then 'infinity' else '-infinity' end::timestamptz,
+        opened_at = case when no = 1 then now() end, check_at = case when no = 1 then now() end;
     perform {s}._private_advance_slots({s}._private_clock());
 end $$
 """

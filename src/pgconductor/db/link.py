@@ -72,6 +72,8 @@ class Target:
 def _is_transient(error: psycopg.Error) -> bool:
     """Whether the same call may succeed later, on a new connection if need be."""
     state = error.sqlstate
+    if state == "54000" and error.diag.source_function in ("PreCommit_Notify", "asyncQueueAddEntries"):
+        return True  # the notification queue is full: nothing of the statement counts, and nothing is wrong with it
     if state is None:  # raised by the client: the connection broke, or could not be made
         return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
     return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
