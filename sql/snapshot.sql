@@ -445,7 +445,7 @@ function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function maintain() returns TABLE(lock_held boolean, slots_emptied integer, rows_removed_estimate bigint, payloads_removed bigint, slots_made integer, slots_busy integer, tombstones integer, more boolean) language plpgsql set search_path=pg_catalog, pg_temp
-function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[]) language sql set search_path=pg_catalog, pg_temp
+function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[], stop_requested boolean) language sql set search_path=pg_catalog, pg_temp
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function recover(p_queue text, p_limit integer DEFAULT 1000) returns TABLE(recovered bigint, failed bigint, cancelled bigint) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
