@@ -10,10 +10,10 @@ from pgconductor.model import State
 
 PUBLIC = {
     "cancel", "cancel_matching", "claim", "claim_suspect", "dead_letters", "drain_wait", "execution_state",
-    "executions", "flush", "heartbeat", "hold_session", "invoke", "invoke_many", "load_payload", "lower_sleep_flag", "maintain",
-    "orchestrator_status", "queue_status", "raise_sleep_flag", "recover", "register_orchestrator",
-    "register_queue", "register_tasks", "release_unknown", "results", "retire_orchestrator", "retry", "retry_matching",
-    "signals", "standing", "succeed_orchestrator",
+    "executions", "flush", "heartbeat", "hold_session", "invoke", "invoke_many", "load_payload",
+    "lower_sleep_flag", "maintain", "orchestrator_status", "queue_status", "raise_sleep_flag", "recover",
+    "register_orchestrator", "register_queue", "register_tasks", "release_unknown", "results",
+    "retire_orchestrator", "retry", "retry_matching", "signals", "standing", "succeed_orchestrator",
 }  # fmt: skip
 
 
