@@ -113,6 +113,10 @@ def _heartbeat(rows: list[Row]) -> Heartbeat:
     return Heartbeat(row[0], row[1], row[2], row[3], _signals(row[4:]))
 
 
+def _dead_letter(execution: UUID, queue: str, task: str, state: str, *rest: Any) -> DeadLetter:
+    return DeadLetter(execution, queue, task, State(state), *rest)
+
+
 def _scalar(rows: list[Row]) -> object:
     return rows[0][0]
 
@@ -382,7 +386,7 @@ class Calls:
         return Call(
             self._query["dead_letters"],
             (queue, task, limit, *key, [state.value for state in states]),
-            lambda rows: [DeadLetter(*row[:3], State(row[3]), *row[4:]) for row in rows],
+            lambda rows: [_dead_letter(*row) for row in rows],
         )
 
     def retry(self, executions: list[UUID]) -> Call[dict[UUID, Retry]]:
