@@ -64,6 +64,9 @@ def full_notify_queue(server: OwnServer) -> Iterator[psycopg.Connection[tuple[ob
             while True:
                 conn.execute("select pg_notify('elsewhere', '')")
         yield foreign
+        foreign.execute("rollback")
+        foreign.execute("unlisten *")
+        conn.execute("select pg_notification_queue_usage()")  # makes the server look how much is still to be kept
 
 
 @pytest.mark.parametrize("notify", ["off", "adaptive"])
@@ -97,7 +100,7 @@ async def test_full_notification_queue_stops_neither_producers_nor_workers(
         nursery.cancel_scope.cancel()
     assert finished(dsn) == 5
     assert query(dsn, "select max(attempt), max(crashes) from pgconductor._private_finished") == [(2, 0)]
-    full_notify_queue.execute("rollback")
+    assert full_notify_queue.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
 
 
 async def test_our_listener_never_holds_up_the_notification_queue(dsn: str) -> None:
