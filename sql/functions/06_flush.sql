@@ -20,16 +20,6 @@ begin
     end if;
 end $$;
 
--- The slot for rows that expire after p_keep seconds: null is for ever, 0 or less is not at all (null slot).
-create or replace function @schema@._private_expiry_slot(p_keep double precision, p_now timestamptz) returns int
-    language sql stable
-    set search_path = pg_catalog, pg_temp
-as $$
-    select case when p_keep is null then 0 when p_keep > 0 then
-        (select no from @schema@._private_expiry_slots where no > 0 and expires_upto >= p_now + make_interval(secs => p_keep)
-         order by expires_upto, no desc limit 1) end
-$$;
-
 -- Write the outcomes of claims of one orchestrator, all of one partition. Arrays of one length:
 --   p_outcomes: completed | failed | cancelled | retried (after p_delays seconds) | released (the attempt is given back;
 -- also after p_delays). A row whose cancellation was requested ends as cancelled instead of being retried or released; a

@@ -8,19 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from psycopg import sql
 
 from ..model import (
+    CancelCounts,
     Cancellation,
     Claimed,
+    DeadLetter,
     Ended,
+    FailedAttempt,
     Invoked,
+    Maintenance,
     OrchestratorStatus,
     Outcome,
     QueueStatus,
+    Retry,
+    RetryCounts,
     Signals,
     Standing,
     State,
@@ -45,13 +51,6 @@ class Heartbeat(NamedTuple):
     failed: int
     cancelled: int
     signals: Signals
-
-
-class CancelledMatching(NamedTuple):
-    """How many executions one call of `cancel_matching` ended, and of how many it told the owner."""
-
-    cancelled: int
-    requested: int
 
 
 class NewExecution(NamedTuple):
@@ -101,6 +100,28 @@ def _signals(row: Sequence[Any]) -> Signals:
 def _heartbeat(rows: list[Row]) -> Heartbeat:
     (row,) = rows
     return Heartbeat(row[0], row[1], row[2], row[3], _signals(row[4:]))
+
+
+def _failed_attempts(text: str | None) -> list[FailedAttempt]:
+    """The errors in a JSON array, which any client may have written."""
+    errors: list[object] = json.loads(text or "[]")
+    return [_failed_attempt(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
+
+
+def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
+    attempt, at = error.get("attempt"), error.get("at")
+    return FailedAttempt(
+        attempt if isinstance(attempt, int) else None,
+        datetime.fromisoformat(at) if isinstance(at, str) else None,
+        *(str(error.get(name) or "") for name in ("type", "message", "traceback")),
+    )
+
+
+def _dead_letter(row: Row) -> DeadLetter:
+    columns = list(row)
+    columns[3] = State(row[3])
+    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    return DeadLetter(*columns)
 
 
 def _scalar(rows: list[Row]) -> object:
@@ -160,6 +181,7 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
+    "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
@@ -169,6 +191,13 @@ _QUERIES = {
     "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
+    "maintain": "select lock_held, slots_emptied, rows_removed_estimate, payloads_removed, slots_made, slots_busy,"
+    " tombstones, more from {s}.maintain()",
+    "dead_letters": "select id, queue, task, state, attempts, crashes, generation, created_at, finished_at, expires_at,"
+    " dedupe_key, error::text, reason from {s}.dead_letters(%s, %s, %s, %s::timestamptz, %s::uuid, %s::text[])",
+    "retry": "select id, status from {s}.retry(%s::uuid[])",
+    "retry_matching": "select retried, duplicates from {s}.retry_matching(%s, %s, %s, %s::timestamptz,"
+    " %s::timestamptz, %s, %s::text[])",
     "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
 }
 
@@ -286,12 +315,12 @@ class Calls:
         states: list[str] | None = None,
         tags: list[str] | None = None,
         created_before: datetime | None = None,
-    ) -> Call[CancelledMatching]:
+    ) -> Call[CancelCounts]:
         """At most `limit` executions per call; again until both counts are 0."""
         return Call(
             self._query["cancel_matching"],
             (reason, limit, queue, task, states, tags, created_before),
-            lambda rows: CancelledMatching._make(rows[0]),
+            lambda rows: CancelCounts._make(rows[0]),
         )
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
@@ -310,6 +339,10 @@ class Calls:
             (executions,),
             lambda rows: {r[0]: Standing(r[0], State(r[1]) if r[1] else None, *r[2:]) for r in rows},
         )
+
+    def execution_errors(self, execution: UUID) -> Call[list[FailedAttempt]]:
+        """The errors of its attempts, oldest first."""
+        return Call(self._query["execution_errors"], (execution,), lambda rows: _failed_attempts(_text_or_none(rows)))
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(
@@ -347,3 +380,45 @@ class Calls:
 
     def leave_results(self, buckets: list[int]) -> Call[None]:
         return Call(self._query["leave_results"], (buckets,), ignore)
+
+    def maintain(self) -> Call[Maintenance]:
+        """To be called about once a minute by anybody, in a transaction of its own; again soon if there is `more`."""
+        return Call(self._query["maintain"], (), lambda rows: Maintenance(*rows[0]))
+
+    def dead_letters(
+        self,
+        queue: str | None = None,
+        task: str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+        states: Sequence[State] = (State.FAILED, State.CANCELLED),
+    ) -> Call[list[DeadLetter]]:
+        """What ended last comes first; `after`: the last one of the page before."""
+        key = (None, None) if after is None else (after.finished_at, after.id)
+        return Call(
+            self._query["dead_letters"],
+            (queue, task, limit, *key, [state.value for state in states]),
+            lambda rows: [_dead_letter(row) for row in rows],
+        )
+
+    def retry(self, executions: list[UUID]) -> Call[dict[UUID, Retry]]:
+        return Call(self._query["retry"], (executions,), lambda rows: {row[0]: Retry(row[1]) for row in rows})
+
+    def retry_matching(
+        self,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int = 1000,
+        states: Sequence[State] = (State.FAILED,),
+    ) -> Call[RetryCounts]:
+        """At most `limit` executions per call, the oldest first; again, with `finished_before`, until none is
+        retried.
+        """
+        return Call(
+            self._query["retry_matching"],
+            (queue, task, error_type, finished_after, finished_before, limit, [state.value for state in states]),
+            lambda rows: RetryCounts._make(rows[0]),
+        )
