@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | status | demo`.
+"""The command line: `pgconductor migrate | run | invoke | status | doctor | grant | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -27,7 +27,10 @@ from ..errors import ExecutionError, InvalidOption, InvalidPayload
 from ..sync_client import SyncClient
 from ..version import VERSION
 from . import report
+from .doctor import doctor
 from .exits import FAILED, complain, reported
+from .grant import grant
+from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema
 from .target import load_orchestrator, redirect
 
 app = typer.Typer(
@@ -50,25 +53,6 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
-
-
-Dsn = Annotated[
-    str | None,
-    typer.Option(
-        "--dsn",
-        metavar="DSN",
-        help="Connection string; otherwise PGCONDUCTOR_DSN, else DATABASE_URL. Prefer these for one with a password: "
-        "others can see command lines.",
-    ),
-]
-ListenDsn = Annotated[
-    str | None,
-    typer.Option(metavar="DSN", help="A direct connection to the same database, where --dsn leads to a pooler."),
-]
-Embedded = Annotated[bool, typer.Option("--embedded", help="Use your embedded PostgreSQL, started if necessary.")]
-Schema = Annotated[str, typer.Option(metavar="NAME", help="Name of the schema.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 
 @contextmanager
@@ -244,6 +228,10 @@ def demo(
         summary = run_demo(executions, dsn=dsn, is_quiet=as_json)
         if as_json:
             report.print_json(summary)
+
+
+app.command()(doctor)
+app.command()(grant)
 
 
 def _parse_payload(text: str) -> dict[str, Any]:

@@ -156,6 +156,10 @@ _QUERIES = {
     "cancel": "select id, status from {s}.cancel(%s::uuid[], %s) /*cancel*/",
     "cancel_matching": "select cancelled, requested from {s}.cancel_matching(%s, %s, %s, %s, %s::text[], %s::text[],"
     " %s::timestamptz)",
+    "cancel_own": "select id, status from {s}.cancel_own(%s::uuid[], %s) /*cancel*/",
+    "grant_role": "select {s}.grant_role(%s, %s)",
+    "revoke_role": "select {s}.revoke_role(%s, %s)",
+    "granted_roles": "select kind, role from {s}.granted_roles()",
     "control_channel": "select {s}._private_control_channel(%s)",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
@@ -277,6 +281,12 @@ class Calls:
             self._query["cancel"], (executions, reason), lambda rows: {row[0]: Cancellation(row[1]) for row in rows}
         )
 
+    def cancel_own(self, executions: list[UUID], reason: str | None) -> Call[dict[UUID, Cancellation]]:
+        """`cancel` for a producer: of what its login role has invoked."""
+        return Call(
+            self._query["cancel_own"], (executions, reason), lambda rows: {row[0]: Cancellation(row[1]) for row in rows}
+        )
+
     def cancel_matching(
         self,
         reason: str | None,
@@ -293,6 +303,17 @@ class Calls:
             (reason, limit, queue, task, states, tags, created_before),
             lambda rows: CancelledMatching._make(rows[0]),
         )
+
+    def grant_role(self, kind: str, role: str) -> Call[None]:
+        """`kind`: producer, worker, viewer or operator."""
+        return Call(self._query["grant_role"], (kind, role), ignore)
+
+    def revoke_role(self, kind: str, role: str) -> Call[None]:
+        return Call(self._query["revoke_role"], (kind, role), ignore)
+
+    def granted_roles(self) -> Call[list[tuple[str, str]]]:
+        """Kinds and roles that have been given rights."""
+        return Call(self._query["granted_roles"], (), lambda rows: [(row[0], row[1]) for row in rows])
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)
