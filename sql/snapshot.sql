@@ -72,6 +72,10 @@ table _private_executions partition by LIST (queue_no)
 table _private_expiry_slots
     no integer not null
     expires_upto timestamp with time zone not null
+    is_far boolean not null default false
+    must_check boolean not null default false
+    opened_at timestamp with time zone
+    check_at timestamp with time zone
     constraint _private_expiry_slots_pkey PRIMARY KEY (no)
 
 table _private_finished partition by LIST (slot)
@@ -110,8 +114,172 @@ table _private_finished partition by LIST (slot)
     constraint result_of_completed CHECK (((result IS NULL) OR (state = 'completed'::execution_state)))
     partition _private_finished_0 FOR VALUES IN (0)
     partition _private_finished_1 FOR VALUES IN (1)
+    partition _private_finished_2 FOR VALUES IN (2)
+    partition _private_finished_3 FOR VALUES IN (3)
+    partition _private_finished_4 FOR VALUES IN (4)
+    partition _private_finished_5 FOR VALUES IN (5)
+    partition _private_finished_6 FOR VALUES IN (6)
+    partition _private_finished_7 FOR VALUES IN (7)
+    partition _private_finished_8 FOR VALUES IN (8)
+    partition _private_finished_9 FOR VALUES IN (9)
+    partition _private_finished_10 FOR VALUES IN (10)
+    partition _private_finished_11 FOR VALUES IN (11)
+    partition _private_finished_12 FOR VALUES IN (12)
+    partition _private_finished_13 FOR VALUES IN (13)
+    partition _private_finished_14 FOR VALUES IN (14)
+    partition _private_finished_15 FOR VALUES IN (15)
+    partition _private_finished_16 FOR VALUES IN (16)
+    partition _private_finished_17 FOR VALUES IN (17)
+    partition _private_finished_18 FOR VALUES IN (18)
+    partition _private_finished_19 FOR VALUES IN (19)
+    partition _private_finished_20 FOR VALUES IN (20)
+    partition _private_finished_21 FOR VALUES IN (21)
+    partition _private_finished_22 FOR VALUES IN (22)
+    partition _private_finished_23 FOR VALUES IN (23)
+    partition _private_finished_24 FOR VALUES IN (24)
+    partition _private_finished_25 FOR VALUES IN (25)
+    partition _private_finished_26 FOR VALUES IN (26)
+    partition _private_finished_27 FOR VALUES IN (27)
+    partition _private_finished_28 FOR VALUES IN (28)
+    partition _private_finished_29 FOR VALUES IN (29)
+    partition _private_finished_30 FOR VALUES IN (30)
+    partition _private_finished_31 FOR VALUES IN (31)
+    partition _private_finished_32 FOR VALUES IN (32)
+    partition _private_finished_33 FOR VALUES IN (33)
+    partition _private_finished_34 FOR VALUES IN (34)
+    partition _private_finished_35 FOR VALUES IN (35)
+    partition _private_finished_36 FOR VALUES IN (36)
+    partition _private_finished_37 FOR VALUES IN (37)
+    partition _private_finished_38 FOR VALUES IN (38)
+    partition _private_finished_39 FOR VALUES IN (39)
+    partition _private_finished_40 FOR VALUES IN (40)
+    partition _private_finished_41 FOR VALUES IN (41)
+    CREATE INDEX _private_finished_0_dead ON _private_finished_0 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
     CREATE INDEX _private_finished_0_id ON _private_finished_0 USING btree (id)
+    CREATE INDEX _private_finished_0_large ON _private_finished_0 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_10_dead ON _private_finished_10 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_10_id ON _private_finished_10 USING btree (id)
+    CREATE INDEX _private_finished_10_large ON _private_finished_10 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_11_dead ON _private_finished_11 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_11_id ON _private_finished_11 USING btree (id)
+    CREATE INDEX _private_finished_11_large ON _private_finished_11 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_12_dead ON _private_finished_12 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_12_id ON _private_finished_12 USING btree (id)
+    CREATE INDEX _private_finished_12_large ON _private_finished_12 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_13_dead ON _private_finished_13 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_13_id ON _private_finished_13 USING btree (id)
+    CREATE INDEX _private_finished_13_large ON _private_finished_13 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_14_dead ON _private_finished_14 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_14_id ON _private_finished_14 USING btree (id)
+    CREATE INDEX _private_finished_14_large ON _private_finished_14 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_15_dead ON _private_finished_15 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_15_id ON _private_finished_15 USING btree (id)
+    CREATE INDEX _private_finished_15_large ON _private_finished_15 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_16_dead ON _private_finished_16 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_16_id ON _private_finished_16 USING btree (id)
+    CREATE INDEX _private_finished_16_large ON _private_finished_16 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_17_dead ON _private_finished_17 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_17_id ON _private_finished_17 USING btree (id)
+    CREATE INDEX _private_finished_17_large ON _private_finished_17 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_18_dead ON _private_finished_18 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_18_id ON _private_finished_18 USING btree (id)
+    CREATE INDEX _private_finished_18_large ON _private_finished_18 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_19_dead ON _private_finished_19 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_19_id ON _private_finished_19 USING btree (id)
+    CREATE INDEX _private_finished_19_large ON _private_finished_19 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_1_dead ON _private_finished_1 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
     CREATE INDEX _private_finished_1_id ON _private_finished_1 USING btree (id)
+    CREATE INDEX _private_finished_1_large ON _private_finished_1 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_20_dead ON _private_finished_20 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_20_id ON _private_finished_20 USING btree (id)
+    CREATE INDEX _private_finished_20_large ON _private_finished_20 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_21_dead ON _private_finished_21 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_21_id ON _private_finished_21 USING btree (id)
+    CREATE INDEX _private_finished_21_large ON _private_finished_21 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_22_dead ON _private_finished_22 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_22_id ON _private_finished_22 USING btree (id)
+    CREATE INDEX _private_finished_22_large ON _private_finished_22 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_23_dead ON _private_finished_23 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_23_id ON _private_finished_23 USING btree (id)
+    CREATE INDEX _private_finished_23_large ON _private_finished_23 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_24_dead ON _private_finished_24 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_24_id ON _private_finished_24 USING btree (id)
+    CREATE INDEX _private_finished_24_large ON _private_finished_24 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_25_dead ON _private_finished_25 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_25_id ON _private_finished_25 USING btree (id)
+    CREATE INDEX _private_finished_25_large ON _private_finished_25 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_26_dead ON _private_finished_26 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_26_id ON _private_finished_26 USING btree (id)
+    CREATE INDEX _private_finished_26_large ON _private_finished_26 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_27_dead ON _private_finished_27 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_27_id ON _private_finished_27 USING btree (id)
+    CREATE INDEX _private_finished_27_large ON _private_finished_27 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_28_dead ON _private_finished_28 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_28_id ON _private_finished_28 USING btree (id)
+    CREATE INDEX _private_finished_28_large ON _private_finished_28 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_29_dead ON _private_finished_29 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_29_id ON _private_finished_29 USING btree (id)
+    CREATE INDEX _private_finished_29_large ON _private_finished_29 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_2_dead ON _private_finished_2 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_2_id ON _private_finished_2 USING btree (id)
+    CREATE INDEX _private_finished_2_large ON _private_finished_2 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_30_dead ON _private_finished_30 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_30_id ON _private_finished_30 USING btree (id)
+    CREATE INDEX _private_finished_30_large ON _private_finished_30 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_31_dead ON _private_finished_31 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_31_id ON _private_finished_31 USING btree (id)
+    CREATE INDEX _private_finished_31_large ON _private_finished_31 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_32_dead ON _private_finished_32 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_32_id ON _private_finished_32 USING btree (id)
+    CREATE INDEX _private_finished_32_large ON _private_finished_32 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_33_dead ON _private_finished_33 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_33_id ON _private_finished_33 USING btree (id)
+    CREATE INDEX _private_finished_33_large ON _private_finished_33 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_34_dead ON _private_finished_34 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_34_id ON _private_finished_34 USING btree (id)
+    CREATE INDEX _private_finished_34_large ON _private_finished_34 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_35_dead ON _private_finished_35 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_35_id ON _private_finished_35 USING btree (id)
+    CREATE INDEX _private_finished_35_large ON _private_finished_35 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_36_dead ON _private_finished_36 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_36_id ON _private_finished_36 USING btree (id)
+    CREATE INDEX _private_finished_36_large ON _private_finished_36 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_37_dead ON _private_finished_37 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_37_id ON _private_finished_37 USING btree (id)
+    CREATE INDEX _private_finished_37_large ON _private_finished_37 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_38_dead ON _private_finished_38 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_38_id ON _private_finished_38 USING btree (id)
+    CREATE INDEX _private_finished_38_large ON _private_finished_38 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_39_dead ON _private_finished_39 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_39_id ON _private_finished_39 USING btree (id)
+    CREATE INDEX _private_finished_39_large ON _private_finished_39 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_3_dead ON _private_finished_3 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_3_id ON _private_finished_3 USING btree (id)
+    CREATE INDEX _private_finished_3_large ON _private_finished_3 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_40_dead ON _private_finished_40 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_40_id ON _private_finished_40 USING btree (id)
+    CREATE INDEX _private_finished_40_large ON _private_finished_40 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_41_dead ON _private_finished_41 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_41_id ON _private_finished_41 USING btree (id)
+    CREATE INDEX _private_finished_41_large ON _private_finished_41 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_4_dead ON _private_finished_4 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_4_id ON _private_finished_4 USING btree (id)
+    CREATE INDEX _private_finished_4_large ON _private_finished_4 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_5_dead ON _private_finished_5 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_5_id ON _private_finished_5 USING btree (id)
+    CREATE INDEX _private_finished_5_large ON _private_finished_5 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_6_dead ON _private_finished_6 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_6_id ON _private_finished_6 USING btree (id)
+    CREATE INDEX _private_finished_6_large ON _private_finished_6 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_7_dead ON _private_finished_7 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_7_id ON _private_finished_7 USING btree (id)
+    CREATE INDEX _private_finished_7_large ON _private_finished_7 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_8_dead ON _private_finished_8 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_8_id ON _private_finished_8 USING btree (id)
+    CREATE INDEX _private_finished_8_large ON _private_finished_8 USING btree (id) WHERE (payload IS NULL)
+    CREATE INDEX _private_finished_9_dead ON _private_finished_9 USING btree (finished_at DESC, id DESC) WHERE (state <> 'completed'::execution_state)
+    CREATE INDEX _private_finished_9_id ON _private_finished_9 USING btree (id)
+    CREATE INDEX _private_finished_9_large ON _private_finished_9 USING btree (id) WHERE (payload IS NULL)
 
 table _private_migrations
     no integer not null
@@ -250,14 +418,17 @@ view executions
     expires_at timestamp with time zone
 
 function _private_add_error(p_errors jsonb, p_error jsonb, p_attempt integer, p_now timestamp with time zone) returns jsonb language sql stable parallel safe
+function _private_advance_slots(p_now timestamp with time zone) returns integer language plpgsql set search_path=pg_catalog, pg_temp
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
 function _private_check_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_check_version(p_schema_version integer) returns void language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=2s
 function _private_clock() returns timestamp with time zone language sql parallel safe
 function _private_control_channel(p_owner uuid) returns text language sql immutable parallel safe strict
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
 function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns SETOF uuid language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set enable_hashjoin=off set enable_mergejoin=off
@@ -265,8 +436,10 @@ function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[]
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
 function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
+function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
+function _private_key_maintenance() returns bigint language sql immutable parallel safe
 function _private_key_o(p_owner uuid) returns bigint language sql immutable parallel safe strict
 function _private_key_w(p_bucket integer) returns bigint language sql immutable parallel safe strict
 function _private_kind_operator() returns text language sql immutable
@@ -275,20 +448,24 @@ function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
 function _private_options(p_options jsonb, p_now timestamp with time zone) returns _private_invoke_options language plpgsql stable set search_path=pg_catalog, pg_temp
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_remove_large(p_no integer, p_now timestamp with time zone, p_limit integer, p_bytes bigint) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function _private_require_alive(p_owner uuid, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_rights() returns TABLE(object text, kinds text[], as_owner boolean) language sql immutable set search_path=pg_catalog, pg_temp
 function _private_server_epoch() returns text language sql stable
+function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function cancel_own(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set enable_bitmapscan=off
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -299,6 +476,7 @@ function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function maintain() returns TABLE(lock_held boolean, slots_emptied integer, rows_removed_estimate bigint, payloads_removed bigint, slots_made integer, slots_busy integer, tombstones integer, more boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
@@ -309,6 +487,8 @@ function register_tasks(p_names text[], p_queue text, p_keep_completed double pr
 function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function retire_orchestrator(p_id uuid) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function retry(p_ids uuid[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function retry_matching(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_error_type text DEFAULT NULL::text, p_finished_after timestamp with time zone DEFAULT NULL::timestamp with time zone, p_finished_before timestamp with time zone DEFAULT NULL::timestamp with time zone, p_limit integer DEFAULT 1000, p_states text[] DEFAULT '{failed}'::text[]) returns TABLE(retried bigint, duplicates bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set enable_bitmapscan=off
 function revoke_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function signals(p_owner uuid, p_queues text[]) returns TABLE(stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[]) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function standing(p_ids uuid[]) returns TABLE(id uuid, state text, task text, queue text, live_workers bigint, due_in double precision) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp

@@ -16,19 +16,9 @@ begin
     from (select distinct @schema@._private_bucket(id) as b from unnest(p_ids) as id) x
     where case when pg_try_advisory_lock(@schema@._private_key_w(b)) then not pg_advisory_unlock(@schema@._private_key_w(b)) else true end;
     if v_buckets is not null then
-        perform pg_notify(@schema@._private_results_channel(), v_buckets);
+        perform @schema@._private_notify(@schema@._private_results_channel(), v_buckets);
     end if;
 end $$;
-
--- The slot for rows that expire after p_keep seconds: null is for ever, 0 or less is not at all (null slot).
-create or replace function @schema@._private_expiry_slot(p_keep double precision, p_now timestamptz) returns int
-    language sql stable
-    set search_path = pg_catalog, pg_temp
-as $$
-    select case when p_keep is null then 0 when p_keep > 0 then
-        (select no from @schema@._private_expiry_slots where no > 0 and expires_upto >= p_now + make_interval(secs => p_keep)
-         order by expires_upto, no desc limit 1) end
-$$;
 
 -- Write the outcomes of claims of one orchestrator, all of one partition. Arrays of one length:
 --   p_outcomes: completed | failed | cancelled | retried (after p_delays seconds) | released (the attempt is given back;

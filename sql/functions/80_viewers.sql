@@ -48,7 +48,7 @@ begin
         from @schema@._private_queues q), '[]');
 
     for v_part in
-        select s.no, case when s.expires_upto <= v_now then date_part('epoch', v_now - s.expires_upto) end as expired_for, c.oid
+        select s.no, case when isfinite(s.expires_upto) and s.expires_upto <= v_now then date_part('epoch', v_now - s.expires_upto) end as expired_for, c.oid
         from @schema@._private_expiry_slots s
             left join pg_class c on c.relnamespace = v_schema and c.relname = '_private_finished_' || s.no and exists (
                 select from pg_inherits h where h.inhrelid = c.oid and h.inhparent = v_ended

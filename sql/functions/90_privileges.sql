@@ -38,6 +38,7 @@ as $$
         ('flush', '{worker}', true),
         ('release_unknown', '{worker}', true),
         ('recover', '{worker}', true),
+        ('maintain', '{worker}', true),
         ('drain_wait', '{worker}', true),
         ('raise_sleep_flag', '{worker}', true),
         ('lower_sleep_flag', '{worker}', true),
@@ -47,10 +48,13 @@ as $$
         ('queue_status', '{viewer,operator}', true),
         ('orchestrator_status', '{viewer,operator}', true),
         ('execution_status', '{viewer,operator}', false),
+        ('dead_letters', '{viewer,operator}', true),
         ('_private_doctor', '{viewer,operator}', true),
         -- Set it right.
         ('cancel', '{operator}', true),
         ('cancel_matching', '{operator}', true),
+        ('retry', '{operator}', true),
+        ('retry_matching', '{operator}', true),
         -- What every program reads before it begins: the schema's version.
         ('_private_migrations', '{producer,worker,viewer,operator}', false),
         ('_private_schema', '{producer,worker,viewer,operator}', false)

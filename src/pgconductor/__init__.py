@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from .db.pool import Pool, PoolStatistics, open_pool
     from .db.schema import MigrationReport, SchemaVersion
     from .errors import (
+        AttemptError,
+        DeadlineExceeded,
         ExecutionCancelled,
         ExecutionError,
         ExecutionFailed,
+        HandlerCancelled,
+        HandlerTimeout,
         Incompatible,
         InvalidOption,
         InvalidPayload,
@@ -28,20 +32,24 @@ if TYPE_CHECKING:
         LeaseLost,
         Misuse,
         NoDatabase,
+        NoRetry,
         NotOpen,
         PgconductorError,
         PoolTimeout,
         Refused,
         ResultNotKept,
+        RetryAfter,
         SchemaMissing,
         SchemaTooNew,
+        Snooze,
         Unavailable,
         Unstorable,
+        Verdict,
         WaitTimeout,
     )
     from .handle import Handle, SyncHandle
     from .model import OrchestratorStatus, QueueStatus, State
-    from .retry import Backoff, Exponential
+    from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
     from .sync_client import SyncClient
@@ -52,11 +60,19 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Backoff",
     "Conductor",
     "Context",
+    "Delays",
     "Exponential",
+    "Fixed",
     "Limits",
+    "Linear",
     "Orchestrator",
     "Task",
     "Worker",
+    # What a handler raises
+    "NoRetry",
+    "RetryAfter",
+    "Snooze",
+    "Verdict",
     # Invoking and waiting
     "Handle",
     "Invocable",
@@ -80,9 +96,13 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "TrioConnection",
     "open_pool",
     # Errors, as the tree in `errors` has them
+    "AttemptError",
+    "DeadlineExceeded",
     "ExecutionCancelled",
     "ExecutionError",
     "ExecutionFailed",
+    "HandlerCancelled",
+    "HandlerTimeout",
     "Incompatible",
     "InvalidOption",
     "InvalidPayload",
@@ -103,15 +123,21 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
 ]
 
 _MODULES = {
+    "AttemptError": "errors",
     "Backoff": "retry",
     "Conductor": "conductor",
     "Context": "context",
+    "DeadlineExceeded": "errors",
+    "Delays": "retry",
     "Drained": "runtime.orchestrator",
     "ExecutionCancelled": "errors",
     "ExecutionError": "errors",
     "ExecutionFailed": "errors",
     "Exponential": "retry",
+    "Fixed": "retry",
     "Handle": "handle",
+    "HandlerCancelled": "errors",
+    "HandlerTimeout": "errors",
     "Incompatible": "errors",
     "InvalidOption": "errors",
     "InvalidPayload": "errors",
@@ -120,9 +146,11 @@ _MODULES = {
     "Invocation": "tasks",
     "LeaseLost": "errors",
     "Limits": "codec",
+    "Linear": "retry",
     "MigrationReport": "db.schema",
     "Misuse": "errors",
     "NoDatabase": "errors",
+    "NoRetry": "errors",
     "NotOpen": "errors",
     "Orchestrator": "runtime.orchestrator",
     "OrchestratorStatistics": "runtime.orchestrator",
@@ -134,9 +162,11 @@ _MODULES = {
     "QueueStatus": "model",
     "Refused": "errors",
     "ResultNotKept": "errors",
+    "RetryAfter": "errors",
     "SchemaMissing": "errors",
     "SchemaTooNew": "errors",
     "SchemaVersion": "db.schema",
+    "Snooze": "errors",
     "State": "model",
     "SyncClient": "sync_client",
     "SyncHandle": "handle",
@@ -146,6 +176,7 @@ _MODULES = {
     "TrioConnection": "db.connection",
     "Unavailable": "errors",
     "Unstorable": "errors",
+    "Verdict": "errors",
     "WaitTimeout": "errors",
     "Worker": "tasks",
     "WorkerStatistics": "runtime.worker",

@@ -131,3 +131,46 @@ class OrchestratorStatus:
     started_at: datetime
     heartbeat_age: float
     queues: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Maintenance:
+    """What one call of `maintain` did. Not `lock_held`: another session is at it, and nothing was done."""
+
+    lock_held: bool
+    slots_emptied: int
+    rows_removed: int  # an estimate, from the server's statistics
+    payloads_removed: int  # finished executions with a large payload, which go one by one
+    slots_made: int
+    slots_busy: int  # expired, but somebody reads them: the next call tries again
+    tombstones: int  # orchestrators that had been dead for a day
+    more: bool  # there is more to do: call again soon
+
+
+class Retry(StrEnum):
+    """What asking for a failed or cancelled execution to begin anew did."""
+
+    RETRIED = "retried"  # it is ready
+    LIVE = "live"  # it is under way: it was retried before, or has not ended
+    DUPLICATE = "duplicate"  # a live execution holds its dedupe key
+    COMPLETED = "completed"  # it did what it was to do, and stays as it is
+    UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An execution that failed or was cancelled, and is still kept."""
+
+    id: UUID
+    queue: str
+    task: str
+    state: State
+    attempts: int
+    crashes: int
+    generation: int  # how often it was retried by hand
+    created_at: datetime
+    finished_at: datetime
+    expires_at: datetime | None  # None: kept for ever
+    dedupe_key: str | None
+    error: str | None  # the last one, JSON text: type, message, traceback
+    reason: str | None  # of a cancellation

@@ -15,10 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 import trio
-from proxy import ChaosProxy, open_chaos_proxy
 
 from pgconductor import Conductor, Orchestrator
 from pgconductor.tasks import Task
+from pgconductor.testing.proxy import ChaosProxy, open_chaos_proxy
 
 LIMIT = 40.0
 

@@ -246,7 +246,7 @@ def test_waiter_holds_no_snapshot_between_looks(conn: Connection, other: Connect
     other.execute("select pg_advisory_lock(%s::int8)", (lock_key("pgconductor"),))
     state = "select state, backend_xmin from pg_stat_activity where pid = %s"
     between: list[object] = []
-    steps = migrate_gen("pgconductor", V1, 1.0)
+    steps = migrate_gen("pgconductor", V1, 1.0, 1.0)
     call = next(steps)
     for _ in range(20):
         call = steps.send(run_sync(conn, call))
@@ -267,7 +267,7 @@ def finish(conn: Connection, steps: Generator[Call[Any], Any, MigrationReport], 
 
 def test_rival_that_finished_between_look_and_lock_is_seen(conn: Connection, other: Connection) -> None:
     """Or the loser of a race goes by what it read before it had the lock, and applies a migration twice."""
-    steps = migrate_gen("pgconductor", V2, 1.0)
+    steps = migrate_gen("pgconductor", V2, 1.0, 1.0)
     call = next(steps)
     while not call.query.startswith(b"begin"):
         call = steps.send(run_sync(conn, call))
@@ -288,7 +288,7 @@ class _Killer:
 
     def run(self, source: SqlSource, calls: int) -> bool:
         """True if the migration ended before that many calls."""
-        steps = migrate_gen("pgconductor", source, 60.0)
+        steps = migrate_gen("pgconductor", source, 60.0, 60.0)
         try:
             call = next(steps)
             for number in range(1000):
@@ -423,7 +423,7 @@ def test_time_limits_of_the_server_do_not_end_a_migration(conn: Connection) -> N
 
 def test_locked_table_ends_the_wait(conn: Connection, other: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a migration that waits behind a long reader holds up all traffic behind itself."""
-    monkeypatch.setattr("pgconductor.db.schema.LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("pgconductor.db.migrating.LOCK_TIMEOUT", 0.1)
     migrate_sync(conn, source=V1)
     with other.transaction():
         other.execute("select from pgconductor.items")

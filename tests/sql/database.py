@@ -38,7 +38,7 @@ declare
 begin
     for v_name in
         select relname from pg_class where relnamespace = '{s}'::regnamespace and relkind = 'r'
-            and (relname ~ '^_private_queue_[1-9]' or relname ~ '^_private_finished_([2-9]|1.)')
+            and relname ~ '^_private_queue_[1-9]'
     loop
         execute format('drop table {s}.%I', v_name);
     end loop;
@@ -47,13 +47,17 @@ begin
         select relname from pg_class where relnamespace = '{s}'::regnamespace and relkind = 'r'
             and relname ~ '^_private_'
             and relname not in ('_private_expiry_slots', '_private_migrations', '_private_schema')
+            and (relname !~ '^_private_finished_' or pg_relation_size(format('{s}.%I', relname)::regclass) > 0)
     loop
         execute format(case when pg_relation_size(format('{s}.%I', v_name)::regclass) > 1000000
             then 'truncate {s}.%I cascade' else 'delete from {s}.%I' end, v_name);
     end loop;
     perform setval(pg_get_serial_sequence('{s}._private_queues', 'no'), 1, false);
-    delete from {s}._private_expiry_slots where no > 1;
     update {s}._test_clock set shift = '0';
+    update {s}._private_expiry_slots set must_check = is_far,
+        expires_upto = case when no < 2 then 'infinity' else '-infinity' end::timestamptz,
+        opened_at = case when no = 1 then now() end, check_at = case when no = 1 then now() end;
+    perform {s}._private_advance_slots({s}._private_clock());
 end $$
 """
 

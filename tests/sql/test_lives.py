@@ -196,6 +196,7 @@ def test_unknown_option_is_refused_by_name(db: Database) -> None:
     """A newer client's option is dropped in silence."""
     with pytest.raises(psycopg.Error, match="unknown options: 'colour'") as refusal:
         db.rows(
-            "select * from {s}.invoke_many(array['t'], array['{}'::jsonb], p_options => array['{\"colour\": 1}'::jsonb])"
+            "select * from {s}.invoke_many(array['t'], array['{}'::jsonb],"
+            " p_options => array['{\"colour\": 1}'::jsonb])"
         )
     assert refusal.value.sqlstate == "PC001"

@@ -16,11 +16,14 @@ from psycopg import sql
 from ..model import (
     Cancellation,
     Claimed,
+    DeadLetter,
     Ended,
     Invoked,
+    Maintenance,
     OrchestratorStatus,
     Outcome,
     QueueStatus,
+    Retry,
     Signals,
     Standing,
     State,
@@ -52,6 +55,13 @@ class CancelledMatching(NamedTuple):
 
     cancelled: int
     requested: int
+
+
+class RetriedMatching(NamedTuple):
+    """How many executions one call of `retry_matching` let begin anew, and for how many a live one holds the key."""
+
+    retried: int
+    duplicates: int
 
 
 class NewExecution(NamedTuple):
@@ -173,6 +183,13 @@ _QUERIES = {
     "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
     "await_results": "select pg_advisory_lock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
+    "maintain": "select lock_held, slots_emptied, rows_removed_estimate, payloads_removed, slots_made, slots_busy,"
+    " tombstones, more from {s}.maintain()",
+    "dead_letters": "select id, queue, task, state, attempts, crashes, generation, created_at, finished_at, expires_at,"
+    " dedupe_key, error::text, reason from {s}.dead_letters(%s, %s, %s, %s::timestamptz, %s::uuid, %s::text[])",
+    "retry": "select id, status from {s}.retry(%s::uuid[])",
+    "retry_matching": "select retried, duplicates from {s}.retry_matching(%s, %s, %s, %s::timestamptz,"
+    " %s::timestamptz, %s, %s::text[])",
     "leave_results": "select pg_advisory_unlock_shared({s}._private_key_w(b)) from unnest(%s::int[]) as b",
 }
 
@@ -368,3 +385,45 @@ class Calls:
 
     def leave_results(self, buckets: list[int]) -> Call[None]:
         return Call(self._query["leave_results"], (buckets,), ignore)
+
+    def maintain(self) -> Call[Maintenance]:
+        """To be called about once a minute by anybody, in a transaction of its own; again soon if there is `more`."""
+        return Call(self._query["maintain"], (), lambda rows: Maintenance(*rows[0]))
+
+    def dead_letters(
+        self,
+        queue: str | None = None,
+        task: str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+        states: Sequence[State] = (State.FAILED, State.CANCELLED),
+    ) -> Call[list[DeadLetter]]:
+        """What ended last comes first; `after`: the last one of the page before."""
+        key = (None, None) if after is None else (after.finished_at, after.id)
+        return Call(
+            self._query["dead_letters"],
+            (queue, task, limit, *key, [state.value for state in states]),
+            lambda rows: [DeadLetter(*row[:3], State(row[3]), *row[4:]) for row in rows],
+        )
+
+    def retry(self, executions: list[UUID]) -> Call[dict[UUID, Retry]]:
+        return Call(self._query["retry"], (executions,), lambda rows: {row[0]: Retry(row[1]) for row in rows})
+
+    def retry_matching(
+        self,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int = 1000,
+        states: Sequence[State] = (State.FAILED,),
+    ) -> Call[RetriedMatching]:
+        """At most `limit` executions per call, the oldest first; again, with `finished_before`, until none is
+        retried.
+        """
+        return Call(
+            self._query["retry_matching"],
+            (queue, task, error_type, finished_after, finished_before, limit, [state.value for state in states]),
+            lambda rows: RetriedMatching._make(rows[0]),
+        )

@@ -16,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from ..db.address import Database
 from ..db.call import Call
-from ..db.schema import check_gen, load_source, validate_schema_name
+from ..db.migrating import check_gen
 from ..db.session import SyncSession
+from ..db.sql_files import load_source, validate_schema_name
 from ..errors import Incompatible, Refused, SchemaTooNew
 from . import inside as schema_inside
 from . import objects, server, vacuum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..db.call import Call
-from ..db.schema import SchemaVersion
+from ..db.installed import SchemaVersion
 from .finding import Judged, Verdict, fine, identifier, listed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from ..db.call import Call
-from ..db.schema import MINIMUM_SERVER
+from ..db.installed import MINIMUM_SERVER
 from .finding import Judged, Verdict, duration, fine, listed, literal
 
 # Before these, VACUUM removed transaction states that LISTEN needed later: "could not access status of transaction".
