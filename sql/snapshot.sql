@@ -446,6 +446,7 @@ function _private_kind_operator() returns text language sql immutable
 function _private_kind_producer() returns text language sql immutable
 function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
+function _private_may_cancel_all() returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -462,11 +463,11 @@ function _private_server_epoch() returns text language sql stable
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function cancel_own(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set enable_bitmapscan=off
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function execution_errors(p_id uuid) returns jsonb language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp

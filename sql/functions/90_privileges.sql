@@ -17,11 +17,12 @@ as $$
         -- Produce, wait for what was produced, cancel it.
         ('invoke', '{producer,worker}'::text[], true),
         ('invoke_many', '{producer,worker}', true),
-        ('cancel_own', '{producer,worker}', true),
+        ('cancel', '{producer,worker,operator}', true),  -- the first two: what their login role has invoked
         ('results', '{producer,worker}', true),
         ('standing', '{producer,worker}', true),
         ('_private_results_channel', '{producer,worker}', false),
         ('_private_key_w', '{producer,worker}', false),
+        ('execution_errors', '{producer,worker,viewer,operator}', true),
         -- Run orchestrators.
         ('register_queue', '{worker}', true),
         ('register_tasks', '{worker}', true),
@@ -51,7 +52,6 @@ as $$
         ('dead_letters', '{viewer,operator}', true),
         ('_private_doctor', '{viewer,operator}', true),
         -- Set it right.
-        ('cancel', '{operator}', true),
         ('cancel_matching', '{operator}', true),
         ('retry', '{operator}', true),
         ('retry_matching', '{operator}', true),
@@ -66,24 +66,16 @@ create or replace function @schema@._private_kind_worker() returns text language
 create or replace function @schema@._private_kind_viewer() returns text language sql immutable return 'viewer'::text;
 create or replace function @schema@._private_kind_operator() returns text language sql immutable return 'operator'::text;
 
--- Cancel what the caller has invoked itself, as cancel does; whatever else is named, is "unknown", unless it has finished.
--- The caller is the role that logged in, whatever SET ROLE it is under. Locks: as cancel.
-create or replace function @schema@.cancel_own(p_ids uuid[], p_reason text default null) returns table (id uuid, status text)
-    language sql volatile
+-- Whether the caller of the verb at hand is an operator or the owner, who cancel anything. In a function that runs as its owner
+-- the caller is the role that was set, else the one that logged in.
+create or replace function @schema@._private_may_cancel_all() returns boolean
+    language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    with own as materialized (
-        select e.id from unnest(p_ids) as i
-            join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
-        where e.created_by = quote_ident(session_user)::regrole
-    ), done as materialized (
-        select c.id, c.status from (select array_agg(o.id) as ids from own o) o
-            cross join lateral @schema@.cancel(o.ids, p_reason) c where o.ids is not null
-    )
-    select i, coalesce((select d.status from done d where d.id = i),
-        case when not exists (select from own o where o.id = i) and exists (select from @schema@._private_finished f where f.id = i)
-            then 'finished' else 'unknown' end)
-    from (select distinct i from unnest(p_ids) as i) x
+    select has_function_privilege(case current_setting('role') when 'none' then session_user else current_setting('role') end,
+        p.oid, 'execute')
+    from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+    where n.nspname = @schema_literal@ and p.proname = '_private_kind_operator'
 $$;
 
 -- The roles that have been given rights, but for the owner.

@@ -129,7 +129,7 @@ async def _beside_a_worker(dsn: str, command: Callable[[], T]) -> T:
 
 async def test_invoke_waits_for_the_result(pgconductor: Command, pgconductor_dsn: str) -> None:
     """The result is JSON on standard output, and nothing else."""
-    arguments = ("invoke", "double", '{"number": 21}', "--wait", "--timeout", "60", "--dsn", pgconductor_dsn)
+    arguments = ("invoke", "double", '{"number": 21}', "--wait", "--wait-timeout", "60", "--dsn", pgconductor_dsn)
     done = await _beside_a_worker(pgconductor_dsn, lambda: pgconductor(*arguments))
     assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
@@ -148,7 +148,7 @@ async def test_failed_execution_is_exit_status_1(pgconductor_dsn: str, flags: li
 
 def test_result_that_does_not_come_is_exit_status_3(pgconductor_dsn: str) -> None:
     """Too late is not failed: the execution goes on, and the line says why nothing happens."""
-    code, out, err = _run("invoke", "double", "--timeout", "0", "--dsn", pgconductor_dsn)
+    code, out, err = _run("invoke", "double", "--wait-timeout", "0", "--dsn", pgconductor_dsn)
     assert (code, out) == (exits.UNAVAILABLE, "")
     assert "no live worker" in err
 

@@ -111,7 +111,7 @@ def test_command_line_wins_over_the_program(pgconductor: Command, app: Path, pgc
         )  # whoever comes second waits for the other
         assert done.returncode == 0
         done = pgconductor(
-            *("invoke", "double", '{"number": 4}', "--timeout", "60"),
+            *("invoke", "double", '{"number": 4}', "--wait-timeout", "60"),
             *("--dsn", pgconductor_empty_dsn, "--schema", "elsewhere"),
         )
         assert done.stdout == "8\n", done.stderr

@@ -12,9 +12,10 @@ P, W, V, O = "producer", "worker", "viewer", "operator"  # noqa: E741  # as in t
 CALLS: dict[str, set[str]] = {
     "invoke": {P, W},
     "invoke_many": {P, W},
-    "cancel_own": {P, W},
+    "cancel": {P, W, O},  # of producers and workers: what their login role has invoked
     "results": {P, W},
     "standing": {P, W},
+    "execution_errors": {P, W, V, O},
     "_private_results_channel": {P, W},
     "_private_key_w": {P, W},
     "register_queue": {W},
@@ -42,7 +43,6 @@ CALLS: dict[str, set[str]] = {
     "orchestrator_status": {V, O},
     "dead_letters": {V, O},
     "_private_doctor": {V, O},
-    "cancel": {O},
     "cancel_matching": {O},
     "retry": {O},
     "retry_matching": {O},

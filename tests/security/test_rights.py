@@ -144,7 +144,7 @@ def test_grants_are_listed_and_taken_back(site: Site) -> None:
     assert session.rows("select status from {s}.cancel(array[%s::uuid])", execution) == [("cancelled",)]
     owner.rows("select {s}.revoke_role('operator', %s)", role)
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        session.rows("select {s}.cancel('{}')")
+        session.rows("select {s}.cancel_matching()")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         session.rows("select id from {s}.execution_status")
     session.invoke()
@@ -181,9 +181,7 @@ def test_roles_of_any_name_get_their_rights(site: Site, name: str) -> None:
     session = site.session_of(role)
     session.register_queue("q")
     execution = session.invoke()
-    assert session.rows("select id, status from {s}.cancel_own(array[%s::uuid])", execution) == [
-        (execution, "cancelled")
-    ]
+    assert session.rows("select id, status from {s}.cancel(array[%s::uuid])", execution) == [(execution, "cancelled")]
     owner.rows("select {s}.revoke_role('worker', %s)", role)
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         session.register_queue("q")

@@ -151,6 +151,11 @@ class Orchestrator:
         state = "not running" if self._owner is None else f"running, incarnation {self._incarnations}"
         return f"<Orchestrator of {queues}, {state}>"
 
+    @property
+    def conductor(self) -> Conductor:
+        """The conductor whose tasks it runs."""
+        return self._conductor
+
     def statistics(self) -> OrchestratorStatistics:
         """A snapshot of what runs now; the counts of a worker begin anew with each incarnation."""
         return OrchestratorStatistics(
