@@ -133,7 +133,7 @@ def test_outage_of_the_server_is_no_crash_of_those_who_lost_their_lease_by_it(
     restart(db)
     clock.advance(11)
     assert db.recover() == (1, 0)
-    assert db.live(one, "state::text, attempt, crashes") == ("ready", 0, 2)
+    assert db.live(one, "state::text, attempt, crashes, outcome") == ("ready", 0, 2, "released")
 
 
 # --- early rescue ---
