@@ -24,3 +24,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pgconductor's own tests")
     group.addoption("--wakeups", type=int, default=3000, help="executions of the random wake-up test (default 3000)")
     group.addoption("--wakeup-seed", type=int, default=None, help="seed of its choices (default: a new one, printed)")
+    group.addoption(
+        "--model-events", type=int, default=20_000, help="random events of the model's test (default 20000)"
+    )
+    group.addoption(
+        "--stateful-examples", type=int, default=None, help="random examples of the stateful test (default: few, fixed)"
+    )
+    group.addoption(
+        "--faults",
+        choices=["few", "full"],
+        default="few",
+        help="few: the faults of tests/faults in small (default); full: for as long as the catalogue says",
+    )
+    group.addoption(
+        "--failpoints",
+        default="sample",
+        help='which kills at failpoints: "sample" (default), "all", or a text that the test\'s name holds',
+    )

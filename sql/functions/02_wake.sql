@@ -19,6 +19,18 @@ begin
     end;
 end $$;
 
+-- NOTIFY, which is only ever a hint: so not into a queue that is about to be full, where it would fail at COMMIT and take
+-- the transaction with it (a forgotten listener of anybody's, in an open transaction, is enough).
+create or replace function @schema@._private_notify(p_channel text, p_payload text) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if pg_notification_queue_usage() < 0.9 then
+        perform pg_notify(p_channel, p_payload);
+    end if;
+end $$;
+
 -- Called by whoever makes work on a queue, before it commits: raise K until the transaction ends, then look at M, and
 -- NOTIFY unless both say that nobody can be asleep. Never waits.
 create or replace function @schema@._private_announce(p_queue text) returns void
@@ -31,7 +43,7 @@ begin
             then @schema@._private_nobody_sleeps(p_queue) else false end) then
         return;
     end if;
-    perform pg_notify(@schema@._private_channel(p_queue), '');
+    perform @schema@._private_notify(@schema@._private_channel(p_queue), '');
 end $$;
 
 -- An insert wakes a sleeper if it is due now, or due before any worker's next sweep (sweeps are at most a minute

@@ -22,7 +22,8 @@ end $$;
 
 -- Returns a row per position of the arrays (all of one length): the execution's id, and whether this call created it.
 -- With a dedupe key that a live execution of the same queue and task holds, the row is that one's, which stays as it
--- is. Two positions with one key are one execution, created by the first. Locks: dedupe keys in the order of (queue,
+-- is. Two positions with one key are one execution, created by the first. Makes the transaction commit durably, where the
+-- administrator or the session chose otherwise: what was acknowledged is not lost. Locks: dedupe keys in the order of (queue,
 -- task, key), waiting for whoever is inserting or ending one of them; then the trigger's K.
 create or replace function @schema@.invoke_many(
     p_tasks text[],
@@ -55,6 +56,9 @@ declare
     v_holders uuid[];
     v_lost boolean;
 begin
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'on', true);
+    end if;
     if exists (select from unnest(p_payloads) as p where jsonb_typeof(p) is distinct from 'object') then
         raise exception using errcode = 'PC001',
             message = 'the payload must be a JSON object: the handler''s parameters by name';

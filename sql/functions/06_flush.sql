@@ -16,7 +16,7 @@ begin
     from (select distinct @schema@._private_bucket(id) as b from unnest(p_ids) as id) x
     where case when pg_try_advisory_lock(@schema@._private_key_w(b)) then not pg_advisory_unlock(@schema@._private_key_w(b)) else true end;
     if v_buckets is not null then
-        perform pg_notify(@schema@._private_results_channel(), v_buckets);
+        perform @schema@._private_notify(@schema@._private_results_channel(), v_buckets);
     end if;
 end $$;
 

@@ -1,7 +1,7 @@
 -- Orchestrators: registered once, kept alive, declared dead, and what they held given back.
 
 -- Register an incarnation with its workers, as arrays of one length plus the tasks of each as a JSON array. The lease
--- is in seconds.
+-- is in seconds. PC002 for a program that is too old for the schema, or about to be: see _private_check_version.
 create or replace function @schema@.register_orchestrator(
     p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version int,
     p_queues text[], p_tasks jsonb[], p_concurrencies int[]
@@ -10,8 +10,10 @@ create or replace function @schema@.register_orchestrator(
     set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_now constant timestamptz := @schema@._private_clock();
+    v_now timestamptz;
 begin
+    perform @schema@._private_check_version(p_schema_version);
+    v_now := @schema@._private_clock();
     insert into @schema@._private_orchestrators
         (id, name, program_version, schema_version, server_epoch, started_at, heartbeat_at, expires_at)
     values (p_id, p_name, p_program_version, p_schema_version, @schema@._private_server_epoch(), v_now, v_now,

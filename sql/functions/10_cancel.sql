@@ -86,7 +86,7 @@ begin
                 )
                 select array_agg(distinct owner) from asked
                 $sql$, '_private_queue_' || v_no) into v_owners using v_running, v_now, p_reason;
-            perform pg_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;
+            perform @schema@._private_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;
             v_requested := v_requested || v_running;
         end if;
     end loop;

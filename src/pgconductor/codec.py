@@ -24,7 +24,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec import inspect as msgspec_inspect
 
-from .errors import InvalidPayload, InvalidTask
+from .errors import DeadlineExceeded, HandlerTimeout, InvalidPayload, InvalidTask, leaves
 from .options import checked_int
 
 if TYPE_CHECKING:
@@ -452,12 +452,17 @@ def _reason(error: BaseException) -> str:
 # Control characters, lone surrogates, and the marks that reorder text: none may act on a terminal or hide in a log.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNPRINTABLE_IN_BLOCK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# PostgreSQL quotes the values of rows there.
-_ROW_VALUES = re.compile(r"\n(?:DETAIL|CONTEXT):.*", re.DOTALL)
+# PostgreSQL quotes the values of rows there, perhaps within the `repr` of its error.
+_ROW_VALUES = re.compile(
+    r"(?:^|\n|\\n)\s*(?:DETAIL|CONTEXT|QUERY):.*|\bFailing row contains \(.*|\bKey \([^()]*\)=\(.*", re.DOTALL
+)
 
 _MAX_CHAIN = 8
 _MAX_GROUPED = 16
 _MAX_FRAMES = 30
+_MAX_NOTES = 16
+_MAX_SEARCHED = 256  # exceptions, for what must not be told
+_MAX_READ = 1 << 20  # characters of a message
 
 
 def printable(text: str) -> str:
@@ -469,23 +474,83 @@ def _escaped(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode()
 
 
-def describe_error(error: BaseException, limit: int = ERROR_BYTES) -> dict[str, str]:
+def describe_error(error: BaseException, limit: int = ERROR_BYTES, head: BaseException | None = None) -> dict[str, str]:
     """Return an exception as data: ``type`` (qualified name), ``message`` (one line) and ``traceback``.
 
     As JSON it is at most `limit` bytes (512 or more) and free of NUL, lone surrogates and control characters; the
-    values of rows that PostgreSQL puts into DETAIL and CONTEXT are left out; groups and chains are bounded. Never
-    raises, whatever ``__str__`` of the exception does.
+    values of rows that PostgreSQL puts into DETAIL and CONTEXT are left out, wherever they are quoted; notes are part
+    of the traceback; groups and chains are bounded. Type and message are those of `head`, an exception within the group
+    that `error` is, or of a group's only exception. What the engine itself ended has a short type, such as ``timeout``.
+    Never raises, whatever the exception's own methods do.
     """
+    try:
+        return _described(error, limit, _only_leaf(error) if head is None else head)
+    except (Exception, SystemExit) as broken:  # noqa: BLE001 - the user's own methods failed
+        message = f"<it cannot be described: {_type_name(broken)}>"
+        return {
+            "type": _cut(printable(_type_name(error)), 200),
+            "message": _cut(printable(message), 200),
+            "traceback": "",
+        }
+
+
+def described_type(error: BaseException) -> str:
+    """Return the ``type`` that `describe_error` gives it, of one printable line. Never raises."""
+    kind = type(error)
+    if issubclass(kind, (HandlerTimeout, DeadlineExceeded)):
+        return kind.recorded_type
+    return _cut(printable(_type_name(error)), 200)
+
+
+def summary(error: BaseException, head: BaseException | None = None) -> str:
+    """Return type and message as `describe_error` gives them, in one printable line, for a log. Never raises."""
+    described = describe_error(error, 1024, head)
+    return f"{described['type']}: {described['message']}" if described["message"] else described["type"]
+
+
+def _described(error: BaseException, limit: int, head: BaseException) -> dict[str, str]:
+    hidden = _row_values(error)
     described = {
-        "type": _cut(printable(_type_name(error)), 200),
-        "message": _cut(printable(_message(error, limit)), (limit - 300) // 2),
+        "type": described_type(head),
+        "message": _cut(printable(_message(head, limit, hidden)), (limit - 300) // 2),
         "traceback": "",
     }
     # What the others leave; a traceback keeps its end, where the error is.
     room = limit - len(msgspec.json.encode(described)) - 16
-    block = _UNPRINTABLE_IN_BLOCK.sub(_escaped, "\n".join(_traceback(error, limit)))
+    block = _UNPRINTABLE_IN_BLOCK.sub(_escaped, "\n".join(_traceback(error, limit, hidden)))
     described["traceback"] = _cut_start(block, room)
     return described
+
+
+def _only_leaf(error: BaseException) -> BaseException:
+    """The exception in a group, as a nursery makes one, that has no other in it; else `error`."""
+    found = leaves(error)
+    first = next(found, error)
+    return first if next(found, None) is None else error
+
+
+def _row_values(error: BaseException) -> list[str]:
+    """What the errors of the driver around `error` hold of rows: not to be told by those that quote them either."""
+    driver = sys.modules.get("psycopg")
+    values: list[str] = []
+    if driver is None:
+        return values
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending and len(seen) < _MAX_SEARCHED:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, driver.Error):
+            diag = cast("psycopg.Error", current).diag
+            for value in (diag.message_detail, diag.context, diag.internal_query):
+                if value:
+                    values.extend({value, repr(value)[1:-1]})
+        pending.extend((current.__context__, current.__cause__))
+        if isinstance(current, BaseExceptionGroup):
+            pending.extend(cast("BaseExceptionGroup[BaseException]", current).exceptions[:_MAX_SEARCHED])
+    return sorted(values, key=len, reverse=True)
 
 
 def _json_size(text: str) -> int:
@@ -507,11 +572,18 @@ def _cut_start(text: str, size: int) -> str:
 
 
 def _type_name(error: BaseException) -> str:
+    # As `type` has them, not as a metaclass may tell.
     kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    name: str = _class_name(kind)
+    module: object = _class_module(kind)
+    return name if module == "builtins" or not isinstance(module, str) else f"{module}.{name}"
 
 
-def _message(error: BaseException, limit: int) -> str:
+_class_name: Any = type.__dict__["__qualname__"].__get__
+_class_module: Any = type.__dict__["__module__"].__get__
+
+
+def _message(error: BaseException, limit: int, hidden: list[str]) -> str:
     """`str(error)`, exact `str`, bounded, without the values of rows."""
     driver = sys.modules.get("psycopg")
     try:
@@ -521,12 +593,20 @@ def _message(error: BaseException, limit: int) -> str:
             text = cast("psycopg.Error", error).diag.message_primary
         if text is None:
             text = str(error)
-        return _ROW_VALUES.sub("", str.__getitem__(text, slice(limit)))
+        return _told(text, limit, hidden)
     except (Exception, SystemExit, GeneratorExit) as broken:  # noqa: BLE001 - the user's own __str__ failed
-        return f"<its __str__ raised {type(broken).__qualname__}>"
+        return f"<its __str__ raised {_type_name(broken)}>"
 
 
-def _traceback(error: BaseException, limit: int) -> list[str]:
+def _told(text: str, limit: int, hidden: list[str]) -> str:
+    """`text` without the values of rows, of at most `limit` characters."""
+    text = str.__getitem__(text, slice(_MAX_READ))
+    for value in hidden:
+        text = text.replace(value, "…")
+    return _ROW_VALUES.sub("", text)[:limit]
+
+
+def _traceback(error: BaseException, limit: int, hidden: list[str]) -> list[str]:
     """Lines like those of an unhandled exception, causes first, made without asking the exceptions more than once."""
     chain: list[tuple[BaseException, str]] = []
     link = ""
@@ -541,16 +621,21 @@ def _traceback(error: BaseException, limit: int) -> list[str]:
             current = None
     lines: list[str] = []
     for position in range(len(chain) - 1, -1, -1):
-        lines.extend(_one_traceback(chain[position][0], limit))
+        lines.extend(_one_traceback(chain[position][0], limit, hidden))
         if position:
             lines.extend(["", chain[position][1], ""])
     return lines
 
 
-def _one_traceback(error: BaseException, limit: int) -> list[str]:
-    lines = ["Traceback (most recent call last):", *_frames(error), f"{_type_name(error)}: {_message(error, limit)}"]
+def _one_traceback(error: BaseException, limit: int, hidden: list[str]) -> list[str]:
+    lines = [
+        "Traceback (most recent call last):",
+        *_frames(error),
+        f"{_type_name(error)}: {_message(error, limit, hidden)}",
+        *_notes(error, limit // 4, hidden),
+    ]
     if isinstance(error, BaseExceptionGroup):
-        lines.extend(_grouped(cast("BaseExceptionGroup[BaseException]", error), limit))
+        lines.extend(_grouped(cast("BaseExceptionGroup[BaseException]", error), limit, hidden))
     return lines
 
 
@@ -559,20 +644,25 @@ def _frames(error: BaseException) -> list[str]:
     return "".join(traceback.format_list(frames)).splitlines()
 
 
-def _grouped(group: BaseExceptionGroup[BaseException], limit: int) -> list[str]:
+def _notes(error: BaseException, room: int, hidden: list[str]) -> list[str]:
+    """What `add_note` added, as far as there is room: the frames above are worth more."""
+    notes = getattr(error, "__notes__", None)
+    lines: list[str] = []
+    if isinstance(notes, (list, tuple)):
+        for note in cast(Sequence[object], notes)[:_MAX_NOTES]:
+            if isinstance(note, str) and room > 0:
+                lines.append(_cut(_told(note, room, hidden), room))
+                room -= _json_size(lines[-1])
+    return lines
+
+
+def _grouped(group: BaseExceptionGroup[BaseException], limit: int, hidden: list[str]) -> list[str]:
     """The leaves of a group, flattened, each with its last frames."""
     lines: list[str] = []
-    pending: list[BaseException] = list(reversed(group.exceptions))
-    shown = 0
-    while pending:
-        error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(reversed(cast("BaseExceptionGroup[BaseException]", error).exceptions))
-            continue
+    for shown, error in enumerate(leaves(group)):
         if shown == _MAX_GROUPED:
             lines.append("  + … more exceptions")
             break
-        shown += 1
-        lines.append(f"  + {_type_name(error)}: {_message(error, limit // _MAX_GROUPED)}")
-        lines.extend(f"    {line}" for line in _frames(error)[-6:])
+        lines.append(f"  + {_type_name(error)}: {_message(error, limit // _MAX_GROUPED, hidden)}")
+        lines.extend(f"    {line}" for line in (*_notes(error, limit // 64, hidden), *_frames(error)[-6:]))
     return lines

@@ -1,15 +1,16 @@
 """What a handler is given: who it is, its logger, and the resources of the process it runs in.
 
 Owns nothing: a `Context` is made for one attempt and dropped with it, so it must stay cheap (one object; the logger
-is made when first asked for). It never sees a connection or a pool. Nothing here waits, so there is nothing to cancel;
-all of it may be used from the thread of a plain `def` handler.
+is made when first asked for). Whether the handler should end is the engine's knowledge: it is asked, not kept. It never
+sees a connection or a pool. Nothing here waits, so there is nothing to cancel; all of it may be used from the thread of
+a plain `def` handler.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from .errors import Misuse
@@ -29,6 +30,19 @@ class _BoundLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
+class Watch(Protocol):
+    """What knows whether a handler should end; the engine implements it. Both may be asked from any thread."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the handler should end."""
+        ...
+
+    def check(self) -> None:
+        """Raise `HandlerCancelled` if it should."""
+        ...
+
+
 class Context:
     """The first parameter of a handler that asks for it by the annotation `Context`.
 
@@ -36,7 +50,7 @@ class Context:
     `task` and `queue`: the names the execution runs under.
     """
 
-    __slots__ = ("_logger", "_resources", "attempt", "execution_id", "queue", "task")
+    __slots__ = ("_logger", "_resources", "_watch", "attempt", "execution_id", "queue", "task")
 
     def __init__(self, execution_id: UUID, attempt: int, *, task: str, queue: str, resources: Resources) -> None:
         """Made by the engine, and by tests that call ``task.handler`` directly.
@@ -49,6 +63,27 @@ class Context:
         self.queue = queue
         self._resources = resources
         self._logger: logging.LoggerAdapter[logging.Logger] | None = None
+        self._watch: Watch | None = None
+
+    def watch(self, watch: Watch) -> None:
+        """Let `watch` say whether the handler should end; the engine's, before it calls the handler."""
+        self._watch = watch
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the handler should end soon: its timeout or deadline has passed, its cancellation was requested, or
+        its worker stops.
+
+        For a plain ``def``, whose thread nobody can stop: look now and then, clean up and return or raise. In an
+        ``async def`` Trio raises `trio.Cancelled` at the next checkpoint anyway; look if it computes between two. Once
+        true it stays so. Does not wait; may be asked from any thread.
+        """
+        return self._watch is not None and self._watch.is_cancelled
+
+    def check_cancelled(self) -> None:
+        """Raise `HandlerCancelled` if `is_cancelled`; let it propagate. Does not wait; from any thread."""
+        if self._watch is not None:
+            self._watch.check()
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:

@@ -16,17 +16,27 @@
     ├── Incompatible                  program and schema do not fit each other
     │   ├── SchemaMissing             run ``pgconductor migrate``
     │   └── SchemaTooNew              a newer program made a breaking change: upgrade this one
-    └── ExecutionError                what ``Handle.result()`` raises instead of returning
-        ├── ExecutionFailed
-        ├── ExecutionCancelled
-        └── ResultNotKept             it finished, and its result was not kept
+    ├── ExecutionError                what ``Handle.result()`` raises instead of returning
+    │   ├── ExecutionFailed
+    │   ├── ExecutionCancelled
+    │   └── ResultNotKept             it finished, and its result was not kept
+    ├── Verdict                       handlers raise these, to say what follows
+    │   ├── NoRetry                   it fails for good
+    │   ├── RetryAfter                it failed, and is tried again after exactly that long
+    │   └── Snooze                    it has not failed: it runs again later, and this attempt does not count
+    ├── HandlerCancelled              `Context.check_cancelled` raises it: a handler in a thread is asked to end
+    └── AttemptError                  the engine ended an attempt; recorded with its execution, raised by nobody
+        ├── HandlerTimeout            the handler ran for longer than its timeout (also a TimeoutError)
+        └── DeadlineExceeded          the execution's deadline has passed (also a TimeoutError)
 
 Messages name the object and the remedy. The cause, where a driver's error lies beneath, is chained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any, ClassVar
 
 
 class PgconductorError(Exception):
@@ -100,7 +110,8 @@ class ExecutionError(PgconductorError):
 class ExecutionFailed(ExecutionError):
     """The execution failed for good; the message carries its last error.
 
-    `error`: that error as data, with the keys ``type``, ``message`` and ``traceback``; as much of it as was kept.
+    `error`: that error as data, with the keys ``type``, ``message`` and ``traceback``; as much of it as was kept. The
+    type is the exception's qualified name, or ``timeout``, ``deadline`` or ``crash_loop`` for what the engine ended.
     """
 
     def __init__(self, message: str, error: Mapping[str, str] | None = None) -> None:
@@ -109,8 +120,96 @@ class ExecutionFailed(ExecutionError):
 
 
 class ExecutionCancelled(ExecutionError):
-    """The execution was cancelled."""
+    """The execution was cancelled. `reason`: as given by whoever cancelled it, None if nothing was."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ResultNotKept(ExecutionError):
     """The execution has finished, and its result was not kept."""
+
+
+_LONGEST = 100 * 365.25 * 86_400.0  # a century, as `options.MAX_DELAY`, which this module lies below
+
+
+def _seconds(what: str, delay: object) -> float:
+    if isinstance(delay, timedelta):
+        delay = delay.total_seconds()
+    elif isinstance(delay, bool) or not isinstance(delay, (int, float)):
+        raise InvalidOption(f"{what} must be seconds (int or float) or a timedelta, not {type(delay).__name__}")
+    if not 0.0 <= delay <= _LONGEST:  # false for NaN as well
+        shown = delay if isinstance(delay, float) or delay.bit_length() < 128 else "too large a number"
+        raise InvalidOption(f"{what} (seconds) must be from 0 to {_LONGEST:g}, not {shown}")
+    return float(delay)
+
+
+class Verdict(PgconductorError):
+    """Base of what a handler raises to say what follows; found inside exception groups too.
+
+    If a group holds several: `NoRetry` before `RetryAfter` (the longest), and `Snooze` (the longest) only if all else
+    in the group is `Snooze` too, since an attempt in which something failed has failed.
+    """
+
+
+class NoRetry(Verdict):
+    """The execution fails for good, whatever attempts remain. The cause (``raise ... from error``) is recorded too."""
+
+
+class RetryAfter(Verdict):
+    """The attempt failed; the next begins after exactly `delay`, instead of the task's back-off.
+
+    It counts as an attempt, and `max_attempts` is final. The cause (``raise ... from error``) is recorded too.
+    """
+
+    def __init__(self, delay: float | timedelta, message: str = "") -> None:
+        """`delay`: seconds or a `timedelta`, from 0 to a century, else `InvalidOption`."""
+        self.delay: float = _seconds("RetryAfter(delay=)", delay)
+        super().__init__(message or f"asked to be tried again after {self.delay:g} s")
+
+
+class Snooze(Verdict):
+    """The execution runs again after `delay`. Not an error: nothing is recorded, and this attempt does not count."""
+
+    def __init__(self, delay: float | timedelta) -> None:
+        """`delay`: seconds or a `timedelta`, from 0 to a century, else `InvalidOption`."""
+        self.delay: float = _seconds("Snooze(delay=)", delay)
+        super().__init__(f"snoozed for {self.delay:g} s")
+
+
+class HandlerCancelled(PgconductorError):
+    """The handler is asked to end: its time is up, its cancellation was requested, or its worker stops."""
+
+
+class AttemptError(PgconductorError):
+    """The engine ended an attempt."""
+
+    recorded_type: ClassVar[str] = ""  # the `type` in the record
+
+
+class HandlerTimeout(AttemptError, TimeoutError):
+    """The handler ran for longer than its timeout and was ended. Recorded with the type ``timeout``."""
+
+    recorded_type = "timeout"
+
+
+class DeadlineExceeded(AttemptError, TimeoutError):
+    """The execution's deadline has passed, or will have when it could run again. Recorded as ``deadline``."""
+
+    recorded_type = "deadline"
+
+
+# The property of the base class, whatever a subclass makes of the name.
+_members: Any = BaseExceptionGroup.exceptions.__get__
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Every exception in a group and the groups in it, in order, without recursion; `error` itself if it is none."""
+    pending = [error]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, BaseExceptionGroup):
+            pending.extend(reversed(_members(current)))
+        else:
+            yield current

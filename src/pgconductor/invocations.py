@@ -5,6 +5,7 @@ Pure: no connection, no clock. What it returns has been validated, so that SQL h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -13,7 +14,7 @@ from .codec import printable
 from .db.calls import NewExecution
 from .errors import InvalidPayload, Misuse
 from .options import checked_text
-from .tasks import Invocation, InvokeOptions, Task, Tasks
+from .tasks import DEFAULT_OPTIONS, Invocation, InvokeOptions, Task, Tasks
 
 # PostgreSQL takes a message of up to 1 GB; this leaves room for what the driver adds.
 MAX_CALL_BYTES: Final = 256 << 20
@@ -83,5 +84,28 @@ def _parameters(name: str, payload: object) -> dict[str, Any]:
 
 def _row(name: str, payload: str, options: InvokeOptions, queue: str | None) -> NewExecution:
     return NewExecution(
-        name, payload, options.queue or queue, options.priority, options.run_at, options.delay, options.dedupe_key
+        name,
+        payload,
+        options.queue or queue,
+        options.priority,
+        options.run_at,
+        options.delay,
+        options.dedupe_key,
+        None if options is DEFAULT_OPTIONS else options_json(options),
     )
+
+
+def options_json(options: InvokeOptions) -> str | None:
+    """Return the options that have no column of their own in `invoke_many` as a JSON object, None if none is given."""
+    given: dict[str, object] = {}
+    if options.timeout is not None:
+        given["timeout"] = options.timeout
+    if options.deadline_at is not None:
+        given["deadline_at"] = options.deadline_at.isoformat()
+    if options.deadline_in is not None:
+        given["deadline_in"] = options.deadline_in
+    if options.max_attempts is not None:
+        given["max_attempts"] = options.max_attempts
+    if options.tags:
+        given["tags"] = options.tags
+    return json.dumps(given) if given else None

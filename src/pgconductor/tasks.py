@@ -42,7 +42,7 @@ from .codec import Limits, PayloadCodec, ResultCodec, printable
 from .context import Context
 from .errors import InvalidOption, InvalidTask, Misuse
 from .options import INT4_MAX, INT4_MIN, checked_instant, checked_int, checked_seconds, checked_text
-from .retry import DEFAULT_BACKOFF, Backoff
+from .retry import DEFAULT_BACKOFF, Backoff, BackoffLike, checked_backoff
 
 if TYPE_CHECKING:
     import psycopg
@@ -57,6 +57,10 @@ NOTIFY_MODES: Final[tuple[NotifyMode, ...]] = ("adaptive", "always", "off")
 
 DEFAULT_QUEUE: Final = "default"
 MAX_ATTEMPTS: Final = 10_000
+MAX_TAGS: Final = 16
+MAX_TAG_BYTES: Final = 128
+KEEP_COMPLETED: Final = 86_400.0
+KEEP_FAILED: Final = 7 * 86_400.0
 MAX_CONCURRENCY: Final = 10_000
 MAX_BATCH: Final = 10_000
 
@@ -70,6 +74,8 @@ class InvokeOptions:
 
     `queue`: None for the task's own. `priority`: higher runs first. `run_at`: an instant in UTC, None for now.
     `delay`: seconds after the database's now, instead of `run_at`. `dedupe_key`: at most one live execution has it.
+    `timeout`: seconds per attempt, `max_attempts`: starts in all, None for the task's. `deadline_at`: an instant in UTC
+    after which nothing of it runs, or `deadline_in`: seconds from the database's now. `tags`: to find it by.
     """
 
     queue: str | None = None
@@ -77,6 +83,11 @@ class InvokeOptions:
     run_at: datetime | None = None
     delay: float | None = None
     dedupe_key: str | None = None
+    timeout: float | None = None
+    deadline_at: datetime | None = None
+    deadline_in: float | None = None
+    max_attempts: int | None = None
+    tags: tuple[str, ...] = ()
 
 
 DEFAULT_OPTIONS: Final = InvokeOptions()
@@ -204,11 +215,26 @@ class Task(Invocable[P, R]):
     """A handler with a name, made by `Conductor.task`.
 
     `name`, `queue`: as registered. `max_attempts`: how often it is started at most, failures of the handler counted.
-    `backoff`: the wait between attempts. `handler`: the function itself, to be called in tests. `is_async`: whether it
-    is a coroutine function (a plain ``def`` runs in a thread).
+    `backoff`: the wait between attempts. `timeout`: seconds that an attempt may take, None without end.
+    `keep_completed`, `keep_failed`: seconds for which finished executions are kept, None for ever, 0 not at all.
+    `handler`: the function itself, to be called in tests. `is_async`: whether it is a coroutine function (a plain
+    ``def`` runs in a thread).
     """
 
-    __slots__ = ("_shape", "backoff", "handler", "invoker", "is_async", "limits", "max_attempts", "name", "queue")
+    __slots__ = (
+        "_shape",
+        "backoff",
+        "handler",
+        "invoker",
+        "is_async",
+        "keep_completed",
+        "keep_failed",
+        "limits",
+        "max_attempts",
+        "name",
+        "queue",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -218,7 +244,10 @@ class Task(Invocable[P, R]):
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         max_attempts: int = 3,
-        backoff: Backoff = DEFAULT_BACKOFF,
+        backoff: BackoffLike = DEFAULT_BACKOFF,
+        timeout: float | timedelta | None = None,
+        keep_completed: float | timedelta | None = KEEP_COMPLETED,
+        keep_failed: float | timedelta | None = KEEP_FAILED,
         limits: Limits | None = None,
     ) -> None:
         """As `Tasks.task` describes, which registers it too."""
@@ -231,12 +260,10 @@ class Task(Invocable[P, R]):
         self.max_attempts = checked_int(
             f"max_attempts of task {self.name!r}", max_attempts, minimum=1, maximum=MAX_ATTEMPTS
         )
-        if not callable(getattr(backoff, "delay", None)):
-            raise InvalidOption(
-                f"backoff of task {self.name!r} must have a method delay(attempt, rng), as Exponential(initial=1.0) "
-                f"has; {type(backoff).__name__} has none"
-            )
-        self.backoff = backoff
+        self.backoff: Backoff = checked_backoff(f"backoff of task {self.name!r}", backoff)
+        self.timeout = _checked_timeout(f"timeout of task {self.name!r}", timeout)
+        self.keep_completed = _checked_keep(f"keep_completed of task {self.name!r}", keep_completed)
+        self.keep_failed = _checked_keep(f"keep_failed of task {self.name!r}", keep_failed)
         self.handler = handler
         self.invoker = invoker
         self.is_async = inspect.iscoroutinefunction(function)
@@ -285,6 +312,14 @@ class Task(Invocable[P, R]):
         """Return the keyword arguments from a payload's JSON text. Raises `InvalidPayload` if they do not fit."""
         return (self._shape or self.shape).payload.decode(payload)
 
+    def keep(self, kind: str) -> float | None:
+        """Return for how many seconds a finished execution is kept that ended by an outcome of this kind.
+
+        None: for ever; 0: not at all. `keep_failed` for all kinds but ``completed``, since an execution that is to be
+        tried again or given back ends as cancelled if that was requested meanwhile.
+        """
+        return self.keep_completed if kind == "completed" else self.keep_failed
+
     def call(self, ctx: Context, kwargs: dict[str, Any]) -> Any:
         """Call the handler: a coroutine if `is_async`, else its return value. Raises what the handler raises."""
         if (self._shape or self.shape).wants_context:
@@ -303,6 +338,10 @@ class Task(Invocable[P, R]):
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.Connection[Any],
     ) -> SyncTaskCall[P, R]: ...
     @overload
@@ -314,6 +353,10 @@ class Task(Invocable[P, R]):
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> TaskCall[P, R]: ...
     def options(
@@ -324,6 +367,10 @@ class Task(Invocable[P, R]):
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any] | None = None,
     ) -> TaskCall[P, R] | SyncTaskCall[P, R]:
         """Return this task with options for `invoke`, `bind` and `invoke_many`. Does not wait.
@@ -332,11 +379,25 @@ class Task(Invocable[P, R]):
         int4. `run_at`: not before this aware datetime (years 1 to 9998). `delay`: not before so many seconds (or a
         `timedelta`, up to a century) from the database's now; not together with `run_at`. `dedupe_key`: 1 to 512 bytes;
         while an execution with this key is live on the same queue and task, invoking returns it instead.
+        `timeout`: instead of the task's, seconds per attempt, more than 0. `deadline`: an aware datetime, or seconds
+        (or a `timedelta`) from the database's now, after which it is not started, ended if it runs, and has failed,
+        whatever attempts remain. `max_attempts`: instead of the task's, 1 to 10,000. `tags`: up to 16 different texts
+        of 1 to 128 bytes, to find and cancel it by.
+
         `conn`: the caller's psycopg connection, sync or Trio; the execution is part of its transaction. With a sync one
         the methods of the result block instead of being awaited. Raises `InvalidOption` outside these ranges.
         """
         options = checked_options(
-            queue=queue, priority=priority, run_at=run_at, delay=delay, dedupe_key=dedupe_key, limits=self.limits
+            queue=queue,
+            priority=priority,
+            run_at=run_at,
+            delay=delay,
+            dedupe_key=dedupe_key,
+            timeout=timeout,
+            deadline=deadline,
+            max_attempts=max_attempts,
+            tags=tags,
+            limits=self.limits,
         )
         if conn is None:
             return TaskCall(self, options, None)
@@ -381,12 +442,25 @@ def checked_options(
     run_at: datetime | None = None,
     delay: float | timedelta | None = None,
     dedupe_key: str | None = None,
+    timeout: float | timedelta | None = None,
+    deadline: datetime | float | timedelta | None = None,
+    max_attempts: int | None = None,
+    tags: Iterable[str] = (),
     limits: Limits | None = None,
 ) -> InvokeOptions:
     """Return validated options, ranges as `Task.options` states them; raises `InvalidOption`."""
     limits = limits or Limits()
     if run_at is not None and delay is not None:
         raise InvalidOption("give run_at or delay, not both")
+    deadline_at = deadline_in = None
+    if isinstance(deadline, datetime):
+        deadline_at = checked_instant("deadline", deadline)
+        if run_at is not None and checked_instant("run_at", run_at) >= deadline_at:
+            raise InvalidOption("deadline is not after run_at: the execution would fail without being started")
+    elif deadline is not None:
+        deadline_in = checked_seconds("deadline", deadline)
+        if deadline_in <= (0.0 if delay is None else checked_seconds("delay", delay)):
+            raise InvalidOption("deadline is not after now and delay: the execution would fail without being started")
     return InvokeOptions(
         queue=None if queue is None else _checked_queue(queue, limits),
         priority=checked_int("priority", priority, minimum=INT4_MIN, maximum=INT4_MAX),
@@ -395,7 +469,43 @@ def checked_options(
         dedupe_key=None
         if dedupe_key is None
         else checked_text("dedupe_key", dedupe_key, max_bytes=limits.dedupe_key_bytes),
+        timeout=_checked_timeout("timeout", timeout),
+        deadline_at=deadline_at,
+        deadline_in=deadline_in,
+        max_attempts=None
+        if max_attempts is None
+        else checked_int("max_attempts", max_attempts, minimum=1, maximum=MAX_ATTEMPTS),
+        tags=checked_tags(tags),
     )
+
+
+def checked_tags(tags: object) -> tuple[str, ...]:
+    """Return tags as `Task.options` takes them, in their order; raises `InvalidOption`."""
+    if tags is None:
+        return ()
+    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
+        raise InvalidOption(f"tags must be several texts, such as ['a', 'b'], not {type(tags).__name__}")
+    given: list[str] = []
+    for tag in cast("Iterable[object]", tags):
+        if len(given) == MAX_TAGS:
+            raise InvalidOption(f"there are more than {MAX_TAGS} tags; at most {MAX_TAGS} are allowed")
+        given.append(checked_text("a tag", tag, max_bytes=MAX_TAG_BYTES))
+    if len(set(given)) < len(given):
+        raise InvalidOption(f"tags holds the same text twice: {printable(', '.join(given))}")
+    return tuple(given)
+
+
+def _checked_timeout(what: str, timeout: object) -> float | None:
+    if timeout is None:
+        return None
+    seconds = checked_seconds(what, timeout)
+    if seconds <= 0.0:
+        raise InvalidOption(f"{what} must be more than 0 seconds; None is for no timeout")
+    return seconds
+
+
+def _checked_keep(what: str, keep: object) -> float | None:
+    return None if keep is None else checked_seconds(what, keep)
 
 
 def _checked_queue(queue: object, limits: Limits) -> str:
@@ -659,7 +769,10 @@ class Tasks(Invoker):
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         max_attempts: int = 3,
-        backoff: Backoff = DEFAULT_BACKOFF,
+        backoff: BackoffLike = DEFAULT_BACKOFF,
+        timeout: float | timedelta | None = None,
+        keep_completed: float | timedelta | None = KEEP_COMPLETED,
+        keep_failed: float | timedelta | None = KEEP_FAILED,
     ) -> TaskDecorator: ...
     def task(
         self,
@@ -669,7 +782,10 @@ class Tasks(Invoker):
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         max_attempts: int = 3,
-        backoff: Backoff = DEFAULT_BACKOFF,
+        backoff: BackoffLike = DEFAULT_BACKOFF,
+        timeout: float | timedelta | None = None,
+        keep_completed: float | timedelta | None = KEEP_COMPLETED,
+        keep_failed: float | timedelta | None = KEEP_FAILED,
     ) -> Any:
         """Make a function a task, as ``@conductor.task`` or ``@conductor.task(queue=..., ...)``.
 
@@ -677,7 +793,13 @@ class Tasks(Invoker):
         `Context` is the context; the other parameters are the payload, by name.
 
         `name`: what executions are stored under, 1 to 128 bytes of UTF-8; the function's name by default. `queue`: the
-        queue it runs on, 1 to 128 bytes. `max_attempts`: starts in all, 1 to 10,000. `backoff`: the wait between them.
+        queue it runs on, 1 to 128 bytes. `max_attempts`: starts in all, 1 to 10,000. `backoff`: the wait between them:
+        `Exponential`, `Linear`, `Fixed` or seconds, `Delays` or a list of seconds, a function of the failed attempt's
+        number and its error, or any `Backoff`. `timeout`: seconds (or a `timedelta`) that an attempt may take, more
+        than 0 and up to a century; None without end. `keep_completed`, `keep_failed`: for how long finished executions
+        are kept, in seconds (or a `timedelta`, up to a century), None for ever, 0 not at all; `keep_failed` is for
+        cancelled ones too.
+
         Returns the `Task` in the function's place. Raises `InvalidTask` for what cannot be a task or is registered
         already, `InvalidOption` outside these ranges.
         """
@@ -690,6 +812,9 @@ class Tasks(Invoker):
                 queue=queue,
                 max_attempts=max_attempts,
                 backoff=backoff,
+                timeout=timeout,
+                keep_completed=keep_completed,
+                keep_failed=keep_failed,
                 limits=self.limits,
             )
             self.registry.add(task)

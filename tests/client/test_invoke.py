@@ -14,7 +14,6 @@ import pytest
 import trio
 from client.database import execute, live, rows, sleeping_worker, value, wakeups
 from client.worker_by_hand import open_worker
-from proxy import open_chaos_proxy
 from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 
@@ -30,6 +29,7 @@ from pgconductor import (
     TrioConnection,
     Unavailable,
 )
+from pgconductor.testing.proxy import open_chaos_proxy
 
 NOWHERE = "postgresql://nobody:hunter2@127.0.0.1:1/nothing?connect_timeout=2"
 

@@ -14,7 +14,6 @@ import psycopg
 import pytest
 from client.database import execute, live, rows, sleeping_worker, value, wakeups
 from client.worker_by_hand import open_worker
-from proxy import open_chaos_proxy
 
 from pgconductor import (
     Conductor,
@@ -28,7 +27,8 @@ from pgconductor import (
     Unavailable,
     WaitTimeout,
 )
-from pgconductor.results import PollSchedule
+from pgconductor.polling import PollSchedule
+from pgconductor.testing.proxy import open_chaos_proxy
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)
 LISTENING = (

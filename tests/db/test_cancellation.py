@@ -18,11 +18,11 @@ import pytest
 import trio
 import trio.testing
 from db.sessions import Connection, connected, value
-from proxy import open_chaos_proxy
 from psycopg.pq import TransactionStatus
 
 from pgconductor.db.connection import TrioConnection
 from pgconductor.db.pool import Pool, open_pool
+from pgconductor.testing.proxy import open_chaos_proxy
 
 
 async def cancelled_when_blocked(call: Callable[..., Awaitable[object]], *args: object) -> bool:

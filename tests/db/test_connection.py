@@ -17,13 +17,13 @@ import pytest
 import trio
 import trio.testing
 from db.sessions import Connection, connected, value
-from proxy import open_chaos_proxy
 from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg.waiting import Wait
 
 from pgconductor.db.connection import TrioConnection
+from pgconductor.testing.proxy import open_chaos_proxy
 
 
 async def is_lost(call: Callable[..., Awaitable[object]], *args: object) -> None:

@@ -11,12 +11,12 @@ import pytest
 import trio
 import trio.testing
 from db.sessions import Connection, value
-from proxy import open_chaos_proxy
 from psycopg.rows import TupleRow, dict_row
 
 from pgconductor.db.connection import TrioConnection
 from pgconductor.db.pool import Pool, open_pool
 from pgconductor.errors import InvalidOption, Misuse, NotOpen, PoolTimeout
+from pgconductor.testing.proxy import open_chaos_proxy
 
 
 async def pid(pool: Pool[Connection]) -> int:

@@ -46,7 +46,7 @@ def test_newer_and_breaking_is_refused() -> None:
 
 def server(**facts: object) -> Any:
     """A reply to the first call, decoded from a row as the server would send it."""
-    call = next(migrate_gen("s", V1, 1.0))
+    call = next(migrate_gen("s", V1, 1.0, 1.0))
     row = {
         "number": 180004,
         "text": "18.4",
@@ -62,7 +62,7 @@ def server(**facts: object) -> Any:
 @pytest.mark.parametrize("number", [90600, 140012, 149999])
 def test_old_server_is_refused_by_its_version(number: int) -> None:
     """Or the first statement that PostgreSQL 14 does not know fails, with a syntax error."""
-    for steps in (migrate_gen("s", V1, 1.0), check_gen("s", V1)):
+    for steps in (migrate_gen("s", V1, 1.0, 1.0), check_gen("s", V1)):
         next(steps)
         with pytest.raises(Incompatible, match=r"PostgreSQL 14\.12.*needs 15 or newer"):
             steps.send(server(number=number, text="14.12"))
@@ -70,7 +70,7 @@ def test_old_server_is_refused_by_its_version(number: int) -> None:
 
 def test_standby_is_unavailable_and_names_the_remedy() -> None:
     """Or a start that reached a replica ends in 'cannot execute CREATE SCHEMA'."""
-    steps = migrate_gen("s", V1, 1.0)
+    steps = migrate_gen("s", V1, 1.0, 1.0)
     next(steps)
     with pytest.raises(Unavailable, match=r"hot standby.*primary.*target_session_attrs=read-write"):
         steps.send(server(standby=True))
@@ -78,7 +78,7 @@ def test_standby_is_unavailable_and_names_the_remedy() -> None:
 
 def test_standby_that_is_up_to_date_passes() -> None:
     """Or readers of a replica cannot start."""
-    steps = migrate_gen("s", V1, 1.0)
+    steps = migrate_gen("s", V1, 1.0, 1.0)
     next(steps)
     steps.send(server(standby=True, tables=True, schema=True))
     with pytest.raises(StopIteration):
@@ -97,7 +97,7 @@ def test_functions_that_never_came_count_as_missing() -> None:
 def test_transaction_timeout_is_set_only_where_it_exists() -> None:
     """Or PostgreSQL 15 and 16 refuse every migration, or 17 ends a long one."""
     for number, known in ((169999, False), (170000, True)):
-        steps = migrate_gen("s", V1, 1.0)
+        steps = migrate_gen("s", V1, 1.0, 1.0)
         next(steps)
         begin: Call[Any] = steps.send(server(number=number))
         assert (b" transaction_timeout = 0" in begin.query) is known
@@ -105,7 +105,7 @@ def test_transaction_timeout_is_set_only_where_it_exists() -> None:
 
 def test_connection_lost_at_the_first_call_is_unavailable() -> None:
     """Or a retry loop does not know that it may try again."""
-    for steps in (migrate_gen("s", V1, 1.0), check_gen("s", V1)):
+    for steps in (migrate_gen("s", V1, 1.0, 1.0), check_gen("s", V1)):
         next(steps)
         with pytest.raises(Unavailable) as caught:
             steps.throw(psycopg.OperationalError("gone"))

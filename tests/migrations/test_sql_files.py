@@ -31,10 +31,21 @@ def write(folder: Path, **files: str) -> Path:
 
 def test_markers_on_top_are_read(tmp_path: Path) -> None:
     """Or a breaking migration passes for a harmless one."""
-    write(tmp_path, **{"0001_a": "--! breaking\n--! no-transaction\nselect 1;", "0002_b": "select 1;\n--! breaking\n"})
-    first, second = load_migrations(tmp_path)
-    assert (first.number, first.name, first.is_breaking, first.is_transactional) == (1, "0001_a.sql", True, False)
+    write(
+        tmp_path,
+        **{"0001_a": "--! breaking\nselect 1;", "0002_b": "select 1;\n--! breaking\n", "0003_c": "--! no-transaction"},
+    )
+    first, second, third = load_migrations(tmp_path)
+    assert (first.number, first.name, first.is_breaking, first.is_transactional) == (1, "0001_a.sql", True, True)
     assert (second.is_breaking, second.is_transactional) == (False, True)
+    assert (third.is_breaking, third.is_transactional) == (False, False)
+
+
+def test_breaking_migration_is_one_transaction(tmp_path: Path) -> None:
+    """Or one that was killed leaves half of it, and the older programs come back to that."""
+    write(tmp_path, **{"0001_a": "--! breaking\n--! no-transaction\nselect 1;"})
+    with pytest.raises(Misuse, match=r"0001_a\.sql: breaking and no-transaction exclude each other"):
+        load_migrations(tmp_path)
 
 
 def test_unknown_marker_is_refused(tmp_path: Path) -> None:

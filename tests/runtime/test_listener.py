@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 import pytest
 import trio
-from proxy import open_chaos_proxy
 from runtime.workplace import Workplace, insert, is_flag_up, listeners_pids, scalar, session, until
 
 from pgconductor.db.call import Call
 from pgconductor.runtime import listener as listener_module
+from pgconductor.testing.proxy import open_chaos_proxy
 
 SWEEP = 0.4
 UNLISTEN: Call[bool | None] = Call(b"unlisten *", (), lambda _: None)

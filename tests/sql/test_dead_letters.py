@@ -361,7 +361,7 @@ def test_list_in_pages_has_each_once_the_latest_first(db: Database) -> None:
     assert shown[0] == newest
     assert (newest.attempts, newest.crashes, newest.generation, newest.reason) == (3, 1, 0, "r")
     assert newest.error is not None
-    assert newest.error.startswith('{"type": "E')
+    assert newest.error.type in {"E0", "E1", "E2", "E3"}
     assert newest.expires_at == datetime(2026, 2, 1, tzinfo=UTC)
 
 

@@ -151,5 +151,5 @@ def explain_connect(error: psycopg.Error, conninfo: str) -> PgconductorError | N
 
 
 def _said(error: psycopg.Error) -> str:
-    """The driver's message on one line."""
-    return " ".join(str(error).split())
+    """The error on one line, without its DETAIL, which shows values of rows, and its CONTEXT, which is our SQL."""
+    return " ".join((error.diag.message_primary or str(error)).split())

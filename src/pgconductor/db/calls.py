@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from psycopg import sql
 
 from ..model import (
+    CancelCounts,
     Cancellation,
     Claimed,
     DeadLetter,
     Ended,
+    FailedAttempt,
     Invoked,
     Maintenance,
     OrchestratorStatus,
     Outcome,
     QueueStatus,
     Retry,
+    RetryCounts,
     Signals,
     Standing,
     State,
@@ -48,20 +51,6 @@ class Heartbeat(NamedTuple):
     failed: int
     cancelled: int
     signals: Signals
-
-
-class CancelledMatching(NamedTuple):
-    """How many executions one call of `cancel_matching` ended, and of how many it told the owner."""
-
-    cancelled: int
-    requested: int
-
-
-class RetriedMatching(NamedTuple):
-    """How many executions one call of `retry_matching` let begin anew, and for how many a live one holds the key."""
-
-    retried: int
-    duplicates: int
 
 
 class NewExecution(NamedTuple):
@@ -113,8 +102,26 @@ def _heartbeat(rows: list[Row]) -> Heartbeat:
     return Heartbeat(row[0], row[1], row[2], row[3], _signals(row[4:]))
 
 
-def _dead_letter(execution: UUID, queue: str, task: str, state: str, *rest: Any) -> DeadLetter:
-    return DeadLetter(execution, queue, task, State(state), *rest)
+def _failed_attempts(text: str | None) -> list[FailedAttempt]:
+    """The errors in a JSON array, which any client may have written."""
+    errors: list[object] = json.loads(text or "[]")
+    return [_failed_attempt(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
+
+
+def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
+    attempt, at = error.get("attempt"), error.get("at")
+    return FailedAttempt(
+        attempt if isinstance(attempt, int) else None,
+        datetime.fromisoformat(at) if isinstance(at, str) else None,
+        *(str(error.get(name) or "") for name in ("type", "message", "traceback")),
+    )
+
+
+def _dead_letter(row: Row) -> DeadLetter:
+    columns = list(row)
+    columns[3] = State(row[3])
+    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    return DeadLetter(*columns)
 
 
 def _scalar(rows: list[Row]) -> object:
@@ -174,9 +181,11 @@ _QUERIES = {
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
+    "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
-    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
+    " queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
@@ -307,12 +316,12 @@ class Calls:
         states: list[str] | None = None,
         tags: list[str] | None = None,
         created_before: datetime | None = None,
-    ) -> Call[CancelledMatching]:
+    ) -> Call[CancelCounts]:
         """At most `limit` executions per call; again until both counts are 0."""
         return Call(
             self._query["cancel_matching"],
             (reason, limit, queue, task, states, tags, created_before),
-            lambda rows: CancelledMatching._make(rows[0]),
+            lambda rows: CancelCounts._make(rows[0]),
         )
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
@@ -331,6 +340,10 @@ class Calls:
             (executions,),
             lambda rows: {r[0]: Standing(r[0], State(r[1]) if r[1] else None, *r[2:]) for r in rows},
         )
+
+    def execution_errors(self, execution: UUID) -> Call[list[FailedAttempt]]:
+        """The errors of its attempts, oldest first."""
+        return Call(self._query["execution_errors"], (execution,), lambda rows: _failed_attempts(_text_or_none(rows)))
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(
@@ -386,7 +399,7 @@ class Calls:
         return Call(
             self._query["dead_letters"],
             (queue, task, limit, *key, [state.value for state in states]),
-            lambda rows: [_dead_letter(*row) for row in rows],
+            lambda rows: [_dead_letter(row) for row in rows],
         )
 
     def retry(self, executions: list[UUID]) -> Call[dict[UUID, Retry]]:
@@ -401,12 +414,12 @@ class Calls:
         finished_before: datetime | None = None,
         limit: int = 1000,
         states: Sequence[State] = (State.FAILED,),
-    ) -> Call[RetriedMatching]:
+    ) -> Call[RetryCounts]:
         """At most `limit` executions per call, the oldest first; again, with `finished_before`, until none is
         retried.
         """
         return Call(
             self._query["retry_matching"],
             (queue, task, error_type, finished_after, finished_before, limit, [state.value for state in states]),
-            lambda rows: RetriedMatching._make(rows[0]),
+            lambda rows: RetryCounts._make(rows[0]),
         )

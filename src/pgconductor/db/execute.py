@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.rows import tuple_row
 
-from ..errors import LeaseLost, Misuse, Refused, SchemaMissing
+from ..errors import LeaseLost, Misuse, Refused, SchemaMissing, SchemaTooNew
 from .call import Call
 
 T = TypeVar("T")
 
 # SQLSTATEs our functions raise; class "PC" is in the range the standard leaves to applications.
 _OURS: dict[str, type[Misuse | Refused]] = {"PC001": Misuse, "PC002": Refused, "PC003": LeaseLost}
+# The constraint that a PC002 names when what it refuses is an older program (`_private_check_version`).
+_VERSION_CONSTRAINT = "_private_schema_version"
 
 
 @contextmanager
@@ -28,6 +30,8 @@ def mapped_errors() -> Generator[None, None, None]:
     try:
         yield
     except psycopg.Error as error:
+        if error.sqlstate == "PC002" and error.diag.constraint_name == _VERSION_CONSTRAINT:
+            raise SchemaTooNew(error.diag.message_primary or str(error)) from error
         if (ours := _OURS.get(error.sqlstate or "")) is not None:
             raise ours(error.diag.message_primary or str(error)) from error
         if isinstance(error, (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction)):

@@ -32,9 +32,10 @@ T = TypeVar("T")
 logger = logging.getLogger("pgconductor.runtime")
 
 # SQLSTATE classes after which the same call may succeed later: connection, transaction rollback, resources, operator
-# intervention, system error; a standby (read-only, in recovery); object_in_use, lock_not_available; a stale plan.
+# intervention, system error; a standby (read-only, in recovery); a time limit of transactions; object_in_use,
+# lock_not_available; a stale plan.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
-_TRANSIENT_STATES = ("25006", "55000", "55006", "55P03", "0A000", "26000")
+_TRANSIENT_STATES = ("25006", "25P03", "25P04", "55000", "55006", "55P03", "0A000", "26000")
 # Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
 _DATA_CLASSES = ("22", "23", "54")
 
@@ -48,7 +49,11 @@ _SETTINGS = {
     "idle_session_timeout": "0",
 }
 _APPLY_SETTINGS = (
-    "select " + ", ".join(f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
+    "select "
+    + ", ".join(f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
+    # From PostgreSQL 17 on.
+    + ", (select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings"
+    + " where name = 'transaction_timeout')"
 ).encode()
 
 # A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
@@ -67,6 +72,8 @@ class Target:
 def _is_transient(error: psycopg.Error) -> bool:
     """Whether the same call may succeed later, on a new connection if need be."""
     state = error.sqlstate
+    if state == "54000" and error.diag.source_function in ("PreCommit_Notify", "asyncQueueAddEntries"):
+        return True  # the notification queue is full: nothing of the statement counts, and nothing is wrong with it
     if state is None:  # raised by the client: the connection broke, or could not be made
         return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
     return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES

@@ -2,7 +2,9 @@
 
 Owns what happens when the connection breaks. One that broke while it was idle is replaced before anything is sent. One
 that breaks with a statement under way is an error, since nobody knows whether the statement took effect, unless the
-caller says that repeating it is harmless: then it is repeated, once. The driver's errors come out as ours.
+caller says that repeating it is harmless: then it is repeated, once. One that the server rolled back because of a
+rival (where the administrator's default isolation is stricter than ours) is repeated in any case. The driver's errors
+come out as ours.
 
 Cancellation (and `KeyboardInterrupt` in a thread): the statement is cancelled at the server, or the connection closed.
 """
@@ -31,6 +33,8 @@ T = TypeVar("T")
 
 # An idle connection older than this is replaced, since nothing tells whether the network has forgotten it.
 MAX_IDLE: Final = 30.0
+
+_MAX_ROLLBACKS: Final = 20
 
 
 def is_async_connection(conn: object) -> TypeGuard[psycopg.AsyncConnection[Any]]:
@@ -72,6 +76,11 @@ async def connect(conninfo: str) -> TrioConnection[TupleRow]:
         raise ours from error
 
 
+def _lost_to_rival(error: psycopg.Error, conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the server rolled the statement back for certain, and may carry it out now: 40001, 40P01."""
+    return not conn.closed and error.sqlstate in ("40001", "40P01")
+
+
 async def ask(
     pool: Pool[TrioConnection[TupleRow]], conninfo: str, call: Call[T], doing: str, *, is_repeatable: bool
 ) -> T:
@@ -80,6 +89,7 @@ async def ask(
     `doing` completes "while ..." in messages. `is_repeatable`: it may be sent a second time when a reply is lost.
     Raises `Unavailable` (`NoDatabase`, `PoolTimeout`), `Refused`, `SchemaMissing`.
     """
+    rollbacks = 0
     while True:
         conn: TrioConnection[TupleRow] | None = None
         try:
@@ -90,6 +100,9 @@ async def ask(
                 ours = explain_connect(error, conninfo)
             elif conn.closed and is_repeatable:
                 is_repeatable = False
+                continue
+            elif _lost_to_rival(error, conn) and rollbacks < _MAX_ROLLBACKS:
+                rollbacks += 1
                 continue
             else:
                 ours = explain(error, conninfo, doing, is_lost=conn.closed)
@@ -148,6 +161,7 @@ class SyncSession:
         """Execute a call, after those of other threads; parameters and exceptions as `ask` of this module."""
         with self._lock:
             conninfo = self.addresses.conninfo
+            rollbacks = 0
             while True:
                 conn = self._alive(conninfo)
                 try:
@@ -155,6 +169,9 @@ class SyncSession:
                 except psycopg.Error as error:
                     if conn.closed and is_repeatable:
                         is_repeatable = False
+                        continue
+                    if _lost_to_rival(error, conn) and rollbacks < _MAX_ROLLBACKS:
+                        rollbacks += 1
                         continue
                     if (ours := explain(error, conninfo, doing, is_lost=conn.closed)) is None:
                         raise

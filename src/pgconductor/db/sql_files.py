@@ -1,7 +1,7 @@
 """The `.sql` files this program brings along, and how their text becomes SQL for one schema.
 
 Owns finding and parsing `sql/migrations` and `sql/functions`, and the two tokens in them. Does no I/O but reading
-files, and knows nothing of what a database holds (`pgconductor.db.schema`).
+files, and knows nothing of what a database holds (`pgconductor.db.installed`).
 
 Always true: whatever name a schema has, a token's replacement stays one token, wherever in a file it stands; and the
 hash of the functions depends on their text only, not on the schema, nor on a checkout's line ends.
@@ -123,6 +123,11 @@ def _parse_migration(name: str, text: str) -> Migration:
         markers.add(line.removeprefix("--!").strip())
     if unknown := markers - _MARKERS:
         raise Misuse(f"migration {name}: unknown marker {min(unknown)!r}; there are: {', '.join(sorted(_MARKERS))}")
+    if markers >= _MARKERS:
+        raise Misuse(
+            f"migration {name}: breaking and no-transaction exclude each other, since a killed one would leave half of"
+            " it to the older programs; split it"
+        )
     return Migration(int(match[1]), name, text, "breaking" in markers, "no-transaction" not in markers)
 
 

@@ -1,81 +1,396 @@
 """One attempt: decode, call, encode; a return value, an error or an interruption becomes an `Outcome`.
 
-Sees neither a connection nor a pool. The one `except Exception` of the engine is here: what a user's code raises is
-data. What is not an `Exception` is not: `KeyboardInterrupt` propagates (its execution is given back by the worker),
-`SystemExit` is recorded as a failure, since a handler must not stop its worker.
+Sees neither a connection nor a pool. The broad `except`s of the engine are here: what a user's code raises is data.
+Three things are not: `KeyboardInterrupt` and `GeneratorExit` propagate (the execution is given back by the worker),
+and so does the `trio.Cancelled` of a scope outside. `SystemExit` is recorded as a failure, since a handler must not
+stop its worker, and so is a `trio.Cancelled` that belongs to no cancelled scope, which would otherwise end the process.
 
-Cancellation: the worker owns the scope around an attempt. Cancelling it interrupts an async handler at its next
-checkpoint; a plain `def` handler runs on in its thread, abandoned: its worker must not give the execution back while
-the body may still run.
+Cancellation: an attempt runs in one scope, which its `Interruption` owns. Timeout, deadline, a requested cancellation
+and the worker's stop are that scope for an async handler. A plain ``def`` runs in a thread, which nobody can stop: it
+is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
+second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
+
+Invariants: a returned value wins over whatever was asked; a requested cancellation over the worker's stop, since it is
+final, and both over the timeout. Every outcome says how long its row is to be kept, should the execution end by it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import math
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import msgspec
 import trio
 
-from ..codec import describe_error
+from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
-from ..errors import InvalidPayload, InvalidTask
+from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
 from ..model import Claimed, Outcome
-from ..retry import decide
+from ..retry import decide, verdict_in
 from ..tasks import Task
 
+logger = logging.getLogger("pgconductor.worker")
+
 _encode_error = msgspec.json.Encoder().encode
+_NOTHING: Final = object()  # no value was returned
+
+
+class Interruption:
+    """What one running execution is asked to do, and the cancel scope of its attempt.
+
+    The worker makes one for each and calls its methods from Trio's thread, before the attempt begins, while it runs, or
+    after it ended, when they change nothing. The context asks it from any thread.
+    """
+
+    # Defaults on the class: nearly all of them are never set, and one of these is made per execution.
+    is_requested = False  # its cancellation was requested
+    is_stopping = False  # the worker stops
+    is_abandoned = False  # its thread is not waited for
+    is_body_running = False  # in a thread, and not known to have ended
+    reason: str | None = None  # of the requested cancellation
+    unwound: BaseException | None = None  # what left an async handler: tells where it was
+    _is_expired = False  # the time of a plain def is up
+    _has_thread = False  # the scope is for abandoning it only
+    was_told = False  # the handler asked, and was told to end
+
+    def __init__(self) -> None:
+        self._scope = trio.CancelScope()
+
+    def cancel(self, reason: str | None = None) -> None:
+        """A cancellation of the execution was requested. Idempotent; the first reason stays."""
+        if not self.is_requested:
+            self.is_requested = True
+            self.reason = reason
+        self._ask()
+
+    def stop(self) -> None:
+        """The worker stops: an async handler is cancelled, a plain ``def`` is asked to end. Idempotent."""
+        self.is_stopping = True
+        self._ask()
+
+    def abandon(self) -> None:
+        """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
+        self.is_stopping = self.is_abandoned = True
+        self._scope.cancel()
+
+    def _ask(self) -> None:
+        if not self._has_thread:
+            self._scope.cancel()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the handler should end, for `Context`. From any thread; noted, if it is so."""
+        if (
+            self.is_requested
+            or self.is_stopping
+            or self._is_expired
+            or (not self._has_thread and self._is_scope_over())
+        ):
+            self.was_told = True
+            return True
+        return False
+
+    def check(self) -> None:
+        """Raise `HandlerCancelled` if the handler should end, for `Context`."""
+        if self.is_cancelled:
+            if self.is_requested:
+                raise HandlerCancelled("the cancellation of this execution was requested")
+            if self.is_stopping:
+                raise HandlerCancelled("the worker stops; the execution is given back")
+            raise HandlerCancelled("the time for this attempt is up")
+
+    def _is_scope_over(self) -> bool:
+        try:
+            return self._scope.cancel_called  # looks at Trio's clock
+        except RuntimeError:
+            pass  # a thread that the async handler started
+        try:
+            trio.from_thread.check_cancelled()
+        except trio.Cancelled:
+            return True
+        except RuntimeError:
+            pass  # a thread of which Trio knows nothing
+        return False
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether the attempt ran out of time; of a plain ``def``, whether it also knows."""
+        if self._has_thread:
+            return self._is_expired and self.was_told
+        return self._scope.cancel_called
+
+    async def load(self, loader: Callable[[], Awaitable[str | None]]) -> str | None:
+        """Return what `loader` does, None if it is interrupted; raises what it raises."""
+        loaded: str | None = None
+        with self._scope:
+            loaded = await loader()
+        self._scope = trio.CancelScope()  # one serves but once
+        return loaded
+
+    async def run(self, handler: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
+        """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
+        if timeout is not None:
+            self._scope.deadline = trio.current_time() + timeout
+        with self._scope:
+            try:
+                return await handler()
+            except BaseException as raised:
+                self.unwound = raised
+                raise
+        return _NOTHING
+
+    async def run_in_thread(
+        self, handler: Callable[[], Any], timeout: float | None, limiter: trio.CapacityLimiter
+    ) -> Any:
+        """The same for a plain ``def``, in a thread. After `timeout` seconds it is asked to end."""
+        self._has_thread = True
+        body = functools.partial(self._body, handler)
+        value: Any = _NOTHING
+        error: BaseException | None = None
+        is_over = False
+        with self._scope:
+            try:
+                if timeout is None:
+                    value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
+                else:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._expire_after, timeout)
+                        value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
+                        nursery.cancel_scope.cancel()
+                is_over = True
+            finally:
+                # A body that has not begun does not begin now; one that has goes on. Each side first writes its own
+                # flag and then reads the other's.
+                self.is_abandoned = self.is_abandoned or not is_over
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it holds this frame
+        return value
+
+    def _body(self, handler: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        self.is_body_running = True
+        try:
+            if self.is_abandoned:
+                return _NOTHING, None
+            return handler(), None
+        except BaseException as error:  # noqa: BLE001  # sorted out by whoever waits for the thread
+            return _NOTHING, error
+        finally:
+            self.is_body_running = False
+
+    async def _expire_after(self, timeout: float) -> None:
+        await trio.sleep(timeout)
+        self._is_expired = True
 
 
 async def attempt(
     task: Task[..., Any],
     claimed: Claimed,
-    payload: str,
+    payload: str | Callable[[], Awaitable[str | None]],
     ctx: Context,
     limiter: trio.CapacityLimiter,
     rng: random.Random,
-) -> Outcome:
-    """Run the handler once and return how it ended. Raises `trio.Cancelled` and `KeyboardInterrupt` only."""
+    interruption: Interruption | None = None,
+    received_at: float | None = None,
+) -> Outcome | None:
+    """Run the handler once and return how it ended; None if its thread was abandoned and may run on.
+
+    `payload`: JSON text, or a function that loads it, and answers None if the execution is no longer ours.
+    `interruption`: by which the worker reaches the handler, used for this attempt only. `received_at`: Trio's time at
+    which the claim's answer came, from which ``claimed.deadline_in`` counts.
+
+    Raises `trio.Cancelled` if a scope outside is cancelled, alone or in a group, `KeyboardInterrupt`, and what the
+    loading raises.
+    """
+    inner = Interruption() if interruption is None else interruption
+    deadline_at: float | None = None
+    if claimed.deadline_in is not None:
+        deadline_at = (trio.current_time() if received_at is None else received_at) + claimed.deadline_in
+    if not isinstance(payload, str):
+        loaded = await inner.load(payload)
+        if loaded is None:
+            return _unstarted(task, claimed, inner) or released(task, claimed)
+        payload = loaded
+    if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
+        return outcome
+    timeout = task.timeout if claimed.timeout is None else claimed.timeout
+    remaining: float | None = None
+    if deadline_at is not None:
+        remaining = deadline_at - trio.current_time()
+        if remaining <= 0.0:
+            return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
     try:
         kwargs = task.decode(payload)
-    except (InvalidPayload, InvalidTask) as error:
-        return failed(task, claimed, error)  # what does not fit now will not fit later
+    except (InvalidPayload, InvalidTask) as misfit:
+        return failed(task, claimed, misfit)  # what does not fit now will not fit later
+    except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
+        return retried_or_failed(task, claimed, raised, rng, remaining)
+
+    is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
+    limit = remaining if is_by_deadline else timeout
+    ctx.watch(inner)
+    call = functools.partial(task.call, ctx, kwargs)
+    value: Any = _NOTHING
+    error: BaseException | None = None
     try:
-        if task.is_async:
-            value = await task.call(ctx, kwargs)
-        else:
-            call = functools.partial(task.call, ctx, kwargs)
-            value = await trio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # what the user's code raises is data
-        return retried_or_failed(task, claimed, error, rng)
-    except BaseExceptionGroup as group:
-        # A nursery of the handler wraps what was raised in it. What is not an ordinary error keeps its meaning.
-        if group.subgroup(trio.Cancelled) is not None or group.subgroup(KeyboardInterrupt) is not None:
+        value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
+    except BaseException as raised:
+        error = _as_data(raised)
+        if error is None:
             raise
-        return retried_or_failed(task, claimed, group, rng)
     try:
-        return Outcome(claimed.id, claimed.claim_no, "completed", task.result.encode(value))
-    except InvalidPayload as error:
+        if value is not _NOTHING:
+            return _completed(task, claimed, value, inner)
+        if inner.is_body_running:
+            return None
+        remaining = None if deadline_at is None else deadline_at - trio.current_time()
+        if inner.is_expired and not inner.is_requested and not inner.is_stopping:
+            error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
+        return _not_completed(task, claimed, error, inner, rng, remaining)
+    finally:
+        # They hold this frame, and it them.
+        del error
+        if inner.unwound is not None:
+            inner.unwound = None
+
+
+def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Interruption) -> Outcome:
+    try:
+        result = task.result.encode(value)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # InvalidPayload, or what the value's own classes raise
+        return cancelled(task, claimed, error) if inner.is_requested else failed(task, claimed, error)
+    return Outcome(claimed.id, claimed.claim_no, "completed", result, keep=task.keep_completed)
+
+
+def _not_completed(
+    task: Task[..., Any],
+    claimed: Claimed,
+    error: BaseException | None,
+    inner: Interruption,
+    rng: random.Random,
+    remaining: float | None,
+) -> Outcome:
+    if inner.is_requested:
+        return cancelled(task, claimed, None if error is None or _is_answer(error) else error)
+    if inner.is_stopping and (task.is_async or inner.was_told or error is None):
+        # An unwinding that the engine began is no failure of the handler, whatever it raised on the way.
+        if error is not None and not _is_answer(error):
+            logger.warning(
+                "execution %s of task %r raised when it was interrupted, and is given back: %s",
+                claimed.id, printable(task.name), described_type(error),
+            )  # fmt: skip
+        return released(task, claimed)
+    assert error is not None
+    if isinstance(error, DeadlineExceeded):
         return failed(task, claimed, error)
+    return retried_or_failed(task, claimed, error, rng, remaining)
 
 
-def failed(task: Task[..., Any], claimed: Claimed, error: BaseException) -> Outcome:
-    """The outcome of an attempt after which there is no other."""
-    return Outcome(claimed.id, claimed.claim_no, "failed", error=_describe(task, error))
+def _unstarted(task: Task[..., Any], claimed: Claimed, inner: Interruption) -> Outcome | None:
+    """The outcome of an attempt that is not to begin."""
+    if inner.is_requested:
+        return cancelled(task, claimed)
+    return released(task, claimed) if inner.is_stopping else None
 
 
-def retried_or_failed(task: Task[..., Any], claimed: Claimed, error: BaseException, rng: random.Random) -> Outcome:
-    """The outcome of a failed attempt, by the task's attempts and back-off."""
+def _out_of_time(raised: BaseException | None, limit: float | None, is_by_deadline: bool) -> BaseException:
+    """The error of an attempt whose time was up. What it raised then is the cause, which tells where it was."""
+    if raised is not None and verdict_in(raised) is not None:
+        return raised
+    what: DeadlineExceeded | HandlerTimeout
+    if is_by_deadline:
+        what = DeadlineExceeded("the deadline passed while the handler ran")
+    else:
+        what = HandlerTimeout(f"the handler ran for more than {limit:g} s")
+    what.__cause__ = raised
+    return what
+
+
+def _as_data(raised: BaseException) -> BaseException | None:
+    """The error to record; None if in it is what must propagate: Ctrl-C, or the `Cancelled` of a scope outside."""
     try:
-        delay = decide(claimed.attempt, claimed.max_attempts or task.max_attempts, task.backoff, rng)
-    except Exception as broken:  # noqa: BLE001  # the user's back-off is user code too
-        broken.add_note(f"raised by the back-off of task {task.name!r}, asked after: {type(error).__name__}")
+        for leaf in leaves(raised):
+            if isinstance(leaf, (KeyboardInterrupt, GeneratorExit)):
+                return None
+            if isinstance(leaf, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
+                return None
+    except (Exception, SystemExit) as broken:  # noqa: BLE001  # it cannot be asked what it is
+        return broken
+    return raised
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether the handler ended because it was told to, and no more."""
+    return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled)) for leaf in leaves(error))
+
+
+# --- outcomes --------------------------------------------------------------------------------------------------------
+
+
+def released(task: Task[..., Any], claimed: Claimed, delay: float = 0.0) -> Outcome:
+    """The outcome that gives an execution back, its attempt included. `delay`: seconds until it is due again."""
+    return Outcome(claimed.id, claimed.claim_no, "released", delay=delay, keep=task.keep_failed)
+
+
+def cancelled(task: Task[..., Any], claimed: Claimed, error: BaseException | None = None) -> Outcome:
+    """The outcome of a requested cancellation. `error`: what the handler raised besides, if anything."""
+    described = None if error is None else _describe(task, error)
+    return Outcome(claimed.id, claimed.claim_no, "cancelled", error=described, keep=task.keep_failed)
+
+
+def failed(
+    task: Task[..., Any], claimed: Claimed, error: BaseException, verdict: BaseException | None = None
+) -> Outcome:
+    """The outcome of an attempt after which there is no other. `verdict`: the exception in `error` that decided."""
+    return Outcome(claimed.id, claimed.claim_no, "failed", error=_describe(task, error, verdict), keep=task.keep_failed)
+
+
+def retried_or_failed(
+    task: Task[..., Any],
+    claimed: Claimed,
+    error: BaseException,
+    rng: random.Random,
+    deadline_in: float | None = None,
+) -> Outcome:
+    """The outcome of an attempt that raised `error`: what the handler says by it, or the task's attempts and back-off.
+
+    `deadline_in`: seconds until the execution's deadline.
+    """
+    try:
+        decision = decide(
+            claimed.attempt, claimed.max_attempts or task.max_attempts, task.backoff, rng, error, deadline_in
+        )
+    except (Exception, SystemExit) as broken:  # noqa: BLE001  # the user's back-off is user code too
+        with contextlib.suppress(TypeError):  # its notes are the user's as well
+            broken.add_note(f"raised by the back-off of task {task.name!r}, asked after: {described_type(error)}")
         return failed(task, claimed, broken)
-    if delay is None:
-        return failed(task, claimed, error)
-    return Outcome(claimed.id, claimed.claim_no, "retried", error=_describe(task, error), delay=delay)
+    if decision.kind == "released":
+        return released(task, claimed, decision.delay)
+    if decision.why == "deadline":
+        late = DeadlineExceeded(
+            f"the next attempt, {decision.delay:g} s after this one, would begin after the deadline; "
+            f"this one ended with {summary(error, decision.verdict)}"
+        )
+        late.__cause__ = error
+        return failed(task, claimed, late)
+    if decision.kind == "failed":
+        return failed(task, claimed, error, decision.verdict)
+    return Outcome(
+        claimed.id,
+        claimed.claim_no,
+        "retried",
+        error=_describe(task, error, decision.verdict),
+        delay=decision.delay,
+        keep=task.keep_failed,
+    )
 
 
-def _describe(task: Task[..., Any], error: BaseException) -> str:
-    return _encode_error(describe_error(error, task.limits.error_bytes)).decode()
+def _describe(task: Task[..., Any], error: BaseException, head: BaseException | None = None) -> str:
+    return _encode_error(describe_error(error, task.limits.error_bytes, head)).decode()

@@ -1,0 +1,326 @@
+-- The audit of a test schema (see audit.py): what every live and finished row went through, a guard that refuses every
+-- transition the state machine does not have, and the check that reads both. Never part of a shipped schema.
+--
+-- The trigger functions are SECURITY DEFINER, so that a producer's insert is written down whatever the producer may do.
+
+-- One row per change of a row. Which columns of state are null tells what happened: null → live: inserted;
+-- live → live: updated; live → null: deleted; null → finished: kept; finished → null: forgotten or opened again. An
+-- end is a deletion and, unless it is not kept, an insertion of the same transaction (txid). TRUNCATE writes nothing.
+-- seq orders the rows of one execution: it is drawn while the row is locked. No index: the check sorts.
+create table if not exists @schema@._test_audit (
+    seq bigint generated always as identity,
+    execution uuid not null,
+    from_state text,
+    to_state text,
+    claim_no bigint not null,
+    owner uuid,                 -- the claim's owner: of → running the new one, of running → the one that had it
+    outcome text,               -- how a claim ended; cancel_requested, handed_over (another owner, the same claim)
+    attempt int not null,
+    crashes int not null,
+    generation int not null,
+    txid bigint not null,
+    at timestamptz not null,    -- of the server's clock, whatever a test does to the schema's
+    key text                    -- of an inserted one with a dedupe key
+);
+
+create or replace function @schema@._test_write_live() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if tg_op = 'INSERT' then
+        insert into @schema@._test_audit (execution, to_state, claim_no, owner, attempt, crashes, generation, txid, at, key)
+        values (new.id, new.state::text, new.claim_no, new.owner, new.attempt, new.crashes, new.generation, txid_current(),
+            clock_timestamp(), new.dedupe_key);
+    elsif tg_op = 'DELETE' then
+        insert into @schema@._test_audit (execution, from_state, claim_no, owner, attempt, crashes, generation, txid, at)
+        values (old.id, old.state::text, old.claim_no, old.owner, old.attempt, old.crashes, old.generation, txid_current(),
+            clock_timestamp());
+    else
+        insert into @schema@._test_audit (execution, from_state, to_state, claim_no, owner, outcome, attempt, crashes, generation, txid, at)
+        values (new.id, old.state::text, new.state::text, new.claim_no, coalesce(new.owner, old.owner),
+            case
+                when old.state = 'running' and new.state = 'running' then
+                    case when new.owner <> old.owner then 'handed_over'
+                        when new.cancel_requested_at is distinct from old.cancel_requested_at then 'cancel_requested' end
+                when old.state = 'running' then new.outcome
+            end,
+            new.attempt, new.crashes, new.generation, txid_current(), clock_timestamp());
+    end if;
+    return null;
+end $$;
+
+create or replace function @schema@._test_write_finished() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if tg_op = 'INSERT' then
+        insert into @schema@._test_audit (execution, to_state, claim_no, owner, attempt, crashes, generation, txid, at)
+        values (new.id, new.state::text, new.claim_no, new.owner, new.attempt, new.crashes, new.generation, txid_current(),
+            clock_timestamp());
+    else
+        insert into @schema@._test_audit (execution, from_state, claim_no, owner, attempt, crashes, generation, txid, at)
+        values (old.id, old.state::text, old.claim_no, old.owner, old.attempt, old.crashes, old.generation, txid_current(),
+            clock_timestamp());
+    end if;
+    return null;
+end $$;
+
+-- Refuses (PC099) what no verb may do to a live row. What it cannot see, an end, is left to the check.
+create or replace function @schema@._test_guard_live() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_is_kept constant boolean := (new.claim_no, new.attempt, new.crashes, new.outcome, new.outcome_claim)
+        is not distinct from (old.claim_no, old.attempt, old.crashes, old.outcome, old.outcome_claim);
+    v_stack text;
+    v_fault text;
+begin
+    if (new.id, new.queue_no, new.queue, new.task, new.dedupe_key, new.created_at, new.generation)
+            is distinct from (old.id, old.queue_no, old.queue, old.task, old.dedupe_key, old.created_at, old.generation) then
+        v_fault := 'changes what an execution keeps for life';
+    elsif new.claim_no < old.claim_no then
+        v_fault := format('claim_no goes back from %s to %s', old.claim_no, new.claim_no);
+    elsif old.state = 'running' and new.state = 'running' then
+        if not v_is_kept then
+            v_fault := 'a running row is claimed or counted anew';
+        elsif new.owner <> old.owner then
+            get diagnostics v_stack = pg_context;
+            if v_stack !~ '\msucceed_orchestrator\M' then
+                v_fault := 'another owner for a running row';
+            end if;
+        end if;
+    elsif old.state = new.state then
+        if not v_is_kept then
+            v_fault := 'counted without a transition';
+        end if;
+    elsif old.state = 'scheduled' and new.state = 'ready' or old.state = 'waiting' and new.state in ('scheduled', 'ready') then
+        if not v_is_kept then
+            v_fault := 'counted while it became due';
+        end if;
+    elsif old.state in ('ready', 'waiting') and new.state = 'running' then
+        if new.claim_no <> old.claim_no + 1 or new.attempt <> old.attempt + 1 or new.crashes <> old.crashes then
+            v_fault := 'a claim that does not count claim_no and attempt on by one';
+        elsif old.cancel_requested_at is not null then
+            v_fault := 'a cancelled one is claimed';
+        elsif old.crashes >= 3 then
+            v_fault := 'claimed after its third crash';
+        end if;
+    elsif old.state = 'running' and new.state in ('scheduled', 'ready', 'waiting') then
+        if new.claim_no <> old.claim_no or new.outcome_claim is distinct from new.claim_no then
+            v_fault := 'a claim ends without its record';
+        elsif old.cancel_requested_at is not null and new.state <> 'waiting' then
+            v_fault := 'given back although its cancellation was requested';
+        elsif new.outcome = 'recovered' and (new.attempt <> old.attempt - 1 or new.crashes <> old.crashes + 1) then
+            v_fault := 'a crash charges crashes, and not attempt';
+        elsif new.outcome = 'recovered' and new.crashes >= 3 then
+            v_fault := 'given back after its third crash';
+        elsif new.outcome <> 'recovered' and new.crashes <> old.crashes then
+            v_fault := format('outcome %s charges a crash', new.outcome);
+        elsif new.outcome = 'retried' and new.attempt <> old.attempt then
+            v_fault := 'a retry gives the attempt back';
+        elsif new.outcome = 'released' and new.attempt <> old.attempt - 1 then
+            v_fault := 'a release does not give the attempt back';
+        end if;
+    else
+        v_fault := 'no such transition';
+    end if;
+    if v_fault is not null then
+        raise exception using errcode = 'PC099', message = format(
+            'forbidden transition of %s: %s (%s -> %s, claim_no %s -> %s, attempt %s -> %s, crashes %s -> %s, outcome %s -> %s)',
+            old.id, v_fault, old.state, new.state, old.claim_no, new.claim_no, old.attempt, new.attempt, old.crashes, new.crashes,
+            old.outcome, new.outcome);
+    end if;
+    return new;
+end $$;
+
+create or replace function @schema@._test_guard_finished() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception using errcode = 'PC099', message = format('forbidden transition of %s: a finished row is changed', old.id);
+end $$;
+
+-- Row triggers on the parents: partitions that are there get them, and those that are attached later.
+create or replace trigger _test_guard before update on @schema@._private_executions
+    for each row execute function @schema@._test_guard_live();
+create or replace trigger _test_guard before update on @schema@._private_finished
+    for each row execute function @schema@._test_guard_finished();
+create or replace trigger _test_write after insert or update or delete on @schema@._private_executions
+    for each row execute function @schema@._test_write_live();
+create or replace trigger _test_write after insert or delete on @schema@._private_finished
+    for each row execute function @schema@._test_write_finished();
+
+-- The violations of the invariants, at most p_limit of each kind. p_owner_bound: seconds a running row may have an owner
+-- who is dead or unknown; null: not looked at. p_settled: nothing due may be left.
+create or replace function @schema@._test_check(
+    p_acknowledged uuid[], p_acknowledged_keys text[], p_owner_bound double precision, p_settled boolean, p_limit int
+) returns table (rule text, execution uuid, words text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+begin
+    return query
+    -- The history of the live rows: what each change found, against what the one before it left.
+    with h as materialized (
+        select a.*, lag(a.to_state) over w as left_state, lag(a.claim_no) over w as left_claim, lag(a.owner) over w as left_owner,
+            lag(a.generation) over w as left_generation, lag(a.seq) over w as left_seq, lead(a.seq) over w is null as is_last
+        from @schema@._test_audit a
+        where coalesce(a.from_state, a.to_state) in ('scheduled', 'ready', 'running', 'waiting')
+        window w as (partition by a.execution order by a.seq)
+    ), ended as materialized (
+        select a.* from @schema@._test_audit a where a.to_state in ('completed', 'failed', 'cancelled')
+    ), acknowledged as materialized (
+        select distinct u.id from unnest(p_acknowledged) as u (id)
+    ), acknowledged_key as materialized (
+        select distinct u.key from unnest(p_acknowledged_keys) as u (key)
+    ), found (rule, execution, words) as (
+        select 'I1', k.id, 'acknowledged, and neither here nor ended'
+        from acknowledged k
+        where not exists (select from @schema@._private_executions e where e.id = k.id)
+            and not exists (select from @schema@._private_finished f where f.id = k.id)
+            and not exists (select from h where h.execution = k.id and h.to_state is null)
+        union all
+        select 'I1', null::uuid, format('key %L was acknowledged, and no execution with it was ever inserted', k.key)
+        from acknowledged_key k
+        where not exists (select from h where h.key = k.key)
+        union all
+        select 'I1', h.execution, format('last seen %s, and gone without an end', h.to_state)
+        from h
+        where h.is_last and h.to_state is not null
+            and not exists (select from @schema@._private_executions e where e.id = h.execution)
+        union all
+        select 'history', e.id, format('is %s by claim %s, but was last seen %s', e.state, e.claim_no,
+            coalesce(h.to_state || ' by claim ' || h.claim_no, 'never'))
+        from @schema@._private_executions e left join h on h.execution = e.id and h.is_last
+        where (h.to_state, h.claim_no) is distinct from (e.state::text, e.claim_no)
+        union all
+        select 'history', h.execution, format('seq %s: %s found, %s left by seq %s', h.seq, h.from_state, h.left_state, h.left_seq)
+        from h
+        where h.left_seq is not null and h.from_state is not null and h.left_state is not null and h.from_state <> h.left_state
+        union all
+        -- Transitions: those of live rows are the guard's; here an end, which is two rows of one transaction.
+        select 'transition', h.execution, format('seq %s: inserted as %s, generation %s', h.seq, h.to_state, h.generation)
+        from h
+        where h.from_state is null and h.to_state not in ('scheduled', 'ready')
+            or h.from_state is null and h.left_seq is null and h.generation = 0 and h.claim_no <> 0
+        union all
+        select 'transition', n.execution, format('seq %s: %s, which no live row ended as in the same transaction', n.seq, n.to_state)
+        from ended n
+        where not exists (select from h where h.execution = n.execution and h.txid = n.txid and h.generation = n.generation
+            and h.claim_no = n.claim_no and h.to_state is null and (h.from_state = 'running' or n.to_state = 'cancelled'))
+        union all
+        select 'I2', h.execution, format('seq %s: claimed as claim %s after claim %s', h.seq, h.claim_no, h.left_claim)
+        from h
+        where h.to_state = 'running' and h.from_state <> 'running' and h.claim_no <= h.left_claim
+        union all
+        select 'I2', h.execution, format('seq %s: opened again with claim %s after claim %s', h.seq, h.claim_no, h.left_claim)
+        from h
+        where h.from_state is null and h.claim_no < h.left_claim
+        union all
+        select 'I2', x.execution, format('claim %s has had %s owners', x.claim_no, x.owners)
+        from (
+            select h.execution, h.claim_no, count(distinct h.owner) as owners from h
+            where h.to_state = 'running' and h.outcome is distinct from 'handed_over'
+                -- What follows a hand-over has the new owner.
+                and not exists (select from h g where g.outcome = 'handed_over' and g.execution = h.execution
+                    and g.claim_no = h.claim_no and g.seq < h.seq)
+            group by 1, 2 having count(distinct h.owner) > 1) x
+        union all
+        select 'I3', h.execution, format('seq %s: %s in generation %s after its end in generation %s', h.seq,
+            coalesce(h.to_state, 'ended'), h.generation, h.left_generation)
+        from h
+        where h.left_seq is not null and h.left_state is null and not (h.from_state is null and h.generation > h.left_generation)
+        union all
+        select 'I3', h.execution, format('seq %s: inserted while it was %s', h.seq, h.left_state)
+        from h
+        where h.from_state is null and h.left_state is not null
+        union all
+        select 'I4', x.execution, format('%s ends in generation %s', x.ends, x.generation)
+        from (select h.execution, h.generation, count(*) as ends from h where h.to_state is null group by 1, 2 having count(*) > 1) x
+        union all
+        select 'I4', x.execution, format('%s terminal records of generation %s', x.records, x.generation)
+        from (select n.execution, n.generation, count(*) as records from ended n group by 1, 2 having count(*) > 1) x
+        union all
+        select 'I4', x.id, format('%s finished rows of generation %s', x.records, x.generation)
+        from (select f.id, f.generation, count(*) as records from @schema@._private_finished f group by 1, 2 having count(*) > 1) x
+        union all
+        select 'I4', e.id, format('%s in generation %s, and finished in generation %s', e.state, e.generation, f.generation)
+        from @schema@._private_executions e join @schema@._private_finished f on f.id = e.id
+        where f.generation >= e.generation
+        union all
+        -- A claim's end is the claim's: by its number, by its owner, once.
+        select 'I5', h.execution, format('seq %s: claim %s of %s ended, but claim %s of %s was running', h.seq, h.claim_no, h.owner,
+            h.left_claim, h.left_owner)
+        from h
+        where h.from_state = 'running' and h.left_state = 'running' and h.outcome is distinct from 'handed_over'
+            and (h.claim_no, h.owner) is distinct from (h.left_claim, h.left_owner)
+        union all
+        select 'I5', x.execution, format('claim %s ended %s times', x.claim_no, x.ends)
+        from (
+            select h.execution, h.claim_no, count(*) as ends from h
+            where h.from_state = 'running' and h.to_state is distinct from 'running' group by 1, 2 having count(*) > 1) x
+        union all
+        select 'I11', min(e.id::text)::uuid, format('%s live executions of key %L', count(*), e.dedupe_key)
+        from @schema@._private_executions e
+        where e.dedupe_key is not null group by e.queue, e.task, e.dedupe_key having count(*) > 1
+        union all
+        select 'I11', e.id, format('its key %L is free, or another''s', e.dedupe_key)
+        from @schema@._private_executions e
+        where e.dedupe_key is not null and not exists (select from @schema@._private_dedupe_keys d
+            where d.queue = e.queue and d.task = e.task and d.key = e.dedupe_key and d.execution_id = e.id)
+        union all
+        select 'I12', e.id, format('attempt %s of %s, crashes %s', e.attempt, e.max_attempts, e.crashes)
+        from (
+            select id, attempt, max_attempts, crashes, 2 as most from @schema@._private_executions
+            union all
+            select id, attempt, max_attempts, crashes, 3 from @schema@._private_finished
+        ) e
+        where e.attempt > e.max_attempts or e.attempt < 0 or e.crashes > e.most
+        union all
+        select 'I14', e.id, format('running by %s, who is %s', e.owner, case when o.id is null then 'unknown'
+            when o.died_at is not null then 'dead since ' || o.died_at else 'expired since ' || o.expires_at end)
+        from @schema@._private_executions e left join @schema@._private_orchestrators o on o.id = e.owner
+        where e.state = 'running'
+            and coalesce(least(o.died_at, o.expires_at), e.claimed_at) + make_interval(secs => p_owner_bound) < v_now
+        union all
+        select 'L1', e.id, format('%s, due %s', e.state, e.run_at)
+        from @schema@._private_executions e
+        where p_settled and e.state <> 'waiting' and not (e.state = 'scheduled' and e.run_at > v_now)
+        union all
+        select 'orphan', d.execution_id, format('dedupe key %L of no live execution', d.key)
+        from @schema@._private_dedupe_keys d
+        where not exists (select from @schema@._private_executions e
+            where e.id = d.execution_id and e.queue = d.queue and e.task = d.task and e.dedupe_key = d.key)
+        union all
+        select 'orphan', l.execution_id, 'payload of no execution'
+        from @schema@._private_payloads l
+        where not exists (select from @schema@._private_executions e where e.id = l.execution_id and e.payload is null)
+            and not exists (select from @schema@._private_finished f where f.id = l.execution_id and f.payload is null)
+        union all
+        select 'orphan', s.execution_id, format('step %L of no live execution', s.name)
+        from @schema@._private_steps s
+        where not exists (select from @schema@._private_executions e where e.id = s.execution_id)
+        union all
+        select 'orphan', s.execution_id, format('wait %L of no live execution', s.name)
+        from @schema@._private_waits s
+        where not exists (select from @schema@._private_executions e where e.id = s.execution_id)
+        union all
+        select 'payload', e.id, format('%s, and its payload is nowhere', e.state)
+        from (
+            select id, state, payload from @schema@._private_executions
+            union all select id, state, payload from @schema@._private_finished
+        ) e
+        where e.payload is null and not exists (select from @schema@._private_payloads l where l.execution_id = e.id)
+    )
+    select x.rule, x.execution, x.words from (
+        select f.*, row_number() over (partition by f.rule) as n from found f
+    ) x
+    where x.n <= p_limit order by x.rule, x.execution, x.words;
+end $$;
