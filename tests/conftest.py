@@ -30,3 +30,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--stateful-examples", type=int, default=None, help="random examples of the stateful test (default: few, fixed)"
     )
+    group.addoption("--failovers", type=int, default=1, help="failovers of each kind in tests/failover (default 1)")
