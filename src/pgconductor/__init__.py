@@ -48,7 +48,17 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from .handle import Handle, SyncHandle
-    from .model import OrchestratorStatus, QueueStatus, State
+    from .model import (
+        CancelCounts,
+        Cancellation,
+        DeadLetter,
+        FailedAttempt,
+        OrchestratorStatus,
+        QueueStatus,
+        Retry,
+        RetryCounts,
+        State,
+    )
     from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
@@ -82,11 +92,17 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncTaskCall",
     "TaskCall",
     # Reading
+    "CancelCounts",
+    "Cancellation",
+    "DeadLetter",
     "Drained",
+    "FailedAttempt",
     "MigrationReport",
     "OrchestratorStatistics",
     "OrchestratorStatus",
     "QueueStatus",
+    "Retry",
+    "RetryCounts",
     "SchemaVersion",
     "State",
     "WorkerStatistics",
@@ -125,8 +141,11 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
 _MODULES = {
     "AttemptError": "errors",
     "Backoff": "retry",
+    "CancelCounts": "model",
+    "Cancellation": "model",
     "Conductor": "conductor",
     "Context": "context",
+    "DeadLetter": "model",
     "DeadlineExceeded": "errors",
     "Delays": "retry",
     "Drained": "runtime.orchestrator",
@@ -134,6 +153,7 @@ _MODULES = {
     "ExecutionError": "errors",
     "ExecutionFailed": "errors",
     "Exponential": "retry",
+    "FailedAttempt": "model",
     "Fixed": "retry",
     "Handle": "handle",
     "HandlerCancelled": "errors",
@@ -162,7 +182,9 @@ _MODULES = {
     "QueueStatus": "model",
     "Refused": "errors",
     "ResultNotKept": "errors",
+    "Retry": "model",
     "RetryAfter": "errors",
+    "RetryCounts": "model",
     "SchemaMissing": "errors",
     "SchemaTooNew": "errors",
     "SchemaVersion": "db.schema",

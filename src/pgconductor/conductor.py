@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,21 +24,32 @@ import trio
 
 from .codec import Limits
 from .db.address import Database
-from .db.call import Call
-from .db.calls import Calls, NewExecution
+from .db.calls import Calls
 from .db.connection import TrioConnection
 from .db.pool import Pool, open_pool
 from .db.schema import MigrationReport, SchemaVersion, check, migrate
 from .db.session import ask, connect, insert, insert_sync, is_async_connection
 from .db.sql_files import validate_schema_name
 from .errors import InvalidOption, Misuse, NotOpen
-from .handle import Handle, SyncHandle
+from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import Invoked, OrchestratorStatus, QueueStatus
+from .model import (
+    CancelCounts,
+    Cancellation,
+    DeadLetter,
+    FailedAttempt,
+    OrchestratorStatus,
+    QueueStatus,
+    Retry,
+    RetryCounts,
+    State,
+)
 from .options import checked_int
-from .results import PollSchedule, Results
+from .polling import PollSchedule
+from .results import Results
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
+from .verbs import Request, Verbs, follow
 
 if TYPE_CHECKING:
     import psycopg
@@ -93,8 +104,7 @@ class Conductor(Tasks):
         super().__init__(limits=limits)
         self._database = Database(dsn, listen_dsn, embedded=embedded)
         self._pool_size = checked_int("pool_size", pool_size, minimum=1, maximum=MAX_POOL_SIZE)
-        self.schema = validate_schema_name(schema)
-        self.calls = Calls(schema)
+        self._name_schema(schema)
         self._poll_schedule = PollSchedule()
         self._by_name = InvocationByName(self)
 
@@ -109,6 +119,32 @@ class Conductor(Tasks):
     def __repr__(self) -> str:
         state = "closed" if self._open is None else f"open {self._users} times"
         return f"<Conductor of schema {self.schema!r}, {len(self.registry)} tasks, {state}>"
+
+    def _name_schema(self, schema: str) -> None:
+        self.schema = validate_schema_name(schema)
+        self.calls = Calls(self.schema)
+        self._verbs = Verbs(self.calls, self.limits)
+
+    def redirect(
+        self,
+        *,
+        dsn: str | None = None,
+        listen_dsn: str | None = None,
+        embedded: bool = False,
+        schema: str | None = None,
+    ) -> None:
+        """Use another database, or another schema, than the constructor was given, as `pgconductor run --dsn` does.
+
+        Parameters as the constructor's. Any of the first three replaces all three; without them the database stays, and
+        without `schema` the schema does. To be called before the conductor is first opened: sync clients that exist
+        stay as they are. Does no I/O. Raises `InvalidOption`, and `Misuse` while the conductor is open.
+        """
+        if self._home is not None:
+            raise Misuse("the conductor is open; name another database or schema before it is opened")
+        if dsn is not None or listen_dsn is not None or embedded:
+            self._database = Database(dsn, listen_dsn, embedded=embedded)
+        if schema is not None:
+            self._name_schema(schema)
 
     # Lifetime
 
@@ -159,7 +195,7 @@ class Conductor(Tasks):
                 kwargs={"autocommit": True, "prepare_threshold": self.prepare_threshold},
             )
             await stack.enter_async_context(pool)
-            results = Results(self.calls, listen_conninfo, self._ask, self._poll_schedule)
+            results = Results(self.calls, self._verbs, listen_conninfo, self._ask, self._poll_schedule)
             stack.push_async_callback(results.aclose)
             return _Open(conninfo, listen_conninfo, pool, results, stack.pop_all())
         raise AssertionError("unreachable: the block returns or raises")
@@ -215,6 +251,10 @@ class Conductor(Tasks):
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> Handle[Any]:
         """Insert an execution of a task by name, whose code may be elsewhere. Waits for the database only.
@@ -227,10 +267,19 @@ class Conductor(Tasks):
         Raises `InvalidOption`, `InvalidPayload`, `NotOpen`, `Unavailable`, `SchemaMissing`.
         """
         options = checked_options(
-            queue=queue, priority=priority, run_at=run_at, delay=delay, dedupe_key=dedupe_key, limits=self.limits
+            queue=queue,
+            priority=priority,
+            run_at=run_at,
+            delay=delay,
+            dedupe_key=dedupe_key,
+            timeout=timeout,
+            deadline=deadline,
+            max_attempts=max_attempts,
+            tags=tags,
+            limits=self.limits,
         )
         declared, execution = self._by_name.execution(task, payload, options)
-        (invoked,) = await self._insert([execution], conn)
+        (invoked,) = await self._ask(self._verbs.invoke_many([execution]), conn)
         return Handle(self, declared, invoked.id, created=invoked.created)
 
     async def invoke_many(
@@ -245,7 +294,7 @@ class Conductor(Tasks):
         """
         if not calls:
             return []
-        invoked = await self._insert(new_executions(calls), conn)
+        invoked = await self._ask(self._verbs.invoke_many(new_executions(calls)), conn)
         return [Handle(self, c.task, i.id, created=i.created) for c, i in zip(calls, invoked, strict=True)]
 
     def invoke_many_sync(
@@ -266,14 +315,133 @@ class Conductor(Tasks):
 
         It connects when first used, and may be shared by threads. Does not wait. See `SyncClient`.
         """
-        return SyncClient(self._database, self.calls, self._by_name, self._sync_clients)
+        return SyncClient(self._database, self.calls, self._verbs, self._by_name, self._sync_clients)
 
-    async def _insert(self, executions: list[NewExecution], conn: psycopg.AsyncConnection[Any] | None) -> list[Invoked]:
-        call = self.calls.invoke_many(executions)
-        if conn is not None:
-            _require_fitting(conn)
-            return await insert(conn, call)
-        return await self._ask(call, "invoking", is_repeatable=all(e.dedupe_key is not None for e in executions))
+    # Cancelling
+
+    async def cancel(
+        self,
+        *executions: UUID | AnyHandle[Any],
+        reason: str | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> dict[UUID, Cancellation]:
+        """Cancel executions, by handle or id, in one statement: 10,000 at most. Waits for the database only.
+
+        What has not begun, or waits, ends at once. The handler of what runs has its scope cancelled, normally within
+        100 ms; it ends as cancelled, unless it finishes first. Cancelled executions are not tried again. `reason`: 1 to
+        1,000 bytes, kept with the execution; of several the first counts. `conn`: the caller's connection; the
+        cancellation is part of its transaction, which keeps these executions locked until it ends.
+
+        Returns what came of it, by id; harmless to repeat. Raises `InvalidOption`, `NotOpen`, `Unavailable`,
+        `Refused`, `SchemaMissing`.
+        """
+        if not executions:
+            return {}
+        return await self._ask(self._verbs.cancel(executions, reason), conn)
+
+    async def cancel_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        tags: Iterable[str] | None = None,
+        created_before: datetime | None = None,
+        reason: str | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> CancelCounts:
+        """Cancel all live executions that fit every filter given, in chunks, each a transaction of its own.
+
+        `queue`, `task`: names. `states`: of scheduled, ready, running, waiting. `tags`: those that have all of these.
+        `created_before`: an aware datetime. `reason`: as `cancel`. `limit`: how many at most, 1 to 2,147,483,647; None
+        for all, what is invoked meanwhile included. `everything`: instead of a filter.
+
+        Returns how many were cancelled at once, and how many running ones were asked for; what had been asked for
+        before is not counted, nor what a chunk did whose reply was lost. Waits for the database only. Raises as
+        `cancel`; what the chunks before the error did stays done.
+        """
+        steps = self._verbs.cancel_matching(
+            queue=queue,
+            task=task,
+            states=states,
+            tags=tags,
+            created_before=created_before,
+            reason=reason,
+            limit=limit,
+            everything=everything,
+        )
+        return await follow(steps, self._ask)
+
+    # Dead letters
+
+    async def dead_letters(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+    ) -> list[DeadLetter]:
+        """Return executions that failed or were cancelled and are still kept, those that ended last first.
+
+        `queue`, `task`: names. `states`: of failed and cancelled, None for both. `limit`: 1 to 10,000. `after`: the
+        last one of the page before. Waits for the database only. Raises `InvalidOption`, `NotOpen`, `Unavailable`,
+        `SchemaMissing`.
+        """
+        return await self._ask(
+            self._verbs.dead_letters(queue=queue, task=task, states=states, limit=limit, after=after)
+        )
+
+    async def retry(
+        self, *executions: UUID | AnyHandle[Any], conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> dict[UUID, Retry]:
+        """Let failed or cancelled executions begin anew, by handle or id, in one statement: 10,000 at most.
+
+        Each is ready now, with its id, its payload, what its steps have recorded, and all its attempts before it; its
+        deadline is gone. `conn`: the caller's connection; the retry is part of its transaction.
+
+        Returns what came of it, by id: what is live or completed is left alone. Waits for the database only. Raises
+        `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        if not executions:
+            return {}
+        return await self._ask(self._verbs.retry(executions), conn)
+
+    async def retry_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> RetryCounts:
+        """Let all dead letters that fit every filter given begin anew, the oldest first, in chunks.
+
+        `queue`, `task`: names. `error_type`: the type of the last error, such as "ValueError" or "timeout". `states`:
+        of failed and cancelled; None for failed alone, since a cancellation was somebody's will. `finished_after`,
+        `finished_before`: aware datetimes, from the first to before the second; None for the second is before now, so
+        that what fails again meanwhile is left. `limit`: how many at most. `everything`: instead of a filter.
+
+        Returns how many begin anew, and how many do not because a live execution holds their dedupe key. Each chunk is
+        a transaction of its own; what those before an error did stays done. Raises as `retry`.
+        """
+        steps = self._verbs.retry_matching(
+            queue=queue,
+            task=task,
+            error_type=error_type,
+            states=states,
+            finished_after=finished_after,
+            finished_before=finished_before,
+            limit=limit,
+            everything=everything,
+        )
+        return await follow(steps, self._ask)
 
     # Results and reading
 
@@ -284,13 +452,17 @@ class Conductor(Tasks):
         """
         return await self._require_open().results.wait(execution_id, task, timeout)
 
+    async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+        """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
+        return await self._ask(self._verbs.execution_errors(execution_id))
+
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""
-        return await self._ask(self.calls.queue_status(), "reading the queues", is_repeatable=True)
+        return await self._ask(self._verbs.queue_status())
 
     async def orchestrator_status(self) -> list[OrchestratorStatus]:
         """Return the orchestrators that are registered, oldest first; raises as `queue_status`."""
-        return await self._ask(self.calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
+        return await self._ask(self._verbs.orchestrator_status())
 
     async def migrate(self) -> MigrationReport:
         """Install the schema or bring it up to date, on a connection of its own.
@@ -308,13 +480,13 @@ class Conductor(Tasks):
         async with await connect(self.listen_conninfo) as conn:
             return await check(conn, self.schema)
 
-    async def _ask(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T:
-        """Execute a call on a connection of the pool.
-
-        `is_repeatable`: it may be sent a second time, once, when the reply of the first is lost.
-        """
+    async def _ask(self, request: Request[T], conn: psycopg.AsyncConnection[Any] | None = None) -> T:
+        """Execute a request on the caller's connection, else on one of the pool."""
+        if conn is not None:
+            _require_fitting(conn)
+            return await insert(conn, request.call)
         opened = self._require_open()
-        return await ask(opened.pool, opened.conninfo, call, doing, is_repeatable=is_repeatable)
+        return await ask(opened.pool, opened.conninfo, request.call, request.doing, is_repeatable=request.is_repeatable)
 
 
 def _in_asyncio() -> bool:

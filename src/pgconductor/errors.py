@@ -120,7 +120,11 @@ class ExecutionFailed(ExecutionError):
 
 
 class ExecutionCancelled(ExecutionError):
-    """The execution was cancelled."""
+    """The execution was cancelled. `reason`: as given by whoever cancelled it, None if nothing was."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ResultNotKept(ExecutionError):

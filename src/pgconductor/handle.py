@@ -1,8 +1,8 @@
-"""Handles: an execution that was invoked, and how to wait for what it returns.
+"""Handles: an execution that was invoked, and what can be done with it.
 
 A handle is a value: an id, whether this call created the execution, and the task whose annotation types the result.
-Waiting is the source's work (the conductor, or the sync client), so a handle owns no connection, task or timer, and
-dropping one costs nothing. Cancelling `result()` leaves the execution alone.
+Waiting and asking are the source's work (the conductor, or the sync client), so a handle owns no connection, task or
+timer, and dropping one costs nothing. Cancelling the wait, by Trio, leaves the execution alone; `cancel()` ends it.
 """
 
 from __future__ import annotations
@@ -14,40 +14,69 @@ from uuid import UUID
 from .options import MAX_DELAY, checked_seconds
 
 if TYPE_CHECKING:
+    from .model import Cancellation, FailedAttempt
     from .tasks import Task
 
 R = TypeVar("R")
 
 
-class ResultSource(Protocol):
-    """Waits for results on Trio; `Conductor` implements it."""
+class Source(Protocol):
+    """Asks the database on Trio; `Conductor` implements it."""
 
     async def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
         """Return the decoded result, or raise as `Handle.result` does. `timeout`: seconds from 0, None without end."""
         ...
 
+    async def cancel(self, *executions: UUID, reason: str | None) -> dict[UUID, Cancellation]:
+        """Cancel executions, or ask for it."""
+        ...
 
-class SyncResultSource(Protocol):
-    """Waits for results by blocking the thread; the sync client implements it."""
+    async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+        """Return the errors of an execution's attempts, oldest first."""
+        ...
+
+
+class SyncSource(Protocol):
+    """The same by blocking the thread; the sync client implements it."""
 
     def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
         """Return the decoded result, or raise as `SyncHandle.result` does."""
         ...
 
+    def cancel(self, *executions: UUID, reason: str | None) -> dict[UUID, Cancellation]:
+        """Cancel executions, or ask for it."""
+        ...
 
-class Handle(Generic[R]):
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+        """Return the errors of an execution's attempts, oldest first."""
+        ...
+
+
+class AnyHandle(Generic[R]):
+    """What both kinds of handle hold: the `id` of an execution, and whether the call that returned it created it."""
+
+    __slots__ = ("_task", "created", "id")
+
+    def __init__(self, task: Task[..., R], execution_id: UUID, *, created: bool) -> None:
+        self._task = task
+        self.id = execution_id
+        self.created = created
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of task {self._task.name!r}, execution {self.id}>"
+
+
+class Handle(AnyHandle[R]):
     """One execution, seen from a Trio program.
 
     `id`: the execution's id. `created`: False if `dedupe_key` found a live execution, which this handle then means.
     """
 
-    __slots__ = ("_source", "_task", "created", "id")
+    __slots__ = ("_source",)
 
-    def __init__(self, source: ResultSource, task: Task[..., R], execution_id: UUID, *, created: bool = True) -> None:
+    def __init__(self, source: Source, task: Task[..., R], execution_id: UUID, *, created: bool = True) -> None:
+        super().__init__(task, execution_id, created=created)
         self._source = source
-        self._task = task
-        self.id = execution_id
-        self.created = created
 
     async def result(self, timeout: float | timedelta | None = None) -> R:
         """Wait until the execution finishes and return what its handler returned, as annotated.
@@ -59,29 +88,43 @@ class Handle(Generic[R]):
         """
         return await self._source.wait_result(self.id, self._task, checked_timeout(timeout))
 
-    def __repr__(self) -> str:
-        return f"<Handle of task {self._task.name!r}, execution {self.id}>"
+    async def cancel(self, reason: str | None = None) -> Cancellation:
+        """Cancel the execution: at once unless it runs, else its handler's scope is cancelled. May be repeated.
+
+        `reason`: 1 to 1,000 bytes, kept with the execution; the first one given counts. Waits for the database only,
+        not for a running handler's end: `result` does that, and raises `ExecutionCancelled` unless the handler finished
+        first. Returns what came of it. Raises `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`.
+        """
+        return (await self._source.cancel(self.id, reason=reason))[self.id]
+
+    async def errors(self) -> list[FailedAttempt]:
+        """Return the errors of its failed attempts, oldest first: the first and the last 49, of those that are kept.
+
+        Empty if there are none, or nothing of the execution is kept. Raises `NotOpen`, `Unavailable`.
+        """
+        return await self._source.execution_errors(self.id)
 
 
-class SyncHandle(Generic[R]):
+class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
 
-    __slots__ = ("_source", "_task", "created", "id")
+    __slots__ = ("_source",)
 
-    def __init__(
-        self, source: SyncResultSource, task: Task[..., R], execution_id: UUID, *, created: bool = True
-    ) -> None:
+    def __init__(self, source: SyncSource, task: Task[..., R], execution_id: UUID, *, created: bool = True) -> None:
+        super().__init__(task, execution_id, created=created)
         self._source = source
-        self._task = task
-        self.id = execution_id
-        self.created = created
 
     def result(self, timeout: float | timedelta | None = None) -> R:
         """Block until the execution finishes; parameters, result and exceptions as `Handle.result`."""
         return self._source.wait_result(self.id, self._task, checked_timeout(timeout))
 
-    def __repr__(self) -> str:
-        return f"<SyncHandle of task {self._task.name!r}, execution {self.id}>"
+    def cancel(self, reason: str | None = None) -> Cancellation:
+        """Cancel the execution; as `Handle.cancel`."""
+        return self._source.cancel(self.id, reason=reason)[self.id]
+
+    def errors(self) -> list[FailedAttempt]:
+        """Return the errors of its failed attempts; as `Handle.errors`."""
+        return self._source.execution_errors(self.id)
 
 
 def checked_timeout(timeout: Any) -> float | None:

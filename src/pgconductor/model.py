@@ -63,6 +63,13 @@ class Cancellation(StrEnum):
     UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
 
 
+class CancelCounts(NamedTuple):
+    """What a cancellation by filter did: executions ended at once, and running ones whose handlers are cancelled."""
+
+    cancelled: int
+    requested: int
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """What an orchestrator is asked to do, until it has been done."""
@@ -88,6 +95,17 @@ class Ended:
     result: str | None
     error: str | None  # JSON text: type, message, traceback
     reason: str | None  # of a cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """What one failed attempt of an execution left. `at`: when it was recorded, by the database's clock."""
+
+    attempt: int | None
+    at: datetime | None
+    type: str
+    message: str
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +148,7 @@ class OrchestratorStatus:
     alive: bool
     started_at: datetime
     heartbeat_age: float
+    stop_requested: bool  # a newer program's migration waits for it
     queues: tuple[str, ...]
 
 
@@ -157,6 +176,13 @@ class Retry(StrEnum):
     UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
 
 
+class RetryCounts(NamedTuple):
+    """What a retry by filter did: executions that begin anew, and those whose dedupe key a live execution holds."""
+
+    retried: int
+    duplicates: int
+
+
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """An execution that failed or was cancelled, and is still kept."""
@@ -172,5 +198,5 @@ class DeadLetter:
     finished_at: datetime
     expires_at: datetime | None  # None: kept for ever
     dedupe_key: str | None
-    error: str | None  # the last one, JSON text: type, message, traceback
+    error: FailedAttempt | None  # the last one
     reason: str | None  # of a cancellation

@@ -15,28 +15,24 @@ next leader connects anew. Nobody's result is lost: it stays in the database.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import random
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 from uuid import UUID
 
 import trio
 
-from .codec import printable
-from .db.call import Call
 from .db.calls import Calls
 from .db.result_listener import ANYBODY, ResultListener, bucket_of
-from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, Unavailable, WaitTimeout
-from .model import Ended, Standing, State
+from .errors import Unavailable
+from .model import Ended, Standing
+from .outcomes import FINISHED, not_kept, outcome, unanswered_timeout
+from .polling import MAX_BACKOFF, PollSchedule, Reconnecting
 from .tasks import Task
+from .verbs import Ask, Verbs, follow
 
 R = TypeVar("R")
-T = TypeVar("T")
-
-FINISHED: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
 
 _LOOK_TIMEOUT = 10.0
 _LAST_LOOK_TIMEOUT = 2.0
@@ -44,99 +40,9 @@ _CONNECT_TIMEOUT = 3.0  # looks wait for it: a listener that cannot connect must
 _REST_TIMEOUT = 1.0
 _SURPLUS_FLAGS = 32  # flags nobody needs any more are lowered together
 _NAMED_STANDINGS = 100
-_MAX_BACKOFF = 30.0
 _LOG_INTERVAL = 1.0
 
 logger = logging.getLogger("pgconductor.results")
-
-
-@dataclass(frozen=True, slots=True)
-class PollSchedule:
-    """When to look without a notification, in seconds.
-
-    `first`: after the flags were raised. `every`: from then on. `deaf`: while nobody listens. The last two vary by a
-    tenth, at random.
-    """
-
-    first: tuple[float, ...] = (0.05, 0.2, 1.0)
-    every: float = 5.0
-    deaf: float = 1.0
-
-
-class Ask(Protocol):
-    """Executes a call on a connection of the client's; raises `Unavailable` when that may work later."""
-
-    async def __call__(self, call: Call[T], doing: str, *, is_repeatable: bool) -> T: ...
-
-
-# --- what both clients share: pure ---------------------------------------------------------------------------------
-
-
-def outcome(task: Task[..., R], ended: Ended) -> R:
-    """Return the result of a finished execution, or raise what it ended with."""
-    subject = _subject(task, ended.id)
-    if ended.state is State.COMPLETED:
-        return task.result.decode("null" if ended.result is None else ended.result)
-    if ended.state is State.CANCELLED:
-        raise ExecutionCancelled(f"{subject} was cancelled" + (f": {ended.reason}" if ended.reason else ""))
-    record = error_record(ended.error)
-    said = ": ".join(printable(record[name]) for name in ("type", "message") if record.get(name))
-    failure = ExecutionFailed(f"{subject} failed" + (f": {said}" if said else ""), record)
-    if traceback := record.get("traceback"):
-        failure.add_note(f"Traceback of the last attempt:\n{traceback}")
-    raise failure
-
-
-def error_record(text: str | None) -> dict[str, str]:
-    """Return the last error as a record of texts: type, message, traceback. Empty if there is none to read."""
-    try:
-        loaded = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(loaded, dict):
-        return {}
-    return {name: value for name, value in cast("dict[str, Any]", loaded).items() if isinstance(value, str)}
-
-
-def not_kept(task: Task[..., Any], execution_id: UUID) -> ResultNotKept:
-    """The error for an execution of which there is no row."""
-    return ResultNotKept(
-        f"there is no row of {_subject(task, execution_id)}: it has finished and its result was not kept, or the "
-        f"transaction that invoked it was rolled back or is not yet committed"
-    )
-
-
-def wait_timeout(task: Task[..., Any], timeout: float | None, standing: Standing) -> WaitTimeout:
-    """The error for an execution that is still under way; it says what it is waiting for."""
-    queue = printable(standing.queue or "")
-    match standing.state:
-        case State.SCHEDULED | State.WAITING if standing.due_in is not None:
-            told = f"{standing.state}, due in {standing.due_in:.3g} s"
-        case _:
-            told = str(standing.state)
-    if standing.state is not State.RUNNING and not standing.live_workers:
-        told += f"; no live worker has task {printable(standing.task or task.name)!r} on queue {queue!r}"
-    else:
-        told += f" on queue {queue!r}"
-    return WaitTimeout(f"{_subject(task, standing.id)} did not finish{_within(timeout)}: {told}")
-
-
-def unanswered_timeout(task: Task[..., Any], execution_id: UUID, timeout: float | None) -> WaitTimeout:
-    """The error for an execution of which nothing is known, since the database does not answer."""
-    return WaitTimeout(
-        f"{_subject(task, execution_id)} is not known to have finished{_within(timeout)}: the database does not answer"
-    )
-
-
-def _subject(task: Task[..., Any], execution_id: UUID) -> str:
-    return f"execution {execution_id} of task {printable(task.name)!r}"
-
-
-def _within(timeout: float | None) -> str:
-    return f" within {timeout:g} s" if timeout else " yet"
-
-
-# --- the waiters ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
@@ -168,8 +74,9 @@ class _Awaited:
 class Results:
     """Waits for results on Trio, for one conductor while it is open."""
 
-    def __init__(self, calls: Calls, conninfo: str, ask: Ask, schedule: PollSchedule) -> None:
+    def __init__(self, calls: Calls, verbs: Verbs, conninfo: str, ask: Ask, schedule: PollSchedule) -> None:
         self._calls = calls
+        self._verbs = verbs
         self._conninfo = conninfo
         self._ask = ask
         self._schedule = schedule
@@ -181,8 +88,7 @@ class Results:
         self._is_closed = False
         self._listener: ResultListener | None = None  # awake while there is a leader that uses it
         self._resting: ResultListener | None = None
-        self._backoff = 0.0
-        self._reconnect_at = -math.inf
+        self._reconnecting = Reconnecting()
         self._logged_at = -math.inf
 
     async def wait(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
@@ -216,21 +122,8 @@ class Results:
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _look_last(self, execution_id: UUID, task: Task[..., Any], timeout: float | None) -> Ended:
-        try:
-            with trio.move_on_after(_LAST_LOOK_TIMEOUT):
-                for _ in range(2):  # it may finish between the two questions
-                    found = await self._read_results([execution_id])
-                    if execution_id in found:
-                        return found[execution_id]
-                    standing = (await self._read_standing([execution_id]))[execution_id]
-                    if standing.state is None:
-                        raise not_kept(task, execution_id)
-                    if standing.state not in FINISHED:
-                        raise wait_timeout(task, timeout, standing)
-        except WaitTimeout:
-            raise
-        except Unavailable as error:
-            raise unanswered_timeout(task, execution_id, timeout) from error
+        with trio.move_on_after(_LAST_LOOK_TIMEOUT):
+            return await follow(self._verbs.last_look(task, execution_id, timeout), self._ask)
         raise unanswered_timeout(task, execution_id, timeout)
 
     async def _wait_ended(self, execution_id: UUID, task: Task[..., Any]) -> Ended:
@@ -326,7 +219,7 @@ class Results:
         flags: set[int] = set() if self._listener is None else set(self._listener.flags)
         if wanted <= flags and len(flags - wanted) < _SURPLUS_FLAGS:
             return
-        if self._listener is None and trio.current_time() < self._reconnect_at:
+        if self._listener is None and trio.current_time() < self._reconnecting.at:
             return
         try:
             with trio.move_on_after(_CONNECT_TIMEOUT) as scope:
@@ -382,11 +275,11 @@ class Results:
                 raise Unavailable(f"the database did not answer within {_LOOK_TIMEOUT:g} s; try again later") from error
             self._log("cannot look for results, and try again: %s", error)
             for awaited in due:
-                awaited.next_look = trio.current_time() + self._jittered(self._schedule.deaf)
+                awaited.next_look = self._schedule.deaf_until(trio.current_time())
             return
         self._has_looked = True
         if self._sweep_at <= now:
-            self._sweep_at = now + self._jittered(self._schedule.every)
+            self._sweep_at = self._schedule.sweep_after(now)
         for awaited in due:
             awaited.looks += 1
             awaited.is_named = False
@@ -402,23 +295,18 @@ class Results:
     def _next_look(self, awaited: _Awaited, looked_at: float) -> float:
         if awaited.looks == 1:
             return -math.inf  # once more, with flags
-        if self._listener is None:
-            return looked_at + self._jittered(self._schedule.deaf)
-        times = (awaited.flagged_at + seconds for seconds in self._schedule.first)
-        return next((time for time in times if time > looked_at), self._sweep_at)
+        flagged_at = None if self._listener is None else awaited.flagged_at
+        return self._schedule.next_look(looked_at, flagged_at, self._sweep_at)
 
     def _lose_listener(self, error: Exception) -> None:
         """Go on without a listener, and connect anew: at once if it had lasted, else after a growing while."""
         now = trio.current_time()
-        lasted = self._listener is not None and self._listener.age > _MAX_BACKOFF
+        had_lasted = self._listener is not None and self._listener.age > MAX_BACKOFF
         self._drop_listener()
         self._log("the connection that listens for results is lost; polling until it is back: %s", error)
-        self._reconnect_at = now if lasted else now + random.uniform(0.5, 1) * self._backoff
-        self._backoff = 0.5 if lasted else min(_MAX_BACKOFF, max(0.5, 2 * self._backoff))
+        self._reconnecting.note_loss(now, had_lasted=had_lasted)
         for awaited in self._awaited.values():
-            awaited.next_look = min(
-                awaited.next_look, max(now, self._reconnect_at), now + self._jittered(self._schedule.deaf)
-            )
+            awaited.next_look = min(awaited.next_look, max(now, self._reconnecting.at), self._schedule.deaf_until(now))
 
     async def _rest(self) -> None:
         """Let the connection rest, since nobody waits any more; close it if that does not go quickly."""
@@ -439,13 +327,10 @@ class Results:
                 listener.drop()
 
     async def _read_results(self, ids: list[UUID]) -> dict[UUID, Ended]:
-        return await self._ask(self._calls.results(ids), "looking for results", is_repeatable=True)
+        return await self._ask(self._verbs.results(ids))
 
     async def _read_standing(self, ids: list[UUID]) -> dict[UUID, Standing]:
-        return await self._ask(self._calls.standing(ids), "looking for executions", is_repeatable=True)
-
-    def _jittered(self, seconds: float) -> float:
-        return seconds * random.uniform(0.9, 1.1)
+        return await self._ask(self._verbs.standing(ids))
 
     def _log(self, message: str, error: Exception) -> None:
         now = trio.current_time()

@@ -12,35 +12,47 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 from uuid import UUID
 
 from .db.address import Database
-from .db.calls import Calls, NewExecution
+from .db.calls import Calls
 from .db.result_listener import SyncResultListener, bucket_of
 from .db.schema import MigrationReport, migrate_sync
 from .db.session import SyncSession, connect_sync, insert_sync, is_sync_connection
-from .errors import InvalidOption, Misuse, NotOpen, Unavailable, WaitTimeout
-from .handle import SyncHandle
+from .errors import InvalidOption, Misuse, NotOpen, Unavailable
+from .handle import AnyHandle, SyncHandle
 from .invocations import InvocationByName, new_executions
-from .model import Ended, Invoked, OrchestratorStatus, QueueStatus, Standing
-from .results import FINISHED, PollSchedule, not_kept, outcome, unanswered_timeout, wait_timeout
+from .model import (
+    CancelCounts,
+    Cancellation,
+    DeadLetter,
+    Ended,
+    FailedAttempt,
+    OrchestratorStatus,
+    QueueStatus,
+    Retry,
+    RetryCounts,
+    Standing,
+    State,
+)
+from .outcomes import FINISHED, not_kept, outcome
+from .polling import PollSchedule, Reconnecting
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
+from .verbs import Request, Verbs, follow_sync
 
 if TYPE_CHECKING:
     import psycopg
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_MAX_BACKOFF: Final = 30.0
+T = TypeVar("T")
 
 logger = logging.getLogger("pgconductor.results")
 
@@ -62,11 +74,21 @@ class OpenClients:
 
     def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
         """Wait on the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("result").wait_result(execution_id, task, timeout)
+
+    def cancel(self, *executions: UUID, reason: str | None) -> dict[UUID, Cancellation]:
+        """Cancel with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("cancel").cancel(*executions, reason=reason)
+
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("errors").execution_errors(execution_id)
+
+    def _latest(self, method: str) -> SyncClient:
         with self._lock:
-            client = self._clients[-1] if self._clients else None
-        if client is None:
-            raise NotOpen("no sync client is open to wait with; use `with conductor.sync() as client:` around result()")
-        return client.wait_result(execution_id, task, timeout)
+            if self._clients:
+                return self._clients[-1]
+        raise NotOpen(f"no sync client is open to ask with; use `with conductor.sync() as client:` around {method}()")
 
 
 class SyncClient:
@@ -76,8 +98,11 @@ class SyncClient:
     does not hold them up. After a fork, open a new one.
     """
 
-    def __init__(self, database: Database, calls: Calls, by_name: InvocationByName, clients: OpenClients) -> None:
+    def __init__(
+        self, database: Database, calls: Calls, verbs: Verbs, by_name: InvocationByName, clients: OpenClients
+    ) -> None:
         self._calls = calls
+        self._verbs = verbs
         self._by_name = by_name
         self._clients = clients
         self._session = SyncSession(database)
@@ -128,6 +153,10 @@ class SyncClient:
         run_at: datetime | None = None,
         delay: float | timedelta | None = None,
         dedupe_key: str | None = None,
+        timeout: float | timedelta | None = None,
+        deadline: datetime | float | timedelta | None = None,
+        max_attempts: int | None = None,
+        tags: Iterable[str] = (),
         conn: psycopg.Connection[Any] | None = None,
     ) -> SyncHandle[Any]: ...
     def invoke(self, task: Any, /, *args: Any, **kwargs: Any) -> SyncHandle[Any]:
@@ -168,36 +197,124 @@ class SyncClient:
     ) -> SyncHandle[Any]:
         checked = checked_options(**options, limits=self._by_name.tasks.limits)
         task, execution = self._by_name.execution(name, payload, checked)
-        if conn is None:
-            (invoked,) = self._insert([execution])
-        elif is_sync_connection(conn):
-            (invoked,) = insert_sync(conn, self._calls.invoke_many([execution]))
-        else:
-            raise InvalidOption(f"conn must be a psycopg.Connection here, not {type(conn).__name__}")
+        (invoked,) = self._ask(self._verbs.invoke_many([execution]), conn)
         return SyncHandle(self._clients, task, invoked.id, created=invoked.created)
 
     def _invoke_bound(self, calls: list[Invocation[R]]) -> list[SyncHandle[R]]:
         if not calls:
             return []
-        invoked = self._insert(new_executions(calls))
+        invoked = self._ask(self._verbs.invoke_many(new_executions(calls)))
         return [
             SyncHandle(self._clients, call.task, i.id, created=i.created)
             for call, i in zip(calls, invoked, strict=True)
         ]
 
-    def _insert(self, executions: list[NewExecution]) -> list[Invoked]:
-        is_repeatable = all(execution.dedupe_key is not None for execution in executions)
-        return self._session.ask(self._calls.invoke_many(executions), "invoking", is_repeatable=is_repeatable)
+    def _ask(self, request: Request[T], conn: psycopg.Connection[Any] | None = None) -> T:
+        """Execute a request on the caller's connection, else on the client's."""
+        if conn is None:
+            return self._session.ask(request.call, request.doing, is_repeatable=request.is_repeatable)
+        if not is_sync_connection(conn):
+            raise InvalidOption(f"conn must be a psycopg.Connection here, not {type(conn).__name__}")
+        return insert_sync(conn, request.call)
+
+    # Cancelling
+
+    def cancel(
+        self,
+        *executions: UUID | AnyHandle[Any],
+        reason: str | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> dict[UUID, Cancellation]:
+        """Cancel executions, by handle or id; as `Conductor.cancel`."""
+        if not executions:
+            return {}
+        return self._ask(self._verbs.cancel(executions, reason), conn)
+
+    def cancel_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        tags: Iterable[str] | None = None,
+        created_before: datetime | None = None,
+        reason: str | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> CancelCounts:
+        """Cancel all live executions that fit every filter given; as `Conductor.cancel_matching`."""
+        steps = self._verbs.cancel_matching(
+            queue=queue,
+            task=task,
+            states=states,
+            tags=tags,
+            created_before=created_before,
+            reason=reason,
+            limit=limit,
+            everything=everything,
+        )
+        return follow_sync(steps, self._ask)
+
+    # Dead letters
+
+    def dead_letters(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        limit: int = 100,
+        after: DeadLetter | None = None,
+    ) -> list[DeadLetter]:
+        """As `Conductor.dead_letters`."""
+        return self._ask(self._verbs.dead_letters(queue=queue, task=task, states=states, limit=limit, after=after))
+
+    def retry(
+        self, *executions: UUID | AnyHandle[Any], conn: psycopg.Connection[Any] | None = None
+    ) -> dict[UUID, Retry]:
+        """As `Conductor.retry`."""
+        if not executions:
+            return {}
+        return self._ask(self._verbs.retry(executions), conn)
+
+    def retry_matching(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        finished_after: datetime | None = None,
+        finished_before: datetime | None = None,
+        limit: int | None = None,
+        everything: bool = False,
+    ) -> RetryCounts:
+        """As `Conductor.retry_matching`."""
+        steps = self._verbs.retry_matching(
+            queue=queue,
+            task=task,
+            error_type=error_type,
+            states=states,
+            finished_after=finished_after,
+            finished_before=finished_before,
+            limit=limit,
+            everything=everything,
+        )
+        return follow_sync(steps, self._ask)
 
     # Reading
 
+    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+        """As `Conductor.execution_errors`."""
+        return self._ask(self._verbs.execution_errors(execution_id))
+
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""
-        return self._session.ask(self._calls.queue_status(), "reading the queues", is_repeatable=True)
+        return self._ask(self._verbs.queue_status())
 
     def orchestrator_status(self) -> list[OrchestratorStatus]:
         """As `Conductor.orchestrator_status`."""
-        return self._session.ask(self._calls.orchestrator_status(), "reading the orchestrators", is_repeatable=True)
+        return self._ask(self._verbs.orchestrator_status())
 
     def migrate(self) -> MigrationReport:
         """As `Conductor.migrate`."""
@@ -216,7 +333,7 @@ class SyncClient:
             deadline = math.inf if timeout is None else time.monotonic() + timeout
             ended = self._wait_ended(execution_id, task, deadline)
         if ended is None:
-            ended = self._look_last(execution_id, task, timeout)
+            ended = follow_sync(self._verbs.last_look(task, execution_id, timeout), self._ask)
         return outcome(task, ended)
 
     def _wait_ended(self, execution_id: UUID, task: Task[..., Any], deadline: float) -> Ended | None:
@@ -235,49 +352,22 @@ class SyncClient:
                     standing = self._read_standing(execution_id) if ended is None else None
                 except Unavailable as error:
                     logger.warning("cannot look for results, and try again: %s", error)
-                    next_look = time.monotonic() + self._jittered(self._schedule.deaf)
+                    next_look = self._schedule.deaf_until(time.monotonic())
                     continue
                 if standing is None:
                     return ended
                 if standing.state is None:
                     raise not_kept(task, execution_id)
                 # If it finished between the two questions, look again.
-                next_look = -math.inf if standing.state in FINISHED else self._next_look(ear.flagged_at)
+                is_finished = standing.state in FINISHED
+                next_look = -math.inf if is_finished else self._schedule.next_look(time.monotonic(), ear.flagged_at)
         return None
 
-    def _next_look(self, flagged_at: float | None) -> float:
-        now = time.monotonic()
-        if flagged_at is None:
-            return now + self._jittered(self._schedule.deaf)
-        times = (flagged_at + seconds for seconds in self._schedule.first)
-        return next((at for at in times if at > now), now + self._jittered(self._schedule.every))
-
-    def _look_last(self, execution_id: UUID, task: Task[..., Any], timeout: float | None) -> Ended:
-        try:
-            for _ in range(2):  # it may finish between the two questions
-                if (ended := self._look(execution_id)) is not None:
-                    return ended
-                standing = self._read_standing(execution_id)
-                if standing.state is None:
-                    raise not_kept(task, execution_id)
-                if standing.state not in FINISHED:
-                    raise wait_timeout(task, timeout, standing)
-        except WaitTimeout:
-            raise
-        except Unavailable as error:
-            raise unanswered_timeout(task, execution_id, timeout) from error
-        raise unanswered_timeout(task, execution_id, timeout)
-
     def _look(self, execution_id: UUID) -> Ended | None:
-        call = self._calls.results([execution_id])
-        return self._session.ask(call, "looking for results", is_repeatable=True).get(execution_id)
+        return self._ask(self._verbs.results([execution_id])).get(execution_id)
 
     def _read_standing(self, execution_id: UUID) -> Standing:
-        call = self._calls.standing([execution_id])
-        return self._session.ask(call, "looking for executions", is_repeatable=True)[execution_id]
-
-    def _jittered(self, seconds: float) -> float:
-        return seconds * random.uniform(0.9, 1.1)
+        return self._ask(self._verbs.standing([execution_id]))[execution_id]
 
     @contextmanager
     def _open_ear(self, execution_id: UUID) -> Generator[_Ear]:
@@ -325,13 +415,12 @@ class _Ear:
         self._conninfo = conninfo
         self._bucket = bucket
         self._listener = resting
-        self._reconnect_at = -math.inf
-        self._backoff = 0.0
+        self._reconnecting = Reconnecting()
         self.flagged_at: float | None = None
 
     def listen_if_due(self) -> bool:
         """Listen, unless that is so already, or failed a moment ago; return whether this call began it."""
-        if self.flagged_at is not None or time.monotonic() < self._reconnect_at:
+        if self.flagged_at is not None or time.monotonic() < self._reconnecting.at:
             return False
         try:
             if self._listener is not None and not self._listener.is_fresh:
@@ -377,5 +466,4 @@ class _Ear:
         logger.warning("cannot listen for results, and poll until it is possible again: %s", error)
         self.close()
         self.flagged_at = None
-        self._reconnect_at = time.monotonic() + random.uniform(0.5, 1) * self._backoff
-        self._backoff = min(_MAX_BACKOFF, max(1.0, 2 * self._backoff))
+        self._reconnecting.note_loss(time.monotonic())

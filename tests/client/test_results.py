@@ -16,7 +16,6 @@ from psycopg import sql
 
 from pgconductor import (
     Conductor,
-    ExecutionCancelled,
     ExecutionFailed,
     Handle,
     InvalidOption,
@@ -27,7 +26,9 @@ from pgconductor import (
     WaitTimeout,
 )
 from pgconductor.db.result_listener import bucket_of, named_buckets
-from pgconductor.results import PollSchedule, Results, error_record
+from pgconductor.outcomes import error_record
+from pgconductor.polling import PollSchedule
+from pgconductor.results import Results
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)
 SESSIONS = (
@@ -284,7 +285,7 @@ async def test_listener_that_cannot_connect_leaves_polling(
             handle = await task.invoke(1)
             nursery.start_soon(finished, handle)
             results = results_of(conductor)
-            await until(lambda: results._backoff >= 1.0)  # it has failed twice
+            await until(lambda: results._reconnecting.backoff >= 1.0)  # it has failed twice
             begun = trio.current_time()
             worker.finish_all(0)
     assert len(caplog.records) <= 2 + trio.current_time() - begun
@@ -464,22 +465,6 @@ async def test_failure_carries_the_last_error(pgconductor_dsn: str) -> None:
     record = {"type": "shop.OutOfStock", "message": "no\nducks", "traceback": "Traceback ..."}
     assert vars(failed.value)["error"] == record
     assert failed.value.__notes__ == ["Traceback of the last attempt:\nTraceback ..."]
-
-
-async def test_cancellation_carries_its_reason(pgconductor_dsn: str) -> None:
-    """Cancelled taken for failed. The verb arrives with its issue; the row is written by hand."""
-    conductor = Conductor(pgconductor_dsn)
-    task = conductor.task(echo)
-    with open_worker(pgconductor_dsn, ["echo"]) as worker:
-        async with conductor:
-            handle = await task.invoke(1)
-            worker.finish_all()
-            execute(
-                pgconductor_dsn,
-                "update pgconductor._private_finished set state = 'cancelled', result = null, cancel_reason = 'tired'",
-            )
-            with pytest.raises(ExecutionCancelled, match="was cancelled: tired"):
-                await handle.result()
 
 
 async def test_result_of_another_type_is_an_error(pgconductor_dsn: str) -> None:

@@ -27,7 +27,7 @@ from pgconductor import (
     Unavailable,
     WaitTimeout,
 )
-from pgconductor.results import PollSchedule
+from pgconductor.polling import PollSchedule
 from pgconductor.testing.proxy import open_chaos_proxy
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)

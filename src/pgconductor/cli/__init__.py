@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | status | demo`.
+"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | ... | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -13,28 +13,29 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, cast
 
 import trio
 import typer
 
-from ..conductor import Conductor
-from ..errors import ExecutionError, InvalidOption, InvalidPayload
-from ..sync_client import SyncClient
+from ..errors import ExecutionError, InvalidPayload
 from ..version import VERSION
 from . import report
+from .cancelling import cancel
+from .dead_letters import dead_letters, retry
+from .doctor import doctor
 from .exits import FAILED, complain, reported
-from .target import load_orchestrator, redirect
+from .grant import grant
+from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
+from .target import Life, load_orchestrator
 
 app = typer.Typer(
     name="pgconductor",
     help="Durable execution on nothing but PostgreSQL.",
     epilog="Exit status: 0 done, 1 failed, 2 used wrongly, 3 not available or too late, 4 the schema does not fit, "
-    "130 interrupted.",
+    "5 stopped with outcomes unwritten, 6 stopped by a newer program's migration, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # it shows local variables, connection strings among them
@@ -50,31 +51,6 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
-
-
-Dsn = Annotated[
-    str | None,
-    typer.Option(
-        "--dsn",
-        metavar="DSN",
-        help="Connection string; otherwise PGCONDUCTOR_DSN, else DATABASE_URL. Prefer these for one with a password: "
-        "others can see command lines.",
-    ),
-]
-ListenDsn = Annotated[
-    str | None,
-    typer.Option(metavar="DSN", help="A direct connection to the same database, where --dsn leads to a pooler."),
-]
-Embedded = Annotated[bool, typer.Option("--embedded", help="Use your embedded PostgreSQL, started if necessary.")]
-Schema = Annotated[str, typer.Option(metavar="NAME", help="Name of the schema.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
-
-
-@contextmanager
-def _client(dsn: str | None, listen_dsn: str | None, schema: str, *, embedded: bool) -> Iterator[SyncClient]:
-    with Conductor(dsn, schema=schema, listen_dsn=listen_dsn, embedded=embedded).sync() as client:
-        yield client
 
 
 def _print_version(wanted: bool) -> None:
@@ -103,7 +79,7 @@ def migrate(
 ) -> None:
     """Install the schema, or bring it up to date."""
     with reported(debug=debug):
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             done = client.migrate()
         if as_json:
             report.print_json(
@@ -139,13 +115,14 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run an orchestrator until SIGINT or SIGTERM. A second signal cancels the handlers that still run."""
-    with reported(debug=debug):
+    life = Life()
+    with reported(debug=debug, was_running=life.has_started):
         orchestrator = load_orchestrator(target, debug=debug)
-        redirect(orchestrator, dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
+        orchestrator.conductor.redirect(dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger = logging.getLogger("pgconductor.cli")
         logger.info("running %r", orchestrator)
-        trio.run(orchestrator.run)
+        trio.run(partial(orchestrator.run, task_status=life))
         logger.info("stopped")
 
 
@@ -166,8 +143,18 @@ def invoke(
     dedupe_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="If a live execution has this key, take that one.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it as JSON.")] = False,
     timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Time for an attempt; otherwise the task's.")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(metavar="SECONDS|INSTANT", help="It fails unless it has completed by then.")
+    ] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Starts in all; otherwise the task's.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="TAG", help="To find it by; may be repeated.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it as JSON.")] = False,
+    wait_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Wait at most so long; implies --wait.")
     ] = None,
     dsn: Dsn = None,
@@ -180,17 +167,18 @@ def invoke(
     """Invoke a task, and print the id of the execution; with --wait its result instead."""
     with reported(debug=debug):
         arguments = _parse_payload(payload)
-        due = None if run_at is None else _parse_instant(run_at)
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        due, last = parse_instant("--run-at", run_at), parse_deadline(deadline)
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             handle = client.invoke(
-                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key
-            )
+                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key,
+                timeout=timeout, deadline=last, max_attempts=max_attempts, tags=tag or (),
+            )  # fmt: skip
             answer: dict[str, Any] = {"id": str(handle.id), "created": handle.created}
-            if not wait and timeout is None:
+            if not wait and wait_timeout is None:
                 report.print_json(answer) if as_json else print(handle.id)
                 return
             try:
-                result = handle.result(timeout)
+                result = handle.result(wait_timeout)
             except ExecutionError as error:
                 if not as_json or debug:
                     raise
@@ -198,6 +186,13 @@ def invoke(
                 report.print_json({**answer, "error": str(error)})
                 raise typer.Exit(FAILED) from None
             report.print_json({**answer, "result": result} if as_json else result)
+
+
+app.command()(cancel)
+app.command("dead-letters")(dead_letters)
+app.command()(retry)
+app.command()(doctor)
+app.command()(grant)
 
 
 @app.command()
@@ -211,7 +206,7 @@ def status(
 ) -> None:
     """Show the queues and the orchestrators."""
     with reported(debug=debug):
-        with _client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
             queues, orchestrators = client.queue_status(), client.orchestrator_status()
         if as_json:
             report.print_json({"schema": schema, "queues": queues, "orchestrators": orchestrators})
@@ -219,7 +214,7 @@ def status(
         output = report.console()
         output.print(report.queue_table(queues) if queues else "No queues yet.")
         output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
-        for line in report.missing_workers(queues):
+        for line in report.hints(queues, orchestrators):
             output.print(line, markup=False)
 
 
@@ -254,16 +249,6 @@ def _parse_payload(text: str) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise InvalidPayload(f"the payload must be a JSON object of the task's parameters, for example {_EXAMPLE}")
     return cast("dict[str, Any]", payload)
-
-
-def _parse_instant(text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidOption(f"--run-at {text!r} is no instant; write it as 2030-01-31T09:00:00+01:00") from None
-    if instant.utcoffset() is None:
-        raise InvalidOption(f"--run-at {text!r} has no time zone; write {instant.isoformat()}Z or ...+01:00")
-    return instant
 
 
 def main() -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..model import OrchestratorStatus, QueueStatus
+from ..model import DeadLetter, FailedAttempt, OrchestratorStatus, QueueStatus, State
 
+_LONG = 100  # characters of an error in a table
 _WIDE = 240  # columns where there is no terminal: whoever reads a file or a pipe wants whole lines
 
 
@@ -28,6 +30,15 @@ def console() -> Console:
 def print_json(value: Any) -> None:
     """Print plain values, dataclasses, ids and instants as indented JSON."""
     print(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))
+
+
+def print_statuses(statuses: Mapping[UUID, str], *, as_json: bool) -> None:
+    """Print what came of each execution: an object of ids, or a line for each."""
+    if as_json:
+        print_json({str(execution): status for execution, status in statuses.items()})
+        return
+    for execution, status in statuses.items():
+        print(f"{execution} {status}")
 
 
 def plain(text: str) -> str:
@@ -68,13 +79,63 @@ def orchestrator_table(orchestrators: Sequence[OrchestratorStatus]) -> Table:
     for each in orchestrators:
         table.add_row(
             Text(plain(each.name)),
-            "alive" if each.alive else "dead",
+            ("asked to stop" if each.stop_requested else "alive") if each.alive else "dead",
             Text(", ".join(plain(queue) for queue in each.queues)),
             each.program_version,
             f"since {each.started_at:%Y-%m-%d %H:%M:%S %Z}",
             f"{age(each.heartbeat_age)} ago",
         )
     return table
+
+
+def dead_letter_table(letters: Sequence[DeadLetter]) -> Table:
+    """One row per dead letter, with the beginning of its last error or the reason of its cancellation."""
+    table = Table(title="Dead letters", title_justify="left")
+    for column in ("execution", "queue", "task", "state", "ended"):
+        table.add_column(column)
+    for column in ("attempts", "crashes", "retried"):
+        table.add_column(column, justify="right")
+    table.add_column("why")
+    for each in letters:
+        table.add_row(
+            str(each.id),
+            Text(plain(each.queue)),
+            Text(plain(each.task)),
+            each.state,
+            f"{each.finished_at:%Y-%m-%d %H:%M:%S %Z}",
+            *(f"{count:,}" for count in (each.attempts, each.crashes, each.generation)),
+            Text(shortened(plain(_why(each)))),
+        )
+    return table
+
+
+def _why(letter: DeadLetter) -> str:
+    if letter.state is State.CANCELLED:
+        return letter.reason or ""
+    return "" if letter.error is None else f"{letter.error.type}: {letter.error.message}"
+
+
+def shortened(text: str) -> str:
+    """`text`, cut to what fits into a line."""
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+
+
+def attempt(error: FailedAttempt) -> str:
+    """A failed attempt in several lines."""
+    which = "" if error.attempt is None else f" {error.attempt}"
+    when = "" if error.at is None else f" at {error.at:%Y-%m-%d %H:%M:%S %Z}"
+    lines = [f"attempt{which}{when}: {error.type}: {error.message}", *error.traceback.splitlines()]
+    return "\n".join(plain(line) for line in lines)
+
+
+def hints(queues: Sequence[QueueStatus], orchestrators: Sequence[OrchestratorStatus]) -> list[str]:
+    """A sentence for each thing that somebody should see to."""
+    said = missing_workers(queues)
+    if dead := sum(queue.failed for queue in queues):
+        said.append(f"{dead:,} failed: `pgconductor dead-letters` shows them, `pgconductor retry` lets them begin anew")
+    if stopping := sum(each.alive and each.stop_requested for each in orchestrators):
+        said.append(f"{stopping:,} orchestrators are asked to stop: a migration of a newer program waits for them")
+    return said
 
 
 def missing_workers(queues: Sequence[QueueStatus]) -> list[str]:

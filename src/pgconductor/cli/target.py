@@ -1,4 +1,4 @@
-"""The program that `pgconductor run` runs: finds it by name, and points it at another database when asked.
+"""The program that `pgconductor run` runs: finds it by name.
 
 Imports the user's module, so whatever its top level does happens here. It must not start anything.
 """
@@ -12,13 +12,25 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from ..db.address import Database
-from ..db.calls import Calls
-from ..db.sql_files import validate_schema_name
 from ..errors import Misuse
 from ..runtime.orchestrator import Orchestrator
 
 _FORM = "write module:attribute, for example app:orchestrator"
+
+
+class Life:
+    """Whether an orchestrator has started: what its `run` takes as `task_status`."""
+
+    def __init__(self) -> None:
+        self._has_started = False
+
+    def started(self, value: None = None) -> None:
+        """Called by `run` when all workers claim."""
+        self._has_started = True
+
+    def has_started(self) -> bool:
+        """Whether it was called."""
+        return self._has_started
 
 
 def load_orchestrator(target: str, *, debug: bool = False) -> Orchestrator:
@@ -85,18 +97,3 @@ def _known(module: ModuleType, name: str) -> str:
     if names:
         return f"its orchestrators: {', '.join(f'{name}:{key}' for key in names)}"
     return "it has no Orchestrator at its top level: orchestrator = Orchestrator(conductor, workers=[...])"
-
-
-def redirect(
-    orchestrator: Orchestrator, *, dsn: str | None, listen_dsn: str | None, embedded: bool, schema: str | None
-) -> None:
-    """Let a command line that names a database or a schema win over what the program's conductor was given.
-
-    Before anything runs. Raises `InvalidOption`.
-    """
-    conductor = orchestrator._conductor  # pyright: ignore[reportPrivateUsage]  # its program is not running yet
-    if dsn is not None or listen_dsn is not None or embedded:
-        conductor._database = Database(dsn, listen_dsn, embedded=embedded)  # pyright: ignore[reportPrivateUsage]
-    if schema is not None:
-        conductor.schema = validate_schema_name(schema)
-        conductor.calls = Calls(schema)

@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from psycopg import sql
 
 from ..model import (
+    CancelCounts,
     Cancellation,
     Claimed,
     DeadLetter,
     Ended,
+    FailedAttempt,
     Invoked,
     Maintenance,
     OrchestratorStatus,
     Outcome,
     QueueStatus,
     Retry,
+    RetryCounts,
     Signals,
     Standing,
     State,
@@ -48,20 +51,6 @@ class Heartbeat(NamedTuple):
     failed: int
     cancelled: int
     signals: Signals
-
-
-class CancelledMatching(NamedTuple):
-    """How many executions one call of `cancel_matching` ended, and of how many it told the owner."""
-
-    cancelled: int
-    requested: int
-
-
-class RetriedMatching(NamedTuple):
-    """How many executions one call of `retry_matching` let begin anew, and for how many a live one holds the key."""
-
-    retried: int
-    duplicates: int
 
 
 class NewExecution(NamedTuple):
@@ -111,6 +100,28 @@ def _signals(row: Sequence[Any]) -> Signals:
 def _heartbeat(rows: list[Row]) -> Heartbeat:
     (row,) = rows
     return Heartbeat(row[0], row[1], row[2], row[3], _signals(row[4:]))
+
+
+def _failed_attempts(text: str | None) -> list[FailedAttempt]:
+    """The errors in a JSON array, which any client may have written."""
+    errors: list[object] = json.loads(text or "[]")
+    return [_failed_attempt(cast("dict[str, Any]", error)) for error in errors if isinstance(error, dict)]
+
+
+def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
+    attempt, at = error.get("attempt"), error.get("at")
+    return FailedAttempt(
+        attempt if isinstance(attempt, int) else None,
+        datetime.fromisoformat(at) if isinstance(at, str) else None,
+        *(str(error.get(name) or "") for name in ("type", "message", "traceback")),
+    )
+
+
+def _dead_letter(row: Row) -> DeadLetter:
+    columns = list(row)
+    columns[3] = State(row[3])
+    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    return DeadLetter(*columns)
 
 
 def _scalar(rows: list[Row]) -> object:
@@ -166,13 +177,18 @@ _QUERIES = {
     "cancel": "select id, status from {s}.cancel(%s::uuid[], %s) /*cancel*/",
     "cancel_matching": "select cancelled, requested from {s}.cancel_matching(%s, %s, %s, %s, %s::text[], %s::text[],"
     " %s::timestamptz)",
+    "grant_role": "select {s}.grant_role(%s, %s)",
+    "revoke_role": "select {s}.revoke_role(%s, %s)",
+    "granted_roles": "select kind, role from {s}.granted_roles()",
     "control_channel": "select {s}._private_control_channel(%s)",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
+    "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
-    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
+    " queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
@@ -303,13 +319,24 @@ class Calls:
         states: list[str] | None = None,
         tags: list[str] | None = None,
         created_before: datetime | None = None,
-    ) -> Call[CancelledMatching]:
+    ) -> Call[CancelCounts]:
         """At most `limit` executions per call; again until both counts are 0."""
         return Call(
             self._query["cancel_matching"],
             (reason, limit, queue, task, states, tags, created_before),
-            lambda rows: CancelledMatching._make(rows[0]),
+            lambda rows: CancelCounts._make(rows[0]),
         )
+
+    def grant_role(self, kind: str, role: str) -> Call[None]:
+        """`kind`: producer, worker, viewer or operator."""
+        return Call(self._query["grant_role"], (kind, role), ignore)
+
+    def revoke_role(self, kind: str, role: str) -> Call[None]:
+        return Call(self._query["revoke_role"], (kind, role), ignore)
+
+    def granted_roles(self) -> Call[list[tuple[str, str]]]:
+        """Kinds and roles that have been given rights."""
+        return Call(self._query["granted_roles"], (), lambda rows: [(row[0], row[1]) for row in rows])
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)
@@ -327,6 +354,10 @@ class Calls:
             (executions,),
             lambda rows: {r[0]: Standing(r[0], State(r[1]) if r[1] else None, *r[2:]) for r in rows},
         )
+
+    def execution_errors(self, execution: UUID) -> Call[list[FailedAttempt]]:
+        """The errors of its attempts, oldest first."""
+        return Call(self._query["execution_errors"], (execution,), lambda rows: _failed_attempts(_text_or_none(rows)))
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(
@@ -382,7 +413,7 @@ class Calls:
         return Call(
             self._query["dead_letters"],
             (queue, task, limit, *key, [state.value for state in states]),
-            lambda rows: [DeadLetter(*row[:3], State(row[3]), *row[4:]) for row in rows],
+            lambda rows: [_dead_letter(row) for row in rows],
         )
 
     def retry(self, executions: list[UUID]) -> Call[dict[UUID, Retry]]:
@@ -397,12 +428,12 @@ class Calls:
         finished_before: datetime | None = None,
         limit: int = 1000,
         states: Sequence[State] = (State.FAILED,),
-    ) -> Call[RetriedMatching]:
+    ) -> Call[RetryCounts]:
         """At most `limit` executions per call, the oldest first; again, with `finished_before`, until none is
         retried.
         """
         return Call(
             self._query["retry_matching"],
             (queue, task, error_type, finished_after, finished_before, limit, [state.value for state in states]),
-            lambda rows: RetriedMatching._make(rows[0]),
+            lambda rows: RetryCounts._make(rows[0]),
         )
