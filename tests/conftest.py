@@ -42,3 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="sample",
         help='which kills at failpoints: "sample" (default), "all", or a text that the test\'s name holds',
     )
+    group.addoption(
+        "--through-pgbouncer",
+        action="store_true",
+        help="lead the tests of tests/runtime through a pgbouncer in transaction mode (or PGCONDUCTOR_TEST_POOLER=1)",
+    )
