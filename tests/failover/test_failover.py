@@ -20,8 +20,7 @@ INVOKE = "select pgconductor.invoke('note', jsonb_build_object('n', n), queue =>
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> int:
-    count: int = request.config.getoption("--failovers")
-    return count
+    return int(str(request.config.getoption("--failovers")))
 
 
 @pytest.mark.timeout(900)
