@@ -1,9 +1,9 @@
 """The specification of the verbs as a pure function: `transition(state, event)` gives the next state and the answer.
 
 One database: live and finished executions, orchestrators, registered tasks and queues, the clock. An event is one call
-of a verb, with what only the database can know (new ids) put in; an answer is what the call's decoder gives. Nothing here
-reads a clock, a database or a random number. What concurrency adds (locks, skipped rows) is not here: every verb runs
-alone.
+of a verb, with what only the database can know (new ids) put in; an answer is what the call's decoder gives. Nothing
+here reads a clock, a database or a random number. What concurrency adds (locks, skipped rows) is not here: every verb
+runs alone.
 
 `breaches(before, event, after)` are the invariants I1 to I14 of the specification, as far as the verbs are there.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from pgconductor.db.calls import Claim
@@ -140,7 +140,7 @@ class State:
         return (OVERFLOW,) if own is None else (own, OVERFLOW)
 
 
-# --- events ------------------------------------------------------------------------------------------------------------
+# --- events ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ Event: TypeAlias = (
 )
 
 
-def transition(state: State, event: Event) -> tuple[State, object]:
+def transition(state: State, event: Event) -> tuple[State, Any]:
     """What `event` makes of `state`, and what its caller is told."""
     match event:
         case Advance():
@@ -402,7 +402,7 @@ def transition(state: State, event: Event) -> tuple[State, object]:
             return replace(state, finished=kept, orchestrators=alive), None
 
 
-# --- the verbs ----------------------------------------------------------------------------------------------------------
+# --- the verbs ---
 
 
 def _with_orchestrators(state: State, *rows: Orchestrator) -> State:
@@ -756,7 +756,7 @@ def _retry(state: State, executions: tuple[UUID, ...]) -> tuple[State, dict[UUID
     return state, answer
 
 
-# --- the invariants -----------------------------------------------------------------------------------------------------
+# --- the invariants ---
 
 
 _ENDING = (Flush, Recover, ReleaseUnknown, Retire, Succeed, Cancel, CancelMatching)

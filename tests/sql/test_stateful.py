@@ -1,7 +1,7 @@
-"""The SQL beside the model: simulated workers, one verb at a time, and after each the whole database must be the model's.
+"""The SQL beside the model: simulated workers, one verb at a time; after each the whole database must be the model's.
 
-Time stands still but for the rule that moves it, ids are counted instead of drawn, and the server's epoch is a number: so a
-run is determined by its choices, and every column can be compared. After each rule the audit is checked, too.
+Time stands still until a rule moves it, ids are counted instead of drawn, and the server's epoch is a number: so a run
+is determined by its choices, and every column can be compared. After each rule the audit is checked, too.
 
 `--stateful-examples N` runs N random examples instead of the fixed few.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -69,7 +69,7 @@ from sql.database import Session
 
 from pgconductor.db.calls import Claim, NewExecution, WorkerRow
 from pgconductor.errors import LeaseLost
-from pgconductor.model import Claimed, Outcome, Signals
+from pgconductor.model import Claimed, Invoked, Outcome, Signals
 from pgconductor.testing import Databases
 
 START = datetime(2030, 1, 1, tzinfo=UTC)  # the model's time 0
@@ -86,7 +86,8 @@ create or replace function {s}._private_clock() returns timestamptz language sql
     begin atomic select moment from {s}._test_world; end;
 create or replace function {s}._private_server_epoch() returns text language sql stable
     begin atomic select epoch::text from {s}._test_world; end;
-create or replace function {s}._private_new_id(p_queue_no int, p_now timestamptz) returns uuid language sql volatile parallel safe
+create or replace function {s}._private_new_id(p_queue_no int, p_now timestamptz) returns uuid
+    language sql volatile parallel safe
     return encode(set_byte(set_byte(set_byte(
         overlay(decode(md5(nextval('{s}._test_ids')::text), 'hex')
             placing substring(int8send((date_part('epoch', p_now) * 1000)::bigint), 3) from 1 for 6),
@@ -109,14 +110,17 @@ select json_build_object(
         from {s}._private_orchestrators o),
     'live', (select json_agg(json_build_array(e.id, e.queue_no, e.queue, e.task, e.state, e.priority,
         date_part('epoch', e.run_at - %(start)s), date_part('epoch', e.created_at - %(start)s),
-        coalesce(e.payload, l.payload)::text, e.payload is null, e.dedupe_key, e.max_attempts, date_part('epoch', e.timeout),
+        coalesce(e.payload, l.payload)::text, e.payload is null, e.dedupe_key, e.max_attempts,
+        date_part('epoch', e.timeout),
         date_part('epoch', e.deadline_at - %(start)s), e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), e.outcome, e.outcome_claim, e.errors,
         date_part('epoch', e.cancel_requested_at - %(start)s), e.cancel_reason))
         from {s}._private_executions e left join {s}._private_payloads l on l.execution_id = e.id),
-    'finished', (select json_agg(json_build_array(e.id, {s}._private_queue_no(e.id), e.queue, e.task, e.state, e.priority,
+    'finished', (select json_agg(json_build_array(e.id, {s}._private_queue_no(e.id), e.queue, e.task, e.state,
+        e.priority,
         date_part('epoch', e.run_at - %(start)s), date_part('epoch', e.created_at - %(start)s),
-        coalesce(e.payload, l.payload)::text, e.payload is null, e.dedupe_key, e.max_attempts, date_part('epoch', e.timeout),
+        coalesce(e.payload, l.payload)::text, e.payload is null, e.dedupe_key, e.max_attempts,
+        date_part('epoch', e.timeout),
         null, e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), null, null, e.errors, null, e.cancel_reason,
         date_part('epoch', e.finished_at - %(start)s), date_part('epoch', e.expires_at - %(start)s), e.result::text))
@@ -128,9 +132,12 @@ def _execution(row: list[Any]) -> Execution:
     errors = tuple(
         Error(e["type"], e["attempt"], (datetime.fromisoformat(e["at"]) - START).total_seconds()) for e in row[23] or ()
     )
-    tags = None if row[14] is None else tuple(row[14])
-    owner = None if row[19] is None else UUID(row[19])
-    return Execution(UUID(row[0]), *row[1:14], tags, *row[15:19], owner, *row[20:23], errors, *row[24:26])
+    fields = [*row]
+    fields[0] = UUID(row[0])
+    fields[14] = None if row[14] is None else tuple(row[14])
+    fields[19] = None if row[19] is None else UUID(row[19])
+    fields[23] = errors
+    return Execution(*fields)
 
 
 def _orchestrator(row: list[Any]) -> Orchestrator:
@@ -228,14 +235,16 @@ class Real:
         query = _STATE.replace("{s}", self.db.schema).encode()
         tables: dict[str, Any] = self.db.conn.execute(query, {"start": START}).fetchall()[0][0]
         live = [_execution(row) for row in tables["live"] or ()]
-        finished = [Finished(_execution(row[:26]), *row[26:]) for row in tables["finished"] or ()]
+        finished = [Finished(_execution(row[:26]), row[26], row[27], row[28]) for row in tables["finished"] or ()]
+        now, epoch = tables["world"]
         state = State(
-            *tables["world"],
-            tables["queues"] or {},
-            {name: TaskRow(*row) for name, *row in tables["tasks"] or ()},
-            {row.id: row for row in map(_orchestrator, tables["orchestrators"] or ())},
-            {row.id: row for row in live},
-            {row.execution.id: row for row in finished},
+            now,
+            epoch,
+            queues=tables["queues"] or {},
+            tasks={name: TaskRow(*row) for name, *row in tables["tasks"] or ()},
+            orchestrators={row.id: row for row in map(_orchestrator, tables["orchestrators"] or ())},
+            live={row.id: row for row in live},
+            finished={row.execution.id: row for row in finished},
         )
         # What the model knows from the rows.
         assert {(queue, task, key): UUID(i) for queue, task, key, i in tables["keys"] or ()} == state.keys()
@@ -346,7 +355,11 @@ _VERBS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
         4,
         {**_K, "queue": REGISTERED, "times": st.sampled_from([1, 3]), "cancels": st.booleans()},
     ),
-    "repeat_last_flush": (3, _K),
+    "repeat_last_flush": (2, _K),
+    "flush_stale": (
+        5,
+        {**_K, "pick": PICK, "kind": st.sampled_from(["completed", "retried"]), "foreign": st.booleans()},
+    ),
     "thaw_and_flush": (2, {**_K, "kind": st.sampled_from(["completed", "failed", "retried"])}),
     "freeze": (1, _K),
     "crash": (1, _K),
@@ -430,6 +443,7 @@ class Stateful(RuleBasedStateMachine):
         self.made = 0
         self.workers: dict[int, Worker] = {}
         self.seen: list[UUID] = []
+        self.tokens: list[tuple[UUID, UUID, int]] = []  # of all claims there were: owner, execution, claim_no
 
     # --- one step ---
 
@@ -453,29 +467,36 @@ class Stateful(RuleBasedStateMachine):
         assert "\n".join(differences(comparable(after), found)) == "", event
         self.state = after
         self.count(event, answer)
+        if isinstance(event, ClaimSome | ClaimSuspect):
+            claimed: list[Any] = answer.claimed if isinstance(answer, Claim) else [answer]
+            self.tokens += [(event.owner, c.id, c.claim_no) for c in claimed if isinstance(c, Claimed)]
         return answer
 
     def count(self, event: Event, answer: Any) -> None:
         """What happened, for the test to say whether it has seen what it is there for."""
         happened = self.real.happened
         happened[type(event).__name__] += 1
+        if isinstance(event, Maintain) and event.removed:
+            happened["expired and removed"] += 1
+        if answer is None:
+            return
         if answer == LEASE_LOST:
             happened["lease lost"] += 1
         elif isinstance(event, Flush | Cancel | Retry):
             happened.update(f"{type(event).__name__} {status}" for status in answer.values())
         elif isinstance(event, Recover):
             happened.update({word: n for word, n in zip(RECOVERIES, answer, strict=True) if n})
-        elif isinstance(event, ClaimSuspect) and answer is not None:
+        elif isinstance(event, ClaimSuspect):
             happened["suspect claimed"] += 1
-        elif isinstance(event, ClaimSome) and any(self.state.live[c.id].queue_no == OVERFLOW for c in answer.claimed):
-            happened["claimed from the overflow"] += 1
+        elif isinstance(event, ClaimSome):
+            happened["claimed from the overflow"] += any(
+                self.state.live[c.id].queue_no == OVERFLOW for c in answer.claimed
+            )
         elif isinstance(event, InvokeMany) and not all(invoked.created for invoked in answer):
             happened["key taken"] += 1
         elif isinstance(event, Succeed) and answer:
             happened["handed over"] += 1
-        elif isinstance(event, Maintain) and event.removed:
-            happened["expired and removed"] += 1
-        elif isinstance(event, LoadPayload) and answer is not None:
+        elif isinstance(event, LoadPayload):
             happened["payload loaded"] += 1
 
     def unknown(self) -> UUID:
@@ -487,27 +508,23 @@ class Stateful(RuleBasedStateMachine):
         ids = [UUID(int=0), *reversed(self.seen)]
         return tuple(dict.fromkeys(ids[pick % len(ids)] for pick in picks))
 
-    def queue(self, pick: int) -> str:
-        """A registered one."""
-        names = sorted(self.state.queues)
-        return names[pick % len(names)]
-
     @initialize()
     def begin(self) -> None:
         self.step(RegisterQueue("a"))
         self.restart(0, 10.0, ("a", "b"))
+        self.restart(1, 10.0, ("a", "b"))
 
     @rule(action=ACTION)
     def act(self, action: tuple[str, dict[str, Any]]) -> None:
         """One verb, or a few that belong together. One rule, since hypothesis switches off half of several."""
-        verb, arguments = action
+        verb, arguments = action[0], dict(action[1])
         if "k" in arguments:
             # A worker that is there; for what needs it, one that holds something, if there is one.
             if not self.workers:
                 self.restart(0, 10.0, ("a", "b"))
             some = [k for k in sorted(self.workers) if self.workers[k].held] if verb in HOLDING else []
             some = some or sorted(self.workers)
-            arguments = {**arguments, "k": some[arguments["k"] % len(some)]}
+            arguments["k"] = some[arguments["k"] % len(some)]
         getattr(self, verb)(**arguments)
 
     @invariant()
@@ -518,7 +535,8 @@ class Stateful(RuleBasedStateMachine):
 
     def invoke(self, news: list[New]) -> None:
         items = tuple(replace(new, payload=json.dumps(LARGE)) if new.is_large else new for new in news)
-        for invoked in self.step(InvokeMany(items)):
+        answer: list[Invoked] = self.step(InvokeMany(items))
+        for invoked in answer:
             if invoked.created:
                 self.seen.append(invoked.id)
 
@@ -616,6 +634,26 @@ class Stateful(RuleBasedStateMachine):
         self.claim(k, queue, 50, TASKS)
         self.flush(k, **flush)
 
+    def flush_stale(self, k: int, pick: int, kind: str, foreign: bool) -> None:
+        """With the token of a claim that has ended, or somebody else's: for an execution that runs, if there is one."""
+        stale = [
+            (owner, execution, claim_no)
+            for owner, execution, claim_no in self.tokens
+            if (row := self.state.live.get(execution)) is not None
+            and row.state == "running"
+            and (row.owner != owner if foreign else row.claim_no != claim_no)
+        ]
+        if tokens := stale or self.tokens:
+            # The last ones first; the owner may have had a later claim of it.
+            owner, execution, claim_no = tokens[-1 - pick % len(tokens)]
+            row = self.state.live.get(execution)
+            if foreign and row is not None:
+                owner, claim_no = self.workers[k].owner, row.claim_no
+            elif row is not None and row.owner is not None:
+                owner = row.owner
+            error = "E" if kind in ("failed", "retried") else None
+            self.step(Flush(owner, (Outcome(execution, claim_no, kind, None, error),)))
+
     def repeat_last_flush(self, k: int) -> None:
         """Its reply was lost."""
         if (last := self.workers[k].last_flush) is not None:
@@ -637,6 +675,9 @@ class Stateful(RuleBasedStateMachine):
         worker = self.workers[k]
         if restarts:
             self.step(Restart())
+            for other in self.workers:
+                if other != k:
+                    self.heartbeat(other)
         new = self.unknown()
         claims = tuple(worker.held.items())[: max(1, len(worker.held) - 1)]
         if self.step(Succeed(worker.owner, new, 10.0, claims)) != LEASE_LOST:
@@ -721,7 +762,7 @@ def test_sql_does_what_the_model_says(real: Real, request: pytest.FixtureRequest
     """A verb that does, in some state that nobody thought of, something else than it should."""
     asked: int | None = request.config.getoption("--stateful-examples")
     MACHINE[:] = [real]
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis leaves it without
+    run_state_machine_as_test(
         Stateful,
         settings=settings(
             max_examples=asked or 30,
@@ -730,8 +771,8 @@ def test_sql_does_what_the_model_says(real: Real, request: pytest.FixtureRequest
             derandomize=asked is None,
             database=None,
             print_blob=True,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
             phases=[Phase.generate, Phase.shrink],
         ),
     )
-    assert set(real.happened) >= SOMETIMES, f"never happened: {sorted(SOMETIMES - set(real.happened))}"
+    assert {word for word, count in real.happened.items() if count} >= SOMETIMES
