@@ -148,9 +148,9 @@ end $$;
 -- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition and owner
 -- (T10); fail those that have now brought down three claims (T10'); end those whose cancellation was requested (T12). A
 -- crash is charged, the attempt is not. If the server was restarted since the owner registered, it may have lost its lease
--- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two heartbeats and whose session is
--- gone. Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
--- day.
+-- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two
+-- heartbeats and whose session is gone. Locks: orchestrators, then executions, skipping those another holds. Dead
+-- orchestrators stay as tombstones for a day.
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
     returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
