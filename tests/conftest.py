@@ -30,3 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--stateful-examples", type=int, default=None, help="random examples of the stateful test (default: few, fixed)"
     )
+    group.addoption(
+        "--faults",
+        choices=["few", "full"],
+        default="few",
+        help="few: the faults of tests/faults in small (default); full: for as long as the catalogue says",
+    )
+    group.addoption(
+        "--failpoints",
+        default="sample",
+        help='which kills at failpoints: "sample" (default), "all", or a text that the test\'s name holds',
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -49,6 +51,61 @@ def test_crash_of_the_server_under_load_loses_nothing_and_finishes_nothing_twice
     for process in processes:
         process.send(signal.SIGTERM)
     assert [process.until_exit() for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("synchronous_commit", ["on", "off"])
+def test_acknowledged_invokes_survive_crashes_of_the_server(
+    tmp_path: Path, pytestconfig: pytest.Config, synchronous_commit: str
+) -> None:
+    """Whoever was given an id may forget about it, whatever the administrator set. (Catalogue no. 26.)
+
+    An asynchronous commit is acknowledged before it is safe; a producer that commits all the time has always one under
+    way when the server is killed. `--faults full`: every 20 s for 10 minutes.
+    """
+    restarts, pause = (30, 20.0) if pytestconfig.getoption("--faults") == "full" else (3, 0.6)
+    settings = {"fsync": "off", "synchronous_commit": synchronous_commit, "wal_writer_delay": "10s"}
+    acknowledged: list[UUID] = []
+    is_over = threading.Event()
+
+    def produce() -> None:
+        while not is_over.is_set():
+            try:
+                with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as conn:
+                    while not is_over.is_set():
+                        query = "select pgconductor.invoke('nap', '{\"n\": 0, \"seconds\": 0}', queue => 'q')"
+                        (made,) = conn.execute(query).fetchone() or ()
+                        acknowledged.append(made)
+            except psycopg.OperationalError:
+                is_over.wait(0.05)
+
+    with own_server(settings=settings) as own:
+        dsn = own.dsn()
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            migrate_sync(conn, "pgconductor")
+        with open_site(dsn, tmp_path) as site:
+            processes = [site.start(lease=3.0), site.start(lease=3.0)]
+            producers = [threading.Thread(target=produce) for _ in range(2)]
+            for producer in producers:
+                producer.start()
+            try:
+                for _ in range(restarts):
+                    before = len(acknowledged)
+                    give_up_at = time.monotonic() + pause
+                    until(lambda: time.monotonic() > give_up_at and len(acknowledged) > before + 20)  # noqa: B023
+                    own.restart("immediate", settings=settings)
+            finally:
+                is_over.set()
+                for producer in producers:
+                    producer.join()
+            until(lambda: site.live() == 0)
+            for process in processes:
+                process.send(signal.SIGTERM)
+                process.until_exit()
+            kept = {found for (found,) in site.query("select id from pgconductor._private_finished")}
+            (doubled,) = site.query("select count(*) - count(distinct id) from pgconductor._private_finished")[0]
+            lost = [one for one in acknowledged if one not in kept]
+            print(f"synchronous_commit={synchronous_commit}: {len(acknowledged)} acknowledged, {len(lost)} lost")
+            assert (len(lost), doubled) == (0, 0)
 
 
 def test_terminated_process_ends_though_the_database_is_down(server: OwnServer, site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from pgconductor.codec import Limits
 from pgconductor.context import Context
 from pgconductor.errors import InvalidOption, InvalidPayload, InvalidTask, Misuse
 from pgconductor.handle import Handle, SyncHandle
+from pgconductor.invocations import new_executions
 from pgconductor.options import MAX_DELAY
-from pgconductor.retry import Exponential
+from pgconductor.retry import Delays, Exponential, Fixed
 from pgconductor.tasks import DEFAULT_OPTIONS, Invocation, SyncTaskCall, Task, TaskCall, Tasks
 
 if TYPE_CHECKING:
@@ -412,13 +414,42 @@ def test_annotations_that_do_not_make_a_task_are_refused(conductor: Recorder, ha
         ({"max_attempts": None}, "must be an int"),
         ({"max_attempts": True}, "must be an int"),
         ({"max_attempts": 10**5000}, "too large a number"),
-        ({"backoff": 5}, "method delay"),
+        ({"backoff": "5"}, "backoff of task 'plain' must be seconds.* method"),
+        ({"backoff": -5}, "backoff of task 'plain'"),
+        ({"timeout": 0}, "timeout of task 'plain' must be more than 0"),
+        ({"timeout": -1}, "timeout of task 'plain'"),
+        ({"timeout": math.inf}, "finite"),
+        ({"timeout": MAX_DELAY * 1.01}, "timeout of task 'plain'"),
+        ({"timeout": "5"}, "seconds .* or a timedelta, not str"),
+        ({"keep_completed": -1}, "keep_completed of task 'plain'"),
+        ({"keep_failed": timedelta(-1)}, "keep_failed of task 'plain'"),
+        ({"keep_failed": math.inf}, "finite"),
+        ({"keep_completed": True}, "not bool"),
     ],
 )
 def test_task_options_out_of_range_are_refused(conductor: Recorder, options: dict[str, Any], message: str) -> None:
     """The schema would refuse them at registration, without the line that is wrong."""
     with pytest.raises(InvalidOption, match=message):
         conductor.task(**options)(plain)
+
+
+def test_timeout_and_retention_are_seconds_or_none(conductor: Recorder) -> None:
+    """A timedelta would reach SQL, or "for ever" and "not at all" would be confused."""
+    task = conductor.task(timeout=timedelta(minutes=1), keep_completed=0, keep_failed=None)(plain)
+    assert (task.timeout, task.keep_completed, task.keep_failed) == (60.0, 0.0, None)
+    default = conductor.task(same_result)
+    assert (default.timeout, default.keep_completed, default.keep_failed) == (None, 86_400.0, 604_800.0)
+    assert [default.keep(kind) for kind in ("completed", "failed", "cancelled", "retried", "released")] == [
+        86_400.0,
+        *[604_800.0] * 4,
+    ]
+
+
+def test_a_backoff_may_be_given_as_a_number_a_list_or_a_function(conductor: Recorder) -> None:
+    """Each of them would need a class of the caller's own."""
+    assert conductor.task(name="a", backoff=5)(plain).backoff == Fixed(5.0)
+    assert conductor.task(name="b", backoff=[1, 10, 60])(same_result).backoff == Delays([1, 10, 60])
+    conductor.task(name="c", backoff=lambda attempt, error: attempt)(keyword_only)
 
 
 def test_the_longest_name_is_accepted(conductor: Recorder) -> None:
@@ -579,6 +610,28 @@ async def test_an_async_connection_is_handed_to_the_invoker(conductor: Recorder)
         ({"dedupe_key": 5}, "must be a str"),
         ({"queue": ""}, "must not be empty"),
         ({"queue": "x" * 129}, "129 bytes"),
+        ({"timeout": 0}, "timeout must be more than 0"),
+        ({"timeout": math.nan}, "finite"),
+        ({"deadline": 0}, "deadline is not after now"),
+        ({"deadline": -5}, "deadline"),
+        ({"deadline": datetime(2030, 1, 1)}, "naive"),  # noqa: DTZ001
+        ({"deadline": datetime(9999, 1, 1, tzinfo=UTC)}, "years 1 to 9998"),
+        ({"deadline": "soon"}, "seconds .* or a timedelta, not str"),
+        ({"deadline": 60, "delay": 60}, "deadline is not after now and delay"),
+        (
+            {"deadline": datetime(2030, 1, 1, tzinfo=UTC), "run_at": datetime(2030, 1, 1, tzinfo=UTC)},
+            "deadline is not after run_at",
+        ),
+        ({"max_attempts": 0}, "from 1 to 10000"),
+        ({"max_attempts": 1.5}, "must be an int"),
+        ({"tags": "urgent"}, "tags must be several texts"),
+        ({"tags": 5}, "tags must be several texts"),
+        ({"tags": [""]}, "a tag must not be empty"),
+        ({"tags": ["x" * 129]}, "129 bytes"),
+        ({"tags": ["a\0"]}, "NUL"),
+        ({"tags": [5]}, "must be a str"),
+        ({"tags": ["a", "a"]}, "the same text twice: a, a"),
+        ({"tags": [str(n) for n in range(17)]}, "at most 16"),
         ({"conn": "postgresql://localhost"}, "psycopg Connection or AsyncConnection, not str"),
     ],
 )
@@ -598,11 +651,40 @@ def test_options_out_of_range_are_refused(conductor: Recorder, options: dict[str
         {"delay": 0},
         {"delay": MAX_DELAY},
         {"dedupe_key": "é" * 256},
+        {"timeout": 0.001},
+        {"timeout": MAX_DELAY},
+        {"deadline": MAX_DELAY},
+        {"deadline": 60, "delay": 59.9},
+        {"max_attempts": 10_000},
+        {"tags": [str(n) + "x" * 126 for n in range(16)]},
     ],
 )
 def test_options_at_the_edge_of_their_range_are_accepted(conductor: Recorder, options: dict[str, Any]) -> None:
     """The bounds would be off by one."""
     conductor.task(plain).options(**options)
+
+
+def test_policy_options_become_one_json_object(conductor: Recorder) -> None:
+    """SQL would not know them, would take a time zone for granted, or would get an object for each plain call."""
+    task = conductor.task(plain)
+    at = datetime(2030, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+
+    def sent(**options: Any) -> str | None:
+        (row,) = new_executions([task.options(**options).bind(date(2024, 1, 1))])
+        return row.options
+
+    assert sent() is None
+    assert sent(priority=1, delay=5) is None
+    assert json.loads(sent(timeout=timedelta(minutes=1), deadline=at, max_attempts=1, tags=["a", "b"]) or "") == {
+        "timeout": 60.0,
+        "deadline_at": "2030-01-01T10:00:00+00:00",
+        "max_attempts": 1,
+        "tags": ["a", "b"],
+    }
+    assert json.loads(sent(deadline=timedelta(hours=1), tags=iter(["é"])) or "") == {
+        "deadline_in": 3600.0,
+        "tags": ["é"],
+    }
 
 
 # --- workers ---

@@ -47,30 +47,19 @@ class Interruption:
     after it ended, when they change nothing. The context asks it from any thread.
     """
 
-    __slots__ = (
-        "_has_thread",
-        "_is_expired",
-        "_scope",
-        "_was_told",
-        "is_abandoned",
-        "is_body_running",
-        "is_requested",
-        "is_stopping",
-        "reason",
-        "unwound",
-    )
+    # Defaults on the class: nearly all of them are never set, and one of these is made per execution.
+    is_requested = False  # its cancellation was requested
+    is_stopping = False  # the worker stops
+    is_abandoned = False  # its thread is not waited for
+    is_body_running = False  # in a thread, and not known to have ended
+    reason: str | None = None  # of the requested cancellation
+    unwound: BaseException | None = None  # what left an async handler: tells where it was
+    _is_expired = False  # the time of a plain def is up
+    _has_thread = False  # the scope is for abandoning it only
+    was_told = False  # the handler asked, and was told to end
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
-        self.is_requested = False  # its cancellation was requested
-        self.is_stopping = False  # the worker stops
-        self.is_abandoned = False  # its thread is not waited for
-        self.is_body_running = False  # in a thread, and not known to have ended
-        self.reason: str | None = None  # of the requested cancellation
-        self.unwound: BaseException | None = None  # what left an async handler: tells where it was
-        self._is_expired = False  # the time of a plain def is up
-        self._has_thread = False  # the scope is for abandoning it only
-        self._was_told = False  # the handler asked and was told to end
 
     def cancel(self, reason: str | None = None) -> None:
         """A cancellation of the execution was requested. Idempotent; the first reason stays."""
@@ -102,7 +91,7 @@ class Interruption:
             or self._is_expired
             or (not self._has_thread and self._is_scope_over())
         ):
-            self._was_told = True
+            self.was_told = True
             return True
         return False
 
@@ -129,15 +118,10 @@ class Interruption:
         return False
 
     @property
-    def was_told(self) -> bool:
-        """Whether the handler has asked, and was told to end."""
-        return self._was_told
-
-    @property
     def is_expired(self) -> bool:
         """Whether the attempt ran out of time; of a plain ``def``, whether it also knows."""
         if self._has_thread:
-            return self._is_expired and self._was_told
+            return self._is_expired and self.was_told
         return self._scope.cancel_called
 
     async def load(self, loader: Callable[[], Awaitable[str | None]]) -> str | None:
@@ -273,7 +257,8 @@ async def attempt(
     finally:
         # They hold this frame, and it them.
         del error
-        inner.unwound = None
+        if inner.unwound is not None:
+            inner.unwound = None
 
 
 def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Interruption) -> Outcome:

@@ -9,8 +9,12 @@ for all connections or, where it says so, for the one whose server process has a
     freeze(pid)             stop reading, so that both sides' buffers fill
     rst(pid)                reset the client's connection
     refuse()                close the listener; existing connections go on
-    cut_reply(tag)          forward the next request that contains `tag`, swallow its reply and hang up: the client
-                            cannot know whether it took effect
+    reject()                accept and hang up at once, so that attempts can be counted; existing connections go on
+    rate(bytes_per_second)  forward no faster than that, each way of each connection
+    cut_reply(tag)          forward the next request that executes a statement with `tag` in its text, also one that is
+                            prepared already, swallow its reply and hang up when the server is done: the client cannot
+                            know whether it took effect
+    cut_request(tag)        hang up instead of forwarding such a request: it did not
     mend()                  back to `pass`: listen again, thaw, forward new connections
 
 Blackholed connections stay so. The proxy lives in a nursery of its own and needs a Trio run.
@@ -28,7 +32,38 @@ import trio
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 _CHUNK = 65536
-_BACKEND_KEY_DATA, _COMMAND_COMPLETE, _READY_FOR_QUERY = b"K", b"C", b"Z"
+_BACKEND_KEY_DATA, _READY_FOR_QUERY = b"K", b"Z"
+
+
+class Requests:
+    """What a client asks for: the text of each statement it executes, also of those it has prepared."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._has_started = False  # the first message of a connection has no type
+        self._prepared: dict[bytes, bytes] = {}
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The texts of the statements whose execution is asked for by the messages that end in `data`."""
+        self._buffer += data
+        executed: list[bytes] = []
+        while len(self._buffer) >= (5 if self._has_started else 4):
+            start = 1 if self._has_started else 0
+            size = start + int(struct.unpack_from("!I", self._buffer, start)[0])
+            if len(self._buffer) < size:
+                break
+            if self._has_started:
+                kind, body = bytes(self._buffer[:1]), bytes(self._buffer[5:size])
+                if kind == b"Q":
+                    executed.append(body.rstrip(b"\0"))
+                elif kind == b"P":
+                    name, text = body.split(b"\0", 2)[:2]
+                    self._prepared[name] = text
+                elif kind == b"B":
+                    executed.append(self._prepared.get(body.split(b"\0", 2)[1], b""))
+            self._has_started = True
+            del self._buffer[:size]
+        return executed
 
 
 class Link:
@@ -43,17 +78,20 @@ class Link:
         self.is_cutting = False
         self.thawed = trio.Event()
         self.thawed.set()
-        self._request_tail = b""
+        self._requests = Requests()
         self._reply = bytearray()  # what has arrived of the message under way
 
     async def pump_requests(self) -> None:
         while data := await self._receive(self.client):
-            tag = self.proxy.cut_tag
-            if tag is not None:
-                if tag in self._request_tail + data:
-                    self.proxy.cut_tag = None
-                    self.is_cutting = True
-                self._request_tail = (self._request_tail + data)[-len(tag) :]
+            texts = self._requests.feed(data)
+            proxy = self.proxy
+            if any(proxy.is_to_cut(text) for text in texts):
+                proxy.cut_tag = None
+                if proxy.cuts_request:
+                    proxy.cuts += 1
+                    self.close()
+                    return
+                self.is_cutting = True
             await self._forward(self.server, data)
         if not self.is_blackholed:
             await self.server.send_eof()
@@ -62,7 +100,7 @@ class Link:
         while data := await self._receive(self.server):
             kinds = self._kinds(data)
             if self.is_cutting:
-                if kinds & {_COMMAND_COMPLETE, _READY_FOR_QUERY}:
+                if _READY_FOR_QUERY in kinds:  # not before: a statement on its own is committed after it is complete
                     self.proxy.cuts += 1
                     break
                 continue
@@ -83,6 +121,8 @@ class Link:
     async def _forward(self, stream: trio.SocketStream, data: bytes) -> None:
         if self.proxy.delay_range != (0.0, 0.0):
             await trio.sleep(random.uniform(*self.proxy.delay_range))
+        if self.proxy.bytes_per_second is not None:
+            await trio.sleep(len(data) / self.proxy.bytes_per_second)
         if not self.is_blackholed:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await stream.send_all(data)
@@ -129,8 +169,12 @@ class ChaosProxy:
         self.accepted = 0
         self.cuts = 0
         self.cut_tag: bytes | None = None
+        self.cuts_request = False
+        self._cuts_whole = False
         self.delay_range = (0.0, 0.0)
+        self.bytes_per_second: float | None = None
         self.blackholes_new = False
+        self.is_rejecting = False
         self._listener: trio.SocketListener | None = None
         self._mended = trio.Event()
 
@@ -163,14 +207,28 @@ class ChaosProxy:
             self._listener.socket.close()
             self._listener = None
 
-    def cut_reply(self, tag: bytes) -> None:
-        """`tag` must stand in the text that is sent: a statement that is prepared already does not carry it."""
-        self.cut_tag = tag
+    def reject(self) -> None:
+        self.is_rejecting = True
+
+    def rate(self, bytes_per_second: float) -> None:
+        self.bytes_per_second = bytes_per_second
+
+    def cut_reply(self, tag: bytes, *, is_whole: bool = False) -> None:
+        """`is_whole`: `tag` is all of the statement's text."""
+        self.cut_tag, self.cuts_request, self._cuts_whole = tag, False, is_whole
+
+    def cut_request(self, tag: bytes, *, is_whole: bool = False) -> None:
+        self.cut_tag, self.cuts_request, self._cuts_whole = tag, True, is_whole
+
+    def is_to_cut(self, text: bytes) -> bool:
+        tag = self.cut_tag
+        return tag is not None and (tag == text if self._cuts_whole else tag in text)
 
     async def mend(self) -> None:
         self.delay_range = (0.0, 0.0)
+        self.bytes_per_second = None
         self.cut_tag = None
-        self.blackholes_new = False
+        self.blackholes_new = self.is_rejecting = False
         for link in self.links:
             link.thawed.set()
         if self._listener is None:
@@ -196,6 +254,9 @@ class ChaosProxy:
                 except trio.ClosedResourceError:
                     continue
                 self.accepted += 1
+                if self.is_rejecting:
+                    client.socket.close()
+                    continue
                 nursery.start_soon(self._serve, client)
 
     async def _serve(self, client: trio.SocketStream) -> None:

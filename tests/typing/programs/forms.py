@@ -9,8 +9,9 @@ from typing import Any, assert_type
 import psycopg
 
 from pgconductor.context import Context
+from pgconductor.errors import NoRetry, RetryAfter, Snooze
 from pgconductor.handle import Handle, SyncHandle
-from pgconductor.retry import Exponential
+from pgconductor.retry import Delays, Exponential, Linear
 from pgconductor.tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Tasks, Worker
 
 
@@ -39,6 +40,38 @@ def forms(conductor: Tasks) -> None:
     @conductor.task(name="configured", queue="fast", max_attempts=5, backoff=Exponential(initial=0.1))
     async def configured(ctx: Context, name: str) -> str:
         return name
+
+    @conductor.task(
+        timeout=timedelta(minutes=1), backoff=[1, 2.5, timedelta(minutes=1)], keep_completed=0, keep_failed=None
+    )
+    async def listed(name: str) -> str:
+        return name
+
+    @conductor.task(timeout=5, backoff=10, keep_completed=timedelta(days=1))
+    async def fixed(name: str) -> str:
+        return name
+
+    @conductor.task(backoff=[1, 10, 60])
+    async def integers(name: str) -> str:
+        return name
+
+    @conductor.task(backoff=Linear(initial=timedelta(seconds=1), step=1))
+    async def linear(name: str) -> str:
+        return name
+
+    @conductor.task(backoff=Delays((1, 10), jitter=0.1))
+    async def delays(name: str) -> str:
+        return name
+
+    def wait(attempt: int, error: BaseException) -> float:
+        return 1.0 if isinstance(error, OSError) else 60.0
+
+    @conductor.task(backoff=wait)
+    async def computed(name: str) -> str:
+        return name
+
+    assert_type(computed.bind("Ada"), Invocation[str])
+    print(listed, fixed, integers, linear, delays)
 
     @conductor.task(queue="fast")
     def configured_plain(name: str) -> int:
@@ -85,6 +118,9 @@ async def invoking(
     await greet.options(queue="other", delay=timedelta(minutes=1)).invoke("World")
     await greet.options(run_at=datetime.now(UTC), conn=trio_conn).invoke("World")
     await greet.options(conn=None).invoke("World")
+    await greet.options(timeout=5, deadline=later, max_attempts=1, tags=["a"]).invoke("World")
+    await greet.options(timeout=timedelta(seconds=5), deadline=60.0, tags=("a", "b"), conn=trio_conn).invoke("World")
+    assert_type(greet.options(deadline=timedelta(hours=1), conn=sync_conn).invoke("World"), SyncHandle[str])
 
     call = greet.options(conn=sync_conn)
     assert_type(call.bind("Ada"), Invocation[str])
@@ -106,3 +142,13 @@ async def resources(ctx: Context) -> None:
     assert_type(ctx.resource(Pool), Pool)
     assert_type(ctx.attempt, int)
     ctx.logger.info("started")
+    assert_type(ctx.is_cancelled, bool)
+    ctx.check_cancelled()
+
+
+def verdicts(kind: int) -> None:
+    if kind == 1:
+        raise NoRetry("gone") from ValueError()
+    if kind == 2:
+        raise RetryAfter(timedelta(seconds=30), "busy")
+    raise Snooze(60)

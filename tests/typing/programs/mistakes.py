@@ -41,4 +41,8 @@ async def mistakes(conductor: Tasks, sync_conn: psycopg.Connection[Any]) -> None
     worker = conductor.create_worker
     worker(queue="fast", tasks=[greet], notify="rarely")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     worker(queue="fast", tasks=[mistakes])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    greet.options(tags=5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    greet.options(deadline="soon")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    conductor.task(timeout="5")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    conductor.task(backoff="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     conductor.task(retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
