@@ -177,9 +177,9 @@ BUGS = (
         "recovery starts from the executions, so that it finds those of owners nobody knows any more",
         _FLEET,
         "where owner is not null and not exists (\n"
-        "                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at is null)",
+        "where w.owner is not null and (o.id is null or o.died_at is not null)",
         "where exists (\n"
-        "                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at > '-infinity')",
+        "where w.owner is not null and o.died_at is not null",
         ("tests/sql/test_fleet.py",),
     ),
     Bug(
