@@ -15,15 +15,11 @@ import time
 import trio
 
 from pgconductor import Conductor, Orchestrator
-from pgconductor.runtime import orchestrator as orchestrator_module
-from pgconductor.runtime import worker as worker_module
 
 
 def main(dsn: str, journal: str, options: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(message)s")
     given = json.loads(options)
-    # What the engine allows itself after the grace, made shorter so that tests are.
-    orchestrator_module._LAST_WORDS_TIMEOUT = worker_module._LAST_FLUSH_TIMEOUT = given["last_words"]
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     conductor = Conductor(dsn)
 
@@ -63,7 +59,13 @@ def main(dsn: str, journal: str, options: str) -> None:
         queue="q", tasks=[nap, compute, stubborn], concurrency=given["concurrency"], sweep_interval=1.0
     )
     orchestrator = Orchestrator(
-        conductor, workers=[worker], lease=given["lease"], grace=given["grace"], migrate=False, handle_signals=True
+        conductor,
+        workers=[worker],
+        lease=given["lease"],
+        grace=given["grace"],
+        last_words=given["last_words"],
+        migrate=False,
+        handle_signals=True,
     )
 
     async def run() -> None:
