@@ -79,13 +79,14 @@ $$;
 -- Orchestrators that are registered, the dead ones of the last day among them.
 create or replace function @schema@.orchestrator_status()
     returns table (id uuid, name text, program_version text, alive boolean, started_at timestamptz, heartbeat_age double precision,
-        queues text[])
+        queues text[], stop_requested boolean)
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
     select o.id, o.name, o.program_version, o.died_at is null and o.expires_at > @schema@._private_clock(), o.started_at,
         date_part('epoch', @schema@._private_clock() - o.heartbeat_at),
-        array(select w.queue from @schema@._private_workers w where w.orchestrator_id = o.id order by w.queue)
+        array(select w.queue from @schema@._private_workers w where w.orchestrator_id = o.id order by w.queue),
+        o.stop_requested_at is not null
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 

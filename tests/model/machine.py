@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from uuid import UUID
 
-from pgconductor.db.calls import CancelledMatching, Claim
-from pgconductor.model import Cancellation, Claimed, Invoked, Outcome, Signals
+from pgconductor.db.calls import Claim
+from pgconductor.model import CancelCounts, Cancellation, Claimed, Invoked, Outcome, Signals
 
 OVERFLOW = 0  # number of the partition of queues that nobody has registered
 DAY = 86400.0
@@ -681,7 +681,7 @@ def _cancel(state: State, event: Cancel) -> tuple[State, dict[UUID, Cancellation
     return state, answer
 
 
-def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, CancelledMatching]:
+def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, CancelCounts]:
     found = [
         e.id
         for e in state.live.values()
@@ -694,7 +694,7 @@ def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, Cancel
     ]
     state, answer = _cancel(state, Cancel(tuple(found), event.reason))
     counts = list(answer.values())
-    return state, CancelledMatching(counts.count(Cancellation.CANCELLED), counts.count(Cancellation.REQUESTED))
+    return state, CancelCounts(counts.count(Cancellation.CANCELLED), counts.count(Cancellation.REQUESTED))
 
 
 def _signals(state: State, event: ReadSignals) -> Signals:

@@ -121,6 +121,21 @@ def test_handing_over_twice_is_refused(db: Database) -> None:
     assert db.live(one, "owner") == (new,)
 
 
+def test_outage_of_the_server_is_no_crash_of_those_who_lost_their_lease_by_it(
+    db: Database, clock: DatabaseClock
+) -> None:
+    """Three restarts of the server, and whatever ran through them counts as poison."""
+    db.register_queue()
+    owner = db.register_orchestrator(lease=10)
+    one = db.invoke()
+    db.claim(owner)
+    db.rows("update {s}._private_executions set crashes = 2")
+    restart(db)
+    clock.advance(11)
+    assert db.recover() == (1, 0)
+    assert db.live(one, "state::text, attempt, crashes") == ("ready", 0, 2)
+
+
 # --- early rescue ---
 
 

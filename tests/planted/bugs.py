@@ -1,0 +1,275 @@
+"""The planted bugs: each takes one guard away, and names the tests that must notice.
+
+A bug is a textual change of one file: `old` stands in it exactly `times` times (once unless said), and each is replaced
+by `new`. `caught_by`: what pytest is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """`guard` says in words what was taken away."""
+
+    name: str
+    guard: str
+    file: str
+    old: str
+    new: str
+    caught_by: tuple[str, ...]
+    times: int = 1
+
+
+_PARTITIONS = "sql/functions/09_partitions.sql"
+_FLEET = "sql/functions/07_fleet.sql"
+_FLUSH = "sql/functions/06_flush.sql"
+_CANCEL = "sql/functions/10_cancel.sql"
+_WAKE = "sql/functions/02_wake.sql"
+_INVOKE = "sql/functions/03_invoke.sql"
+_CLAIM = "sql/functions/05_claim.sql"
+
+_TOKEN = "(e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')"
+_LOOK_AGAIN = "where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')"
+
+BUGS = (
+    Bug(
+        "flush-without-claim-no",
+        "a flush tests the number of the claim",
+        _PARTITIONS,
+        _TOKEN,
+        "(e.id, e.owner, e.state) is not distinct from (o.id, p_owner, 'running')",
+        ("tests/sql/test_flush.py",),
+        times=2,
+    ),
+    Bug(
+        "flush-without-owner",
+        "a flush tests the owner of the claim",
+        _PARTITIONS,
+        _TOKEN,
+        "(e.id, e.claim_no, e.state) is not distinct from (o.id, o.claim_no, 'running')",
+        ("tests/sql/test_flush.py",),
+        times=2,
+    ),
+    Bug(
+        "retry-without-state",
+        "a retry tests that its execution is still running, so that it cannot revive what was given back",
+        _PARTITIONS,
+        "owner = null, claimed_at = null, outcome = o.outcome",
+        "claimed_at = null, outcome = o.outcome",
+        ("tests/sql/test_flush.py",),
+    ),
+    Bug(
+        "flush-gives-up-at-a-changed-row",
+        "a flush that meets a row which somebody changed and left to its owner looks again",
+        _PARTITIONS,
+        _LOOK_AGAIN,
+        "where false and (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')",
+        ("tests/sql/test_flush.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "flush-locks-in-the-order-given",
+        "a flush locks its rows in the order of their ids",
+        _PARTITIONS,
+        "offset 0) row\n                order by o.id\n            ), slots",
+        "offset 0) row\n            ), slots",
+        ("tests/sql/test_flush.py",),
+    ),
+    Bug(
+        "retry-of-a-cancelled-one",
+        "a requested cancellation ends an execution that would have been tried again",
+        _PARTITIONS,
+        "and (o.outcome in ('completed', 'failed', 'cancelled')\n"
+        "                        or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))",
+        "and o.outcome in ('completed', 'failed', 'cancelled')",
+        ("tests/sql/test_cancel.py", "tests/sql/test_flush.py"),
+    ),
+    Bug(
+        "key-kept-after-the-end",
+        "the end of an execution frees its dedupe key",
+        _PARTITIONS,
+        "where g.dedupe_key is not null and d.queue",
+        "where false and g.dedupe_key is not null and d.queue",
+        ("tests/sql/test_dedupe.py",),
+    ),
+    Bug(
+        "key-of-another-freed",
+        "the end of an execution frees only the key that is its own",
+        _PARTITIONS,
+        "and d.key = g.dedupe_key and d.execution_id = g.id",
+        "and d.key = g.dedupe_key",
+        ("tests/sql/test_flush.py", "tests/sql/test_dedupe.py"),
+    ),
+    Bug(
+        "crash-charged-to-the-attempts",
+        "a crash is not charged to the attempts",
+        _PARTITIONS,
+        "attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end",
+        "attempt = e.attempt - case when o.outcome in ('retried', 'recovered') then 0 else 1 end",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "claim-without-k",
+        "a claim holds K, so that a worker going to sleep knows that rows are hidden",
+        _PARTITIONS,
+        "    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));\n"
+        "    perform set_config('synchronous_commit', 'off', true);",
+        "    perform set_config('synchronous_commit', 'off', true);",
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+    ),
+    Bug(
+        "claim-by-anybody",
+        "only a living, registered orchestrator may claim",
+        _PARTITIONS,
+        "    perform @schema@._private_require_alive(p_owner, v_now);\n\n    -- Not min()",
+        "    -- Not min()",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "claim-of-any-task",
+        "a claim takes only tasks that its program has",
+        _PARTITIONS,
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "suspects-beside-innocents",
+        "an execution on its last life is not claimed beside others",
+        _PARTITIONS,
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)",
+        ("tests/sql/test_lives.py",),
+    ),
+    Bug(
+        "claim-waits-for-rivals",
+        "a claim skips what another claim has locked",
+        _PARTITIONS,
+        "order by priority desc, run_at, id limit p_limit for update skip locked\n        ), claimed as (",
+        "order by priority desc, run_at, id limit p_limit for update\n        ), claimed as (",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "heartbeat-is-an-upsert",
+        "a heartbeat never revives the dead",
+        _FLEET,
+        "where id = p_id and died_at is null and expires_at > v_now and server_epoch",
+        "where id = p_id and server_epoch",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "heartbeat-outlives-the-server",
+        "after a restart of the server an orchestrator's claims may be lost, so its id is used no more",
+        _FLEET,
+        "and expires_at > v_now and server_epoch = @schema@._private_server_epoch();",
+        "and expires_at > v_now;",
+        ("tests/faults/test_server.py",),
+    ),
+    Bug(
+        "recovery-from-the-orchestrators",
+        "recovery starts from the executions, so that it finds those of owners nobody knows any more",
+        _FLEET,
+        "where owner is not null and not exists (\n"
+        "                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at is null)",
+        "where owner in (\n                select o.id from @schema@._private_orchestrators o where o.died_at is not null)",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "recovery-of-the-living",
+        "recovery leaves the executions of living orchestrators alone",
+        _FLEET,
+        "where o.died_at is null and case\n            when o.expires_at <= v_now then true",
+        "where o.died_at is null and case\n            when true then true",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "crash-loop-goes-on",
+        "an execution that brought down three processes is failed",
+        _FLEET,
+        "case when crashes >= 2 and cancel_requested_at is null then 'failed' else 'recovered' end",
+        "case when crashes >= 200 and cancel_requested_at is null then 'failed' else 'recovered' end",
+        ("tests/sql/test_fleet.py", "tests/sql/test_lives.py"),
+    ),
+    Bug(
+        "recovery-of-locked-rows",
+        "recovery skips rows that their owner is writing",
+        _FLEET,
+        "where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x",
+        "where state = 'running' and owner = $1 and queue = $2 limit $3 for update) x",
+        ("tests/sql/test_fleet.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "early-rescue-of-a-living-session",
+        "an orchestrator is rescued before its lease only when its session is gone",
+        _FLEET,
+        "when o.has_session and o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
+        "when o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
+        ("tests/sql/test_lives.py", "tests/sql/test_fleet.py"),
+    ),
+    Bug(
+        "succession-takes-any-claim",
+        "after a restart only claims that are still there are handed over",
+        _FLEET,
+        "where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'",
+        "where e.owner = $1 and e.state = 'running'",
+        ("tests/sql/test_lives.py",),
+    ),
+    Bug(
+        "cancel-without-recheck",
+        "cancelling ends only what nobody runs at that moment",
+        _CANCEL,
+        "delete from @schema@.%I where id = any ($1) and state <> 'running' returning *",
+        "delete from @schema@.%I where id = any ($1) returning *",
+        ("tests/sql/test_cancel.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "cancel-locks-in-the-order-found",
+        "cancelling locks rows in the order of their ids",
+        _CANCEL,
+        "where id = any ($1) order by id for update) x",
+        "where id = any ($1) order by id desc for update) x",
+        ("tests/sql/test_cancel.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "first-reason-overwritten",
+        "whoever cancels a second time does not change the reason",
+        _CANCEL,
+        "where id = any ($1) and state = 'running' and cancel_requested_at is null",
+        "where id = any ($1) and state = 'running'",
+        ("tests/sql/test_cancel.py",),
+    ),
+    Bug(
+        "cancelled-one-not-told",
+        "the owner of a running execution is told of its cancellation at once",
+        _CANCEL,
+        "perform @schema@._private_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;",
+        "",
+        ("tests/sql/test_cancel.py",),
+    ),
+    Bug(
+        "insert-without-k",
+        "an insert raises K before it looks whether anybody sleeps",
+        _WAKE,
+        "if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
+        "            then @schema@._private_nobody_sleeps(p_queue) else false end) then",
+        "if @schema@._private_nobody_sleeps(p_queue) then",
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+    ),
+    Bug(
+        "notify-into-a-full-queue",
+        "no NOTIFY where it would fail at commit and take its transaction with it",
+        _WAKE,
+        "if pg_notification_queue_usage() < 0.9 then",
+        "if true then",
+        ("tests/faults/test_limits_of_the_server.py",),
+    ),
+    Bug(
+        "invoke-acknowledged-too-early",
+        "an invoke commits durably, whatever the default is",
+        _INVOKE,
+        "perform set_config('synchronous_commit', 'on', true);",
+        "perform 1;",
+        ("tests/faults/test_server.py",),
+    ),
+)
