@@ -791,9 +791,8 @@ def hostile_kinds() -> Iterator[type[Exception]]:
     yield type("BadNotes", (Exception,), {"__notes__": [object(), 5, None, "fine"]})
     yield type("BadGetattribute", (Exception,), {"__getattribute__": explode_at})
     # A metaclass that says something else about its classes than `type` does.
-    metaclass = cast(
-        "Any", type("Metaclass", (type,), {"__name__": property(explode), "__module__": property(explode)})
-    )
+    members: dict[str, Any] = {"__name__": property(explode), "__module__": property(explode)}
+    metaclass: Any = type("Metaclass", (type,), members)
     yield metaclass("BadMetaclass", (Exception,), {})
 
 

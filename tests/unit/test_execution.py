@@ -255,6 +255,14 @@ async def test_cancelled_from_outside_propagates(autojump_clock: Clock) -> None:
     assert scope.cancelled_caught
 
 
+async def test_what_is_raised_when_a_scope_outside_is_cancelled_is_no_failure(autojump_clock: Clock) -> None:
+    """Cancelling `run` would use up attempts of those whose clean-up fails."""
+    outcomes: list[Outcome | None] = []
+    with trio.move_on_after(1):
+        outcomes.append(await run(raises_when_interrupted))
+    assert outcomes == [Outcome(ID, 5, "released", keep=FAILED)]
+
+
 async def test_a_payload_that_does_not_fit_fails_for_good(autojump_clock: Clock) -> None:
     """It would be tried again, which cannot help."""
 
