@@ -174,9 +174,11 @@ BUGS = (
         "recovery starts from the executions, so that it finds those of owners nobody knows any more",
         _FLEET,
         "where owner is not null and not exists (\n"
-        "                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at is null)",
+        "                select from @schema@._private_orchestrators o"
+        " where o.id = owners.owner and o.died_at is null)",
         "where exists (\n"
-        "                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at > '-infinity')",
+        "                select from @schema@._private_orchestrators o"
+        " where o.id = owners.owner and o.died_at is not null)",
         ("tests/sql/test_fleet.py",),
     ),
     Bug(
@@ -328,7 +330,8 @@ BUGS = (
         "stock-kept-at-a-stop",
         "what was claimed and has not begun goes back at once",
         _WORKER,
-        "                                self._is_stopping = True\n                                self._give_back_stock()",
+        "                                self._is_stopping = True\n"
+        "                                self._give_back_stock()",
         "                                self._is_stopping = False",
         ("tests/faults/test_processes.py::test_terminated_process_gives_back_what_it_has_not_begun",),
     ),
@@ -338,14 +341,15 @@ BUGS = (
         _SUSPECTS,
         "self._starts.is_held = True",
         "self._starts.is_held = False",
-        ("tests/faults/test_poison.py", "tests/runtime"),
+        ("tests/faults/test_poison.py",),
     ),
     Bug(
         "listen-after-the-sweep",
         "after a reconnect: LISTEN first, then one look",
         _LISTENER,
         "        await self._listen_to(*self._channels, self._probe_channel)\n"
-        "        # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.\n"
+        "        # Up first: whoever is woken now, while the next flag is being raised,"
+        " must see that it can be woken again.\n"
         "        self._is_up = True\n"
         "        for subscriber in self._subscribers.values():\n"
         "            await subscriber.on_listening()\n",
