@@ -33,6 +33,9 @@ _WORKER = "src/pgconductor/runtime/worker.py"
 _LISTENER = "src/pgconductor/runtime/listener.py"
 _SUSPECTS = "src/pgconductor/runtime/suspects.py"
 _LINK = "src/pgconductor/db/link.py"
+_CLAIM = "sql/functions/05_claim.sql"
+_RETENTION = "sql/functions/11_retention.sql"
+_DEAD = "sql/functions/12_dead_letters.sql"
 
 _TOKEN = "(e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')"
 _LOOK_AGAIN = "where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')"
@@ -382,5 +385,117 @@ BUGS = (
         '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
         '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
         ("tests/faults/test_limits_of_the_server.py",),
+    ),
+    Bug(
+        "slot-emptied-unchecked",
+        "a slot whose bound was lowered once is looked into before it is emptied",
+        _RETENTION,
+        "v_slot.no, v_slot.must_check, v_now",
+        "v_slot.no, false, v_now",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "slot-emptied-early",
+        "a slot is emptied when its bound has passed",
+        _RETENTION,
+        "s.expires_upto < v_now and isfinite",
+        "s.expires_upto < v_now + interval '1 h' and isfinite",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-by-many",
+        "one session at a time maintains",
+        _RETENTION,
+        "lock_held := pg_try_advisory_xact_lock(@schema@._private_key_maintenance());",
+        "lock_held := true;",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "far-slot-for-ever",
+        "the far slot is closed, and emptied sometime",
+        _RETENTION,
+        "elsif v_spare is not null and",
+        "elsif false and v_spare is not null and",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-waits-for-readers",
+        "maintenance waits for a reader a tenth of a second at most",
+        _RETENTION,
+        "    set lock_timeout = '100ms'\n",
+        "",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "slot-with-earlier-bound",
+        "a flush takes a slot that is emptied after the row's expiry",
+        _RETENTION,
+        "expires_upto >= p_now + make_interval(secs => p_keep)",
+        "expires_upto >= p_now + make_interval(secs => p_keep * 0.9)",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-takes-what-is-retried",
+        "maintenance skips rows that a retry has locked",
+        _RETENTION,
+        "limit $1 for update skip locked",
+        "limit $1",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-keeps-the-dead-row",
+        "a retry removes the finished row in the same statement",
+        _DEAD,
+        "with gone as (\n        delete from @schema@._private_finished f where f.id = any (v_free) returning *",
+        "with gone as (\n        select * from @schema@._private_finished f where f.id = any (v_free)",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-makes-a-twin",
+        "a retry leaves alone what a live execution's key keeps dead",
+        _DEAD,
+        "f.id <> all (v_held) and",
+        "",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-keeps-the-key-of-the-gone",
+        "a retry that finds its row gone gives the key back",
+        _DEAD,
+        "delete from @schema@._private_dedupe_keys d where d.execution_id",
+        "delete from @schema@._private_dedupe_keys d where false and d.execution_id",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-reuses-claim-numbers",
+        "a retried execution counts its claims on",
+        _DEAD,
+        "            g.claim_no, g.state::text, g.claim_no, v_now",
+        "            0, g.state::text, 0, v_now",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-drops-steps",
+        "a retried execution has its steps again",
+        _DEAD,
+        "lateral jsonb_to_recordset(g.steps)",
+        "lateral jsonb_to_recordset('[]')",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "pages-by-time-only",
+        "pages of dead letters go on behind the last id of an instant",
+        _DEAD,
+        "(f.finished_at, f.id) < (coalesce(p_after_finished_at, 'infinity'), coalesce(p_after_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff'))",
+        "f.finished_at < coalesce(p_after_finished_at, 'infinity')",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-by-filter-stops-at-the-held",
+        "a filter passes over those whose key is taken",
+        _DEAD,
+        "f.dedupe_key is null or not exists",
+        "true or not exists",
+        ("tests/sql/test_dead_letters.py",),
     ),
 )
