@@ -186,7 +186,7 @@ async def test_call_waits_for_the_new_id_while_it_is_replaced(clock: HandClock) 
         nursery.start_soon(send)
         await wait_all_tasks_blocked()
         assert flush.asked == []
-        control.reply(lambda params: frozenset())
+        control.reply(lambda params: frozenset[UUID]())
     assert answers == ["written"]
     assert flush.asked == [(lease.owner,)]
     assert lease.owner != OLD
@@ -195,7 +195,7 @@ async def test_call_waits_for_the_new_id_while_it_is_replaced(clock: HandClock) 
 async def test_hand_over_waits_for_the_replies_of_calls_in_flight(clock: HandClock) -> None:
     """What a claim brought must be in the list of what is handed over."""
     lease, control, claim = Lease(OLD, 10.0, clock(), clock), StandIn(), StandIn()
-    control.reply(lambda params: frozenset())
+    control.reply(lambda params: frozenset[UUID]())
     held: list[tuple[UUID, int]] = []
     async with trio.open_nursery() as nursery:
 
@@ -216,7 +216,7 @@ async def test_hand_over_waits_for_the_replies_of_calls_in_flight(clock: HandClo
 async def test_hand_over_gives_up_on_a_reply_that_does_not_come(clock: HandClock, autojump_clock: object) -> None:
     """A connection to a primary that is gone may hang for long; the lease does not wait."""
     lease, control, flush = Lease(OLD, 10.0, clock(), clock), StandIn(), StandIn()
-    control.reply(lambda params: frozenset())
+    control.reply(lambda params: frozenset[UUID]())
     async with trio.open_nursery() as nursery:
 
         async def send() -> None:

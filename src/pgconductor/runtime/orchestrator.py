@@ -466,8 +466,8 @@ def _errors_of(unwritten: list[UUID], *, is_outdated: bool) -> list[Exception]:
         more = f" and {len(unwritten) - _SHOWN_IDS} more, see the log" if len(unwritten) > _SHOWN_IDS else ""
         errors.append(
             Unavailable(
-                f"{len(unwritten)} outcomes could not be written before the end, their executions run again when the "
-                f"lease has lapsed: {', '.join(map(str, unwritten[:_SHOWN_IDS]))}{more}"
+                f"outcomes that could not be written before the end: {len(unwritten)}; their executions run again when "
+                f"the lease has lapsed: {', '.join(map(str, unwritten[:_SHOWN_IDS]))}{more}"
             )
         )
     return errors
