@@ -481,22 +481,29 @@ class Report:
             "completed with another's result",
             self._rows(
                 "select id from pgconductor._private_finished where state = 'completed' and result #>> '{}'"
-                " is distinct from coalesce(payload #>> '{key}', (select l.payload #>> '{key}' from pgconductor._private_payloads l"
-                " where l.execution_id = id))"
+                " is distinct from coalesce(payload #>> '{key}',"
+                " (select l.payload #>> '{key}' from pgconductor._private_payloads l where l.execution_id = id))"
             ),
         )
         loops = self._rows(
-            "select id, task, owner from pgconductor._private_finished where state = 'failed'"
+            "select id, task, owner, extract(epoch from finished_at)::float8 from pgconductor._private_finished"
+            " where state = 'failed'"
             " and errors -> -1 ->> 'type' = 'crash_loop'"
         )
         # Three kills may well meet one long execution: only a poison's doing is held against us.
-        poisoned = {kill.pid for kill in self.run.kills if kill.how == "poison"}
-        owned_by = {UUID(owner): pid for pid, owners in self.owners.items() for owner in owners}
+        poisoned_at = {kill.pid: kill.at for kill in self.run.kills if kill.how == "poison"}
+        died_at = {
+            UUID(owner): poisoned_at[pid]
+            for pid, owners in self.owners.items()
+            if pid in poisoned_at
+            for owner in owners
+        }
         innocents = [row for row in loops if not row[1].startswith("poison")]
         self.figures["crash loops"] = len(loops)
         self.figures["of these innocent, killed three times by the schedule"] = len(innocents)
         self._require(
-            "innocents failed by a poison beside them", (r for r in innocents if owned_by.get(r[2]) in poisoned)
+            "innocents failed by a poison beside them",
+            (row for row in innocents if row[2] in died_at and row[3] > died_at[row[2]]),
         )
         self._require(
             "poisons that did not end as crash loops",
