@@ -150,7 +150,7 @@ end $$;
 -- crash is charged, the attempt is not. If the server was restarted since the owner registered, it may have lost its lease
 -- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two
 -- heartbeats and whose session is gone. Locks: orchestrators, then executions, skipping those another holds. Dead
--- orchestrators stay as tombstones for a day.
+-- orchestrators stay as tombstones for a day (maintain).
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
     returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
@@ -185,9 +185,6 @@ begin
                 then pg_advisory_unlock(@schema@._private_key_o(o.id)) else false end
             else false end
         order by o.id for update skip locked);
-    delete from @schema@._private_orchestrators
-    where id in (select o.id from @schema@._private_orchestrators o
-        where o.died_at < v_now - interval '1 day' order by o.id for update skip locked);
     select no into v_own from @schema@._private_queues where name = p_queue;
     foreach v_no in array array[v_own, 0] loop
         continue when v_no is null;
