@@ -321,7 +321,7 @@ def test_retry_of_what_is_being_removed_finds_it_gone(
     one = expired(db, clock, large(db) if is_large else "{}")
     maintainer, operator = db.session(), db.session(autocommit=True)
     did = maintainer.run(maintainer.calls.maintain())
-    assert did.payloads_removed + did.rows_removed == 1
+    assert did.payloads_removed + did.rows_removed >= 1
     rival = db.start(lambda: retry(operator, one))
     db.wait_blocked(operator, rival)
     maintainer.commit() if commits else maintainer.rollback()
