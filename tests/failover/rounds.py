@@ -157,11 +157,11 @@ def finished(dsn: str) -> Counter[int]:
     return Counter(n for (n,) in query(dsn, "select (payload->>'n')::int from pgconductor._private_finished"))
 
 
-def run_round(folder: Path, *, synchronous: bool) -> Figures:
+def run_round(folder: Path, *, synchronous: bool, fsync: str = "off") -> Figures:
     """Cut the stream under load, crash the primary, promote the standby, go on, and look what is there. In an
     asynchronous round the former primary comes back read-only before there is another.
     """
-    with open_pair(synchronous=synchronous) as pair:
+    with open_pair(synchronous=synchronous, fsync=fsync) as pair:
         with psycopg.connect(pair.dsn, autocommit=True) as conn:
             migrate_sync(conn)
         with open_workers(pair.dsn, folder) as workers:

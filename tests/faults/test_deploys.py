@@ -297,7 +297,10 @@ async def test_twenty_orchestrators_start_at_once_on_an_empty_database(pgconduct
                 assert [await handle.result() for handle in handles] == list(range(100))
             for orchestrator in orchestrators:
                 orchestrator.stop()
-    assert sum((work.starts for work in works), Counter()) == Counter({("count", n): 1 for n in range(100)})
+    starts: Counter[tuple[str, int]] = Counter()
+    for work in works:
+        starts.update(work.starts)
+    assert starts == Counter({("count", n): 1 for n in range(100)})
     assert query(pgconductor_empty_dsn, "select name from pgconductor._private_queues") == [("q",)]
     check_finished(pgconductor_empty_dsn, 100)
 
