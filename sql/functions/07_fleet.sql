@@ -50,6 +50,8 @@ begin
     if not pg_try_advisory_lock(@schema@._private_key_o(p_id)) then
         return false;  -- the former session has not been missed yet by the server: its lock goes when that one does
     end if;
+    -- As for the heartbeat: a commit that waits for a standby would keep the row, and with it the heartbeat, waiting.
+    perform set_config('synchronous_commit', 'off', true);
     update @schema@._private_orchestrators set has_session = true where id = p_id and died_at is null;
     return found;
 end $$;
