@@ -214,7 +214,7 @@ def status(
         output = report.console()
         output.print(report.queue_table(queues) if queues else "No queues yet.")
         output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
-        for line in report.missing_workers(queues):
+        for line in report.hints(queues, orchestrators):
             output.print(line, markup=False)
 
 

@@ -187,7 +187,8 @@ _QUERIES = {
     "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
-    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
+    " queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
