@@ -39,6 +39,7 @@ begin
         '_private_queue_' || v_no, v_no);
     execute format('alter table @schema@.%I drop constraint partition_bound', '_private_queue_' || v_no);
     perform @schema@._private_define_partition(v_no);
+    perform @schema@._private_grant_rights(v_no);
     return v_no;
 end $$;
 

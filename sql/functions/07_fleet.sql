@@ -147,9 +147,10 @@ end $$;
 
 -- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition and owner
 -- (T10); fail those that have now brought down three claims (T10'); end those whose cancellation was requested (T12). A
--- crash is charged, the attempt is not. Dead is whose lease has ended, or who misses two heartbeats and whose session is
--- gone. Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
--- day.
+-- crash is charged, the attempt is not. If the server was restarted since the owner registered, it may have lost its lease
+-- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two
+-- heartbeats and whose session is gone. Locks: orchestrators, then executions, skipping those another holds. Dead
+-- orchestrators stay as tombstones for a day.
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
     returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
@@ -168,6 +169,7 @@ declare
     v_ended uuid[];
     v_cancelled bigint;
     v_requeued bigint;
+    v_crashes int;
 begin
     recovered := 0;
     failed := 0;
@@ -190,26 +192,28 @@ begin
     foreach v_no in array array[v_own, 0] loop
         continue when v_no is null;
         -- The owners of running rows, each found by one step in the index, however many rows each has.
-        for v_owner in execute format($sql$
+        for v_owner, v_crashes in execute format($sql$
             with recursive owners as (
                 (select owner from @schema@.%1$I where state = 'running' order by owner limit 1)
                 union all
                 select (select e.owner from @schema@.%1$I e where e.state = 'running' and e.owner > o.owner order by e.owner limit 1)
                 from owners o where o.owner is not null
             )
-            select owner from owners where owner is not null and not exists (
-                select from @schema@._private_orchestrators o where o.id = owners.owner and o.died_at is null)
+            select w.owner, case when o.server_epoch <> @schema@._private_server_epoch() then 0 else 1 end
+            from owners w left join @schema@._private_orchestrators o on o.id = w.owner
+            where w.owner is not null and (o.id is null or o.died_at is not null)
             $sql$, '_private_queue_' || v_no)
         loop
             execute format($sql$
                 select array_agg(id), array_agg(claim_no),
-                    array_agg(case when crashes >= 2 and cancel_requested_at is null then 'failed' else 'recovered' end),
+                    array_agg(case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'
+                        when $4 = 0 then 'released' else 'recovered' end),
                     array_agg(@schema@._private_keep_failed(task)), count(*) filter (where cancel_requested_at is not null)
                 from (
                     select id, claim_no, crashes, task, cancel_requested_at from @schema@.%1$I
                     where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x
                 $sql$, '_private_queue_' || v_no)
-            into v_ids, v_claim_nos, v_outcomes, v_keeps, v_cancelled using v_owner, p_queue, p_limit;
+            into v_ids, v_claim_nos, v_outcomes, v_keeps, v_cancelled using v_owner, p_queue, p_limit, v_crashes;
             continue when v_ids is null;
             select array_agg(f.id) filter (where f.requeued_queue is null), count(f.requeued_queue) into v_ended, v_requeued
             from @schema@._private_flush_partition(v_no, v_owner, v_ids, v_claim_nos, v_outcomes,
@@ -217,7 +221,7 @@ begin
                 array(select case when o = 'failed' then jsonb_build_object('type', 'crash_loop', 'message',
                         'the process that ran it died 3 times') end
                     from unnest(v_outcomes) with ordinality as x (o, n) order by n),
-                array_fill(0::float8, array[cardinality(v_ids)]), v_keeps, 1) f;
+                array_fill(0::float8, array[cardinality(v_ids)]), v_keeps, v_crashes) f;
             recovered := recovered + v_requeued;
             cancelled := cancelled + v_cancelled;
             failed := failed + coalesce(cardinality(v_ended), 0) - v_cancelled;

@@ -38,7 +38,8 @@ end $$;
 --   cancelled   nobody ran it: it has ended now, and never starts again
 --   requested   it is running: its owner is told (or was before), and interrupts it. If it completes or fails before that
 --               takes effect, that counts. Should its owner be dead, it ends when it is recovered.
---   finished    it had ended before; unknown: there is no row of it
+--   finished    it had ended before; unknown: there is no row of it, or none that the caller may cancel
+-- A producer cancels what its login role has invoked, operators and the owner cancel anything (90_privileges.sql).
 -- Whoever asks again is answered as the execution then stands; the first reason is kept. Locks: K of the queues, then the
 -- rows, waiting, in the order of partition and id; dedupe keys. Waits for a claim or flush in flight of the same rows, and
 -- sees what it did.
@@ -50,6 +51,7 @@ as $$
 #variable_conflict use_column
 declare
     v_now constant timestamptz := @schema@._private_clock();
+    v_ids uuid[] := p_ids;
     v_no int;
     v_idle uuid[];
     v_running uuid[];
@@ -61,17 +63,22 @@ begin
     if octet_length(p_reason) > 1000 then
         raise exception using errcode = 'PC001', message = 'the reason of a cancellation is at most 1000 bytes long';
     end if;
+    if not @schema@._private_may_cancel_all() then
+        v_ids := array(
+            select e.id from unnest(p_ids) as i join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
+            where e.created_by = quote_ident(session_user)::regrole);
+    end if;
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(q.name)) from (
         select q.name from @schema@._private_queues q
-        where q.no in (select distinct @schema@._private_queue_no(i) from unnest(p_ids) as i) order by q.name) q;
+        where q.no in (select distinct @schema@._private_queue_no(i) from unnest(v_ids) as i) order by q.name) q;
     for v_no in
-        select p.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) p
+        select p.no from (select distinct @schema@._private_queue_no(i) as no from unnest(v_ids) as i) p
         where p.no = 0 or exists (select from @schema@._private_queues q where q.no = p.no) order by 1
     loop
         execute format($sql$
             select array_agg(id) filter (where state <> 'running'), array_agg(id) filter (where state = 'running')
             from (select id, state from @schema@.%I where id = any ($1) order by id for update) x
-            $sql$, '_private_queue_' || v_no) into v_idle, v_running using p_ids;
+            $sql$, '_private_queue_' || v_no) into v_idle, v_running using v_ids;
         if v_idle is not null then
             v_ended := array(select @schema@._private_end(v_no, v_idle, 'cancelled', p_reason, v_now));
             perform @schema@._private_notify_results(v_ended);
@@ -110,13 +117,18 @@ as $$
 declare
     v_ids uuid[];
 begin
-    v_ids := array(
-        select e.id from @schema@._private_executions e
-        where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
-            and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
-            and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
-        limit p_limit);
-    return query
-    select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
-    from @schema@.cancel(v_ids, p_reason) c;
+    loop
+        v_ids := array(
+            select e.id from @schema@._private_executions e
+            where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
+                and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
+                and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
+            limit p_limit);
+        select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
+        into cancelled, requested
+        from @schema@.cancel(v_ids, p_reason) c;
+        -- All that was found may have ended before it was locked, while there is more.
+        exit when v_ids = '{}' or cancelled + requested > 0;
+    end loop;
+    return next;
 end $$;

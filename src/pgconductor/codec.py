@@ -496,8 +496,9 @@ def describe_error(error: BaseException, limit: int = ERROR_BYTES, head: BaseExc
 
 def described_type(error: BaseException) -> str:
     """Return the ``type`` that `describe_error` gives it, of one printable line. Never raises."""
-    if isinstance(error, (HandlerTimeout, DeadlineExceeded)):
-        return error.recorded_type
+    kind = type(error)
+    if issubclass(kind, (HandlerTimeout, DeadlineExceeded)):
+        return kind.recorded_type
     return _cut(printable(_type_name(error)), 200)
 
 

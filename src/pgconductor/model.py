@@ -148,6 +148,7 @@ class OrchestratorStatus:
     alive: bool
     started_at: datetime
     heartbeat_age: float
+    stop_requested: bool  # a newer program's migration waits for it
     queues: tuple[str, ...]
 
 

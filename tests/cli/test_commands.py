@@ -14,21 +14,15 @@ import psycopg
 import pytest
 import trio
 import typer
+from cli.inside import run as _run
 from cli.warm import Command
 from psycopg.rows import dict_row
-from typer.testing import CliRunner
 
 from pgconductor import Conductor, ExecutionFailed, InvalidOption, NoDatabase, Orchestrator, SchemaMissing
 from pgconductor.cli import app, exits, report
 from pgconductor.model import QueueStatus
 
 T = TypeVar("T")
-
-
-def _run(*arguments: str, stdin: str | None = None, **env: str) -> tuple[int, str, str]:
-    """Run the command in this process, which is quicker."""
-    result = CliRunner().invoke(app, arguments, input=stdin, env={"COLUMNS": "200", **env}, prog_name="pgconductor")
-    return result.exit_code, result.stdout, result.stderr
 
 
 def _only_row(dsn: str) -> Mapping[str, Any]:
@@ -91,9 +85,14 @@ def test_invoke_passes_every_option(pgconductor_dsn: str) -> None:
     """An option that is parsed and dropped would be found in production."""
     code, out, _ = _run(
         *("invoke", "double", "--queue", "night", "--priority", "-7", "--run-at", "2999-01-31T09:00:00+01:00"),
-        *("--dedupe-key", "once", "--json", "--dsn", pgconductor_dsn),
+        *("--dedupe-key", "once", "--timeout", "1.5", "--deadline", "2999-02-01T00:00:00Z", "--max-attempts", "9"),
+        *("--tag", "a", "--tag", "b", "--json", "--dsn", pgconductor_dsn),
     )
     row = _only_row(pgconductor_dsn)
+    with psycopg.connect(pgconductor_dsn) as conn:
+        hidden = "select extract(epoch from timeout)::float, deadline_at::text, max_attempts, tags from {}"
+        (options,) = conn.execute(hidden.format("pgconductor._private_executions").encode()).fetchall()
+    assert (options[0], options[1][:7], options[2], options[3]) == (1.5, "2999-02", 9, ["a", "b"])
     assert code == 0
     assert json.loads(out) == {"id": str(row["id"]), "created": True}
     assert (row["queue"], row["priority"], row["dedupe_key"], row["payload"]) == ("night", -7, "once", {})
@@ -165,6 +164,12 @@ def test_result_that_does_not_come_is_exit_status_3(pgconductor_dsn: str) -> Non
         (["{}", "--delay", "-1"], "delay"),
         (["{}", "--priority", "99999999999"], "priority"),
         (["{}", "--queue", ""], "queue"),
+        (["{}", "--timeout", "0"], "timeout"),
+        (["{}", "--deadline", "soon"], "--deadline 'soon' is no instant"),
+        (["{}", "--deadline", "-5"], "deadline"),
+        (["{}", "--deadline", "nan"], "deadline"),
+        (["{}", "--max-attempts", "0"], "max_attempts"),
+        (["{}", "--tag", ""], "a tag must not be empty"),
         (["{}", "--schema", ""], "schema"),
     ],
 )
@@ -326,9 +331,13 @@ def test_each_command_has_help_and_is_documented() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
     code, out, _ = _run("--help")
     assert code == 0
-    for command in ("migrate", "run", "invoke", "status", "demo"):
+    commands = [
+        command.name or str(command.callback.__name__) for command in app.registered_commands if command.callback
+    ]
+    assert {"migrate", "run", "invoke", "cancel", "dead-letters", "retry", "status", "demo"} <= set(commands)
+    for command in commands:
         assert command in out
-        assert f"pgconductor {command}" in guide
+        assert f"## pgconductor {command}" in guide
         assert _run(command, "--help")[0] == 0
 
 

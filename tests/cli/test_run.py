@@ -164,3 +164,50 @@ def test_no_database_ends_run_with_one_line(pgconductor: Command, app: Path) -> 
     assert (done.returncode, done.stdout) == (3, "")
     assert "127.0.0.1" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+BROKEN = """
+from pgconductor import Conductor, NoDatabase, Orchestrator, SchemaTooNew, Unavailable
+
+conductor = Conductor()
+
+
+@conductor.task
+async def double(number: int) -> int:
+    return 2 * number
+
+
+class Ended(Orchestrator):
+    error = None
+    starts = True
+
+    async def run(self, *, task_status):
+        if self.starts:
+            task_status.started()
+        raise self.error
+
+
+def ended(error, starts=True):
+    orchestrator = Ended(conductor, tasks=[double])
+    orchestrator.error, orchestrator.starts = error, starts
+    return orchestrator
+
+
+unwritten = ended(Unavailable("3 outcomes"))
+grouped = ended(ExceptionGroup("x", [ExceptionGroup("y", [NoDatabase("gone")])]))
+superseded = ended(SchemaTooNew("upgrade"))
+away = ended(NoDatabase("none"), starts=False)
+too_old = ended(SchemaTooNew("upgrade"), starts=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "status"),
+    [("unwritten", 5), ("grouped", 5), ("superseded", 6), ("away", 3), ("too_old", 4)],
+)
+def test_end_of_a_run_is_told_by_its_status(pgconductor: Command, tmp_path: Path, attribute: str, status: int) -> None:
+    """A supervisor that restarts an old program for ever, or takes lost outcomes for a database that never was."""
+    (tmp_path / "app.py").write_text(BROKEN)
+    done = pgconductor("run", f"app:{attribute}", "--log-level", "error", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -23,7 +23,7 @@ from faults.site import LIMIT, until
 from migrations.old_program import source_of, unpack
 
 from pgconductor import Conductor, Orchestrator, SchemaTooNew
-from pgconductor.db.schema import Migration, SqlSource, load_source, migrate_sync
+from pgconductor.db.schema import FunctionFile, Migration, SqlSource, load_functions, load_source, migrate_sync
 
 _PROGRAM = Path(__file__).with_name("deploy_program.py")
 
@@ -119,62 +119,68 @@ def check_finished(dsn: str, count: int) -> None:
 
 
 def test_real_old_program_works_on_over_the_migration_and_beside_the_new_one(deploy: Deploy, tmp_path: Path) -> None:
-    """Or a deploy has to stop everything first. Both take part on the new schema; the old one never restarts."""
+    """Or a deploy has to stop everything first. The old one works on the new schema alone, beside the new one, and
+    started there.
+    """
     old_program = unpack(tmp_path / "old")
     migrate(deploy.dsn, source_of(old_program))
     old = deploy.start("old", old=old_program)
     deploy.invoke(range(300))
     until(lambda: len(deploy.journal("end")) >= 30)
     migrate(deploy.dsn)
-    before = len(deploy.journal("end", "old"))
+    deploy.invoke(range(300, 400))
+    until(lambda: live(deploy.dsn) == 0)
     new = deploy.start("new")
-    deploy.invoke(range(300, 600))
+    deploy.invoke(range(400, 600))
     until(lambda: live(deploy.dsn) == 0)
-    assert before < 300, "the migration came while there was work"
-    assert set(deploy.journal("end", "old")) & set(range(300, 600)), "the old one worked on the new schema"
-    assert deploy.journal("end", "new") != []
+    old.send_signal(signal.SIGTERM)
+    assert old.wait(LIMIT) == 0
+    deploy.invoke(range(600, 650))
+    until(lambda: live(deploy.dsn) == 0)
     restarted = deploy.start("old again", old=old_program)
-    deploy.invoke(range(600, 700))
+    new.send_signal(signal.SIGTERM)
+    assert new.wait(LIMIT) == 0
+    deploy.invoke(range(650, 700))
     until(lambda: live(deploy.dsn) == 0)
-    for process in (old, new, restarted):
-        process.send_signal(signal.SIGTERM)
-    assert [process.wait(LIMIT) for process in (old, new, restarted)] == [0, 0, 0]
+    restarted.send_signal(signal.SIGTERM)
+    assert restarted.wait(LIMIT) == 0
     assert "lease of orchestrator" not in deploy.log("old").read_text()
     deploy.check_once(700)
 
 
 def next_versions(count: int) -> list[SqlSource]:
-    """Schemas newer than this program by 1, 2, …: more columns where rows are read, and each verb dropped and made
-    anew, as a change of its arguments or its result does.
+    """Schemas newer than this program by 1, 2, …: more columns where rows are read, and each verb set aside and made
+    anew, as for a change of its arguments or its result.
     """
     source = load_source()
     sources: list[SqlSource] = []
     for number in range(source.version + 1, source.version + 1 + count):
         text = f"""
-            alter table @schema@._private_executions add column extra_{number} int default {number};
-            alter table @schema@._private_finished add column extra_{number} text;
             alter table @schema@._private_orchestrators add column extra_{number} text default 'x';
             alter table @schema@._private_tasks add column extra_{number} int;
             alter table @schema@._private_queues add column extra_{number} int;
+            alter table @schema@._private_executions add column extra_{number} int default {number};
+            alter table @schema@._private_finished add column extra_{number} text;
             create table @schema@._private_new_{number} (id uuid primary key);
+            """
+        aside = f"""
             do $$
             declare
                 v_function regprocedure;
+                v_name text;
             begin
-                for v_function in select p.oid from pg_proc p
+                for v_function, v_name in select p.oid, p.proname from pg_proc p
                     where p.pronamespace = (select oid from pg_namespace where nspname = @schema_literal@)
                       and (p.proname in ('flush', 'claim', 'heartbeat', 'recover', 'signals', 'release_unknown')
-                           or p.proname ~ '^_private_(claim|flush)_')
+                           or p.proname ~ '^_private_(claim|flush)_\\d')
                 loop
-                    execute format('drop function %s', v_function);
+                    execute format('alter function %s rename to %I', v_function, '_private_old_{number}_' || v_name);
                 end loop;
             end $$;
             """
-        sources.append(
-            source := SqlSource(
-                (*source.migrations, Migration(number, f"{number:04}_next.sql", text)), source.functions
-            )
-        )
+        functions = (source.functions[0], FunctionFile("00_zzz.sql", aside), *load_functions()[1:])
+        migrations = (*source.migrations, Migration(number, f"{number:04}_next.sql", text))
+        sources.append(source := SqlSource(migrations, functions))
     return sources
 
 
@@ -289,7 +295,7 @@ def breaking_next() -> SqlSource:
 
 def too_new(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return all(too_new(each) for each in error.exceptions)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return all(map(too_new, cast("BaseExceptionGroup[BaseException]", error).exceptions))
     return isinstance(error, SchemaTooNew)
 
 

@@ -73,8 +73,8 @@ def finish(conn: Connection, steps: Steps, reply: object = None) -> MigrationRep
 def test_older_orchestrator_is_asked_and_waited_for(conn: Connection, fleet: Connection) -> None:
     """Or tables change under a running program that does not know it. One that is new enough is left alone."""
     older, newer = register(fleet, 2), register(fleet, 3)
-    fleet.execute(f'listen "control_{older}"')
-    fleet.execute(f'listen "control_{newer}"')
+    fleet.execute(f'listen "control_{older}"'.encode())
+    fleet.execute(f'listen "control_{newer}"'.encode())
     steps = migrate_gen("pgconductor", NEW, 1.0, 10.0)
     run_until_nap(conn, steps, next(steps))
     assert asked(fleet) == [older]

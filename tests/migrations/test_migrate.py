@@ -422,14 +422,38 @@ def test_time_limits_of_the_server_do_not_end_a_migration(conn: Connection) -> N
 
 
 def test_locked_table_ends_the_wait(conn: Connection, other: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a migration that waits behind a long reader holds up all traffic behind itself."""
-    monkeypatch.setattr("pgconductor.db.migrating.LOCK_TIMEOUT", 0.1)
+    """Or a migration waits behind a long reader for ever, and all traffic behind itself."""
+    monkeypatch.setattr("pgconductor.db.migrating.LOCK_TIMEOUT", 0.05)
     migrate_sync(conn, source=V1)
     with other.transaction():
         other.execute("select from pgconductor.items")
-        with pytest.raises(Unavailable, match=r"lock timeout.*held a table of schema 'pgconductor'"):
-            migrate_sync(conn, source=V2)
+        with pytest.raises(Unavailable, match=r"lock timeout.*holds a table of schema 'pgconductor'"):
+            migrate_sync(conn, source=V2, lock_wait=0.3)
     assert migrate_sync(conn, source=V2).applied == (2,)
+
+
+def test_migration_behind_a_reader_lets_traffic_through_and_tries_again(
+    conn: Connection, other: Connection, pgconductor_empty_dsn: str
+) -> None:
+    """Or a report that reads for a minute stops all claims for a minute, or makes the deploy fail."""
+    migrate_sync(conn, source=V1)
+    with connect(pgconductor_empty_dsn) as traffic:
+        other.execute("begin; select from pgconductor.items")
+        steps = migrate_gen("pgconductor", V2, 60.0, 1.0)
+        call = next(steps)
+        while b"pg_sleep(2.0)" not in call.query:
+            try:
+                if b"alter table" in call.query:
+                    conn.execute("set local lock_timeout = '50ms'")
+                reply = run_sync(conn, call)
+            except psycopg.Error as error:
+                call = steps.throw(error)
+            else:
+                call = steps.send(reply)
+        traffic.execute("set lock_timeout = '5s'")
+        traffic.execute("select from pgconductor.items")
+        other.execute("rollback")
+        assert finish(conn, steps, call).applied == (2,)
 
 
 # --- rights and servers ---

@@ -23,8 +23,9 @@ from pgconductor.db.calls import WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.link import OutageLog, Target
 from pgconductor.model import Claimed
+from pgconductor.runtime.lease import Lease, boot_clock
 from pgconductor.runtime.listener import Listener
-from pgconductor.runtime.worker import Pipeline
+from pgconductor.runtime.worker import Pipeline, Starts, Surroundings, WorkerCounts
 from pgconductor.tasks import NotifyMode, Task
 
 Place = Literal["before look", "after look", "before sleep", "after sleep"]
@@ -173,18 +174,9 @@ class Workplace:
             flush_interval=flush_interval,
             notify=notify,
         )
-        pipeline = Pipeline(
-            worker,
-            number,
-            owner,
-            trio.CancelScope(),
-            self._target,
-            self.calls,
-            {},
-            listener,
-            self._outages,
-            random.Random(),
-        )
+        shared = Surroundings(self._target, self.calls, {}, self._outages, random.Random(), 5.0)
+        lease = Lease(owner, 600.0, boot_clock())
+        pipeline = Pipeline(worker, number, lease, Starts(), listener, WorkerCounts(), shared)
         watched = WatchedWorker(pipeline, owner, listener, sweep_interval)
         self.workers.append(watched)
         return watched

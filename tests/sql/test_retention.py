@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from threading import Event
 from time import monotonic
 from uuid import UUID
@@ -236,8 +236,8 @@ def test_flushes_and_maintenance_at_once_lose_nothing_early(db: Database, clock:
             calls += 1
         return calls
 
-    workers: list[Future[object]] = [db.start(maintains), db.start(maintains)]
-    flushers = [db.start(lambda part=part: flushes(part)) for part in range(4)]  # type: ignore[misc]
+    workers = [db.start(maintains), db.start(maintains)]
+    flushers = [db.start(partial(flushes, part)) for part in range(4)]
     while not all(flusher.done() for flusher in flushers):
         clock.advance(10 ** rng.uniform(2, 5))
     for flusher in flushers:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
@@ -30,8 +30,9 @@ from pgconductor.codec import (
     describe_error,
     nested_deeper,
     printable,
+    summary,
 )
-from pgconductor.errors import InvalidOption, InvalidPayload, InvalidTask
+from pgconductor.errors import DeadlineExceeded, HandlerTimeout, InvalidOption, InvalidPayload, InvalidTask
 
 
 @dataclasses.dataclass
@@ -622,3 +623,200 @@ def test_a_driver_error_is_described_by_its_primary_message_in_any_language() ->
 def test_a_driver_error_without_a_server_keeps_its_message() -> None:
     """Errors of the connection itself have no diagnostics; their text would be empty."""
     assert describe_error(psycopg.OperationalError("connection failed"))["message"] == "connection failed"
+
+
+# --- errors: secrets, notes, heads and hostile exceptions ---
+
+CANARY = "4111-1111-1111-1111"
+
+
+def check_violation() -> psycopg.Error:
+    """As the server sends it, in another language."""
+    fields = {
+        psycopg.pq.DiagnosticField.MESSAGE_PRIMARY: b"verletzt Check-Constraint",
+        psycopg.pq.DiagnosticField.MESSAGE_DETAIL: f"Zeile enthaelt (-1, 'a\n', {CANARY}).".encode(),
+        psycopg.pq.DiagnosticField.CONTEXT: f"COPY cards, Zeile 1: {CANARY}".encode(),
+    }
+    text = f"verletzt Check-Constraint\nEinzelheit:  Zeile enthaelt (-1, 'a\n', {CANARY})."
+    return psycopg.errors.CheckViolation(text, info=fields)  # type: ignore[arg-type]
+
+
+class Wrapping(Exception):
+    pass
+
+
+def wrapped_by(form: str) -> BaseException:
+    """An error of the driver, as it gets into errors of others."""
+    try:
+        try:
+            raise check_violation()
+        except psycopg.Error as error:
+            detail = error.diag.message_detail
+            match form:
+                case "cause":
+                    raise Wrapping(f"cannot save: {error}") from error
+                case "context":
+                    raise Wrapping(f"cannot save: {error}")  # noqa: B904
+                case "hidden context":
+                    raise Wrapping(f"cannot save: {error}") from None
+                case "repr":
+                    raise Wrapping(f"cannot save: {error!r}") from error
+                case "detail":
+                    raise Wrapping(f"{detail} was refused") from error
+                case "group":
+                    raise ExceptionGroup("saving", [error, Wrapping(str(error))]) from None
+                case "cause in a group":
+                    inner = Wrapping(str(error))
+                    inner.__cause__ = error
+                    raise ExceptionGroup(f"saving: {error}", [ExceptionGroup(str(error), [inner])]) from None
+                case "note":
+                    error.add_note(f"row: {detail}")
+                    raise
+                case "note of another":
+                    other = Wrapping("saving")
+                    other.add_note(str(error))
+                    raise other from error
+                case _:
+                    raise AssertionError(form) from error
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "cause",
+        "context",
+        "hidden context",
+        "repr",
+        "detail",
+        "group",
+        "cause in a group",
+        "note",
+        "note of another",
+    ],
+)
+def test_values_of_rows_do_not_reach_the_record_by_any_way(form: str) -> None:
+    """What a card's number has no business in is the table of failures, and every log that quotes it."""
+    error = wrapped_by(form)
+    described = describe_error(error)
+    assert CANARY not in "".join(described.values())
+    assert CANARY not in summary(error)
+    assert "verletzt Check-Constraint" in described["traceback"] or form == "detail"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"bad\nDETAIL:  Failing row contains (-1, {CANARY}).",
+        f"bad\n  CONTEXT:  COPY cards, line 1: {CANARY}",
+        f"bad\nQUERY:  insert into cards values ('{CANARY}')",
+        f"NotNullViolation('bad\\nDETAIL:  Failing row contains ({CANARY}).')",
+        f"Failing row contains (-1, {CANARY}).",
+        f"bad: Key (card)=({CANARY}) already exists.",
+        f"DETAIL:  {CANARY}",
+    ],
+)
+def test_values_of_rows_are_recognised_without_the_drivers_error(text: str) -> None:
+    """A program that only logs and raises the text would store the row."""
+    described = describe_error(Wrapping(text))
+    assert CANARY not in "".join(described.values())
+    assert "Wrapping" in described["traceback"]
+
+
+def test_ordinary_messages_are_left_alone() -> None:
+    """A word that PostgreSQL uses too would cut messages short."""
+    text = "no DETAIL: given, CONTEXT is missing; Key is wrong"
+    assert describe_error(Wrapping(text))["message"] == text
+
+
+def test_notes_are_recorded_within_their_share() -> None:
+    """What `add_note` tells would be lost, or would push out the frames."""
+
+    def fails() -> None:
+        error = ValueError("bad")
+        error.add_note("while reading\nline 7\x1b[2J")
+        raise error
+
+    with pytest.raises(ValueError, match="bad") as caught:
+        fails()
+    traceback = describe_error(caught.value)["traceback"]
+    assert traceback.endswith("ValueError: bad\nwhile reading\nline 7\\x1b[2J")
+    for _ in range(1000):
+        caught.value.add_note("n" * 100_000)
+    described = describe_error(caught.value, 1024)
+    assert len(msgspec.json.encode(described)) <= 1024
+    assert "in fails" in described["traceback"]
+    assert "…\n…" not in described["traceback"]
+
+
+def test_notes_of_grouped_errors_are_recorded() -> None:
+    """The engine's word on a broken back-off, or the user's, would be lost in a group."""
+    leaf = ValueError("bad")
+    leaf.add_note("noted")
+    assert "    noted" in describe_error(ExceptionGroup("group", [leaf, KeyError()]))["traceback"]
+
+
+def test_a_group_of_one_is_told_by_its_only_exception() -> None:
+    """ "Exceptions from Trio nursery (1 sub-exception)" is all that a waiting caller would be told."""
+    group = ExceptionGroup("Exceptions from Trio nursery", [ExceptionGroup("inner", [ValueError("bad")])])
+    described = describe_error(group)
+    assert (described["type"], described["message"]) == ("ValueError", "bad")
+    assert "ExceptionGroup: Exceptions from Trio nursery (1 sub-exception)" in described["traceback"]
+    both = ExceptionGroup("both", [ValueError("bad"), deciding := KeyError("deciding")])
+    assert describe_error(both)["type"] == "ExceptionGroup"
+    assert describe_error(both, head=deciding)["message"] == "'deciding'"
+
+
+def test_what_the_engine_ended_has_a_short_type() -> None:
+    """Callers would compare with the name of a class that may move."""
+    assert describe_error(HandlerTimeout("5 s"))["type"] == "timeout"
+    assert describe_error(DeadlineExceeded("passed"))["type"] == "deadline"
+    assert "pgconductor.errors.HandlerTimeout: 5 s" in describe_error(HandlerTimeout("5 s"))["traceback"]
+
+
+def explode(self: object) -> Any:
+    raise RuntimeError("boom")
+
+
+def explode_at(self: object, name: str) -> Any:
+    raise RuntimeError(name)
+
+
+def hostile_kinds() -> Iterator[type[Exception]]:
+    for name in ("__notes__", "__cause__", "__context__", "__traceback__", "__suppress_context__"):
+        yield type(f"Bad{name}", (Exception,), {name: property(explode)})
+    yield type("BadExceptions", (ExceptionGroup,), {"exceptions": property(explode)})
+    yield type("BadRepr", (Exception,), {"__repr__": explode, "__str__": explode})
+    yield type("BadModule", (Exception,), {"__module__": object()})
+    yield type("BadNotes", (Exception,), {"__notes__": [object(), 5, None, "fine"]})
+    yield type("BadGetattribute", (Exception,), {"__getattribute__": explode_at})
+    # A metaclass that says something else about its classes than `type` does.
+    members: dict[str, Any] = {"__name__": property(explode), "__module__": property(explode)}
+    metaclass: Any = type("Metaclass", (type,), members)
+    yield metaclass("BadMetaclass", (Exception,), {})
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_no_exception_can_raise_while_it_is_described(number: int) -> None:
+    """One exception of a user's could end the worker, and with it every execution beside."""
+    kind = list(hostile_kinds())[number]
+    make: Any = kind
+    error: Exception = make("bad", [ValueError("leaf")]) if issubclass(kind, ExceptionGroup) else make("bad")
+    for described in (describe_error(error), describe_error(ExceptionGroup("group", [error, error]))):
+        assert set(described) == {"type", "message", "traceback"}
+        assert described["type"]
+        assert len(msgspec.json.encode(described)) <= 8192
+    assert "\n" not in summary(error)
+
+
+@given(st.text(), st.lists(st.text(), max_size=3))
+def test_a_summary_is_one_printable_line(text: str, notes: list[str]) -> None:
+    """An error could forge lines of a log or steer a terminal."""
+    error = type("Bad\n\x1b[2J", (Exception,), {})(text)
+    for note in notes:
+        error.add_note(note)
+    line = summary(error)
+    assert len(line.splitlines()) == 1
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in line)
+    line.encode()

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from pgconductor.context import Context, resources_by_type
-from pgconductor.errors import Misuse
+from pgconductor.errors import HandlerCancelled, Misuse
 
 
 class Base:
@@ -115,3 +115,23 @@ def test_a_mapping_that_is_not_by_type_is_refused(mapping: Any) -> None:
     """A resource could be found under a type that it is not."""
     with pytest.raises(Misuse, match="not a type with an instance"):
         resources_by_type(mapping)
+
+
+class Asked:
+    """Says that the handler should end."""
+
+    is_cancelled = True
+
+    def check(self) -> None:
+        raise HandlerCancelled("end")
+
+
+def test_the_engine_says_whether_to_end() -> None:
+    """A handler could not learn that it should end, or one that a test calls directly would need an engine."""
+    ctx = context()
+    assert not ctx.is_cancelled
+    ctx.check_cancelled()
+    ctx.watch(Asked())
+    assert ctx.is_cancelled
+    with pytest.raises(HandlerCancelled):
+        ctx.check_cancelled()

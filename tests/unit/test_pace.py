@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgconductor.runtime.pace import Linger, Prefetch
@@ -87,6 +87,7 @@ def test_single_inserts_far_apart_never_make_a_worker_linger(gap: float, times: 
         assert not linger.is_lingering
 
 
+@settings(deadline=None)  # a loaded machine
 @given(st.floats(min_value=400.0, max_value=100_000.0), st.integers(1, 50))
 def test_steady_load_makes_a_worker_linger_whatever_the_size_of_its_claims(rate: float, size: int) -> None:
     """The rate decides, not how the arrivals are spread over claims."""

@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -125,8 +125,12 @@ def test_a_bad_delay_of_a_users_backoff_is_refused(answer: object) -> None:
     """It would reach SQL and fail the whole flush it is in."""
     with pytest.raises(InvalidOption, match=r"Answering\.delay\(\) returned"):
         delay_after(1, 2, Answering(answer))
-    with pytest.raises(InvalidOption, match=r"<lambda>\(\) returned"):
-        delay_after(1, 2, checked_backoff("backoff", lambda attempt, error: answer))
+
+    def wait(attempt: int, error: BaseException) -> object:
+        return answer
+
+    with pytest.raises(InvalidOption, match=r"wait\(\) returned"):
+        delay_after(1, 2, checked_backoff("backoff", wait))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_a_list_of_delays_is_not_changed_from_outside() -> None:
     backoff=st.one_of(
         st.builds(Fixed, st.floats(0, 1e8), jitter=st.floats(0, 1)),
         st.builds(Delays, st.lists(st.floats(0, 1e8), min_size=1, max_size=9), jitter=st.floats(0, 1)),
-        st.builds(lambda i, s, j: Linear(i, s, i + 1e8, j), st.floats(0, 1e8), st.floats(0, 1e8), st.floats(0, 1)),
+        st.builds(Linear, st.floats(0, 1e8), st.floats(0, 1e8), st.floats(1e8, 2e8), st.floats(0, 1)),
     ),
     attempt=st.integers(1, 10_000),
     seed=st.integers(),
@@ -258,9 +262,9 @@ def test_what_is_no_backoff_is_refused_by_name(value: object, message: str) -> N
         lambda: Linear(jitter=2),
         lambda: Fixed(-1),
         lambda: Fixed(1, jitter=-1),
-        lambda: Delays("123"),
+        lambda: Delays(cast("Any", "123")),
         lambda: Delays([1], jitter=math.nan),
-        lambda: Delays(5),
+        lambda: Delays(cast("Any", 5)),
     ],
 )
 def test_other_backoffs_out_of_range_are_refused(make: Any) -> None:
@@ -349,3 +353,28 @@ def test_a_verdict_beneath_another_error_says_nothing() -> None:
     error = ValueError()
     error.__cause__ = STOP
     assert verdict_in(error) is None
+
+
+@given(
+    attempt=st.integers(1, 6),
+    max_attempts=st.integers(1, 5),
+    wait=st.floats(0, 100),
+    error=st.sampled_from([ValueError(), STOP, A, B, C, ExceptionGroup("group", [C, ValueError()])]),
+    deadline_in=st.none() | st.floats(-10, 100),
+)
+def test_no_decision_leads_beyond_the_attempts_or_the_deadline(
+    attempt: int, max_attempts: int, wait: float, error: Exception, deadline_in: float | None
+) -> None:
+    """Some combination of attempts, deadline and verdict would let an execution run once more than it may."""
+    decision = decide(attempt, max_attempts, Fixed(wait), random.Random(0), error, deadline_in)
+    if decision.kind != "failed":
+        assert deadline_in is None or decision.delay < deadline_in
+        assert decision.delay == (error.delay if isinstance(error, (RetryAfter, Snooze)) else wait)
+    if decision.kind == "retried":
+        assert attempt < max_attempts
+    assert (decision.kind == "released") <= (error is C)
+    if decision.why == "deadline":
+        assert deadline_in is not None
+        assert decision.delay >= deadline_in
+    if deadline_in is None and attempt < max_attempts:
+        assert (decision.kind == "failed") == (error is STOP)

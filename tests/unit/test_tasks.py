@@ -670,7 +670,8 @@ def test_policy_options_become_one_json_object(conductor: Recorder) -> None:
     at = datetime(2030, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
 
     def sent(**options: Any) -> str | None:
-        (row,) = new_executions([task.options(**options).bind(date(2024, 1, 1))])
+        call = cast("TaskCall[..., list[Report]]", task.options(**options))
+        (row,) = new_executions([call.bind(date(2024, 1, 1))])
         return row.options
 
     assert sent() is None

@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | demo`.
+"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | ... | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -25,7 +25,9 @@ from ..version import VERSION
 from . import report
 from .cancelling import cancel
 from .dead_letters import dead_letters, retry
+from .doctor import doctor
 from .exits import FAILED, complain, reported
+from .grant import grant
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
 from .target import Life, load_orchestrator
 
@@ -189,6 +191,8 @@ def invoke(
 app.command()(cancel)
 app.command("dead-letters")(dead_letters)
 app.command()(retry)
+app.command()(doctor)
+app.command()(grant)
 
 
 @app.command()
@@ -210,7 +214,7 @@ def status(
         output = report.console()
         output.print(report.queue_table(queues) if queues else "No queues yet.")
         output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
-        for line in report.missing_workers(queues):
+        for line in report.hints(queues, orchestrators):
             output.print(line, markup=False)
 
 

@@ -79,7 +79,7 @@ def orchestrator_table(orchestrators: Sequence[OrchestratorStatus]) -> Table:
     for each in orchestrators:
         table.add_row(
             Text(plain(each.name)),
-            "alive" if each.alive else "dead",
+            ("asked to stop" if each.stop_requested else "alive") if each.alive else "dead",
             Text(", ".join(plain(queue) for queue in each.queues)),
             each.program_version,
             f"since {each.started_at:%Y-%m-%d %H:%M:%S %Z}",
@@ -126,6 +126,16 @@ def attempt(error: FailedAttempt) -> str:
     when = "" if error.at is None else f" at {error.at:%Y-%m-%d %H:%M:%S %Z}"
     lines = [f"attempt{which}{when}: {error.type}: {error.message}", *error.traceback.splitlines()]
     return "\n".join(plain(line) for line in lines)
+
+
+def hints(queues: Sequence[QueueStatus], orchestrators: Sequence[OrchestratorStatus]) -> list[str]:
+    """A sentence for each thing that somebody should see to."""
+    said = missing_workers(queues)
+    if dead := sum(queue.failed for queue in queues):
+        said.append(f"{dead:,} failed: `pgconductor dead-letters` shows them, `pgconductor retry` lets them begin anew")
+    if stopping := sum(each.alive and each.stop_requested for each in orchestrators):
+        said.append(f"{stopping:,} orchestrators are asked to stop: a migration of a newer program waits for them")
+    return said
 
 
 def missing_workers(queues: Sequence[QueueStatus]) -> list[str]:

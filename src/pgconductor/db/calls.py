@@ -177,6 +177,9 @@ _QUERIES = {
     "cancel": "select id, status from {s}.cancel(%s::uuid[], %s) /*cancel*/",
     "cancel_matching": "select cancelled, requested from {s}.cancel_matching(%s, %s, %s, %s, %s::text[], %s::text[],"
     " %s::timestamptz)",
+    "grant_role": "select {s}.grant_role(%s, %s)",
+    "revoke_role": "select {s}.revoke_role(%s, %s)",
+    "granted_roles": "select kind, role from {s}.granted_roles()",
     "control_channel": "select {s}._private_control_channel(%s)",
     "retire_orchestrator": "select {s}.retire_orchestrator(%s)",
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
@@ -184,7 +187,8 @@ _QUERIES = {
     "execution_errors": "select {s}.execution_errors(%s)::text",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
-    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, queues"
+    "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
+    " queues"
     " from {s}.orchestrator_status()",
     "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
     "channel": "select {s}._private_channel(%s)",
@@ -322,6 +326,17 @@ class Calls:
             (reason, limit, queue, task, states, tags, created_before),
             lambda rows: CancelCounts._make(rows[0]),
         )
+
+    def grant_role(self, kind: str, role: str) -> Call[None]:
+        """`kind`: producer, worker, viewer or operator."""
+        return Call(self._query["grant_role"], (kind, role), ignore)
+
+    def revoke_role(self, kind: str, role: str) -> Call[None]:
+        return Call(self._query["revoke_role"], (kind, role), ignore)
+
+    def granted_roles(self) -> Call[list[tuple[str, str]]]:
+        """Kinds and roles that have been given rights."""
+        return Call(self._query["granted_roles"], (), lambda rows: [(row[0], row[1]) for row in rows])
 
     def retire_orchestrator(self, owner: UUID) -> Call[int]:
         return Call(self._query["retire_orchestrator"], (owner,), _count)

@@ -40,7 +40,9 @@ from .installed import (
 )
 from .sql_files import Migration, SqlSource, script, split_statements
 
-LOCK_TIMEOUT = 10.0  # seconds a migration may wait for a table lock; longer would hold up the traffic queued behind it
+# Seconds a migration may wait for a table lock at a time: the traffic that has queued up behind it waits as long. Then
+# it lets the traffic through for as long again. Much less than a lease, so that no heartbeat is missed for it.
+LOCK_TIMEOUT = 2.0
 
 
 def check_gen(schema: str, source: SqlSource) -> Calls[SchemaVersion]:
@@ -72,6 +74,7 @@ def migrate_gen(schema: str, source: SqlSource, lock_wait: float, stop_wait: flo
     looks_left = _looks(lock_wait)
     # Whoever has shut the gate may wait for others before it migrates.
     gate_looks_left = _looks(lock_wait + stop_wait)
+    tries_left = max(1, round(lock_wait / (2 * LOCK_TIMEOUT)))
     is_shut = False
     with _explained(schema, "migrating", lambda: role):
         try:
@@ -123,7 +126,15 @@ def migrate_gen(schema: str, source: SqlSource, lock_wait: float, stop_wait: flo
                     yield from ask_gen(script(CREATE_SCHEMA, schema))
                 if not server.has_tables:
                     yield from ask_gen(script(CREATE_TABLES, schema))
-                yield from _take_gen(schema, step, source, server.version_number)
+                try:
+                    yield from _take_gen(schema, step, source, server.version_number)
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                    tries_left -= 1
+                    if not tries_left:
+                        raise
+                    yield from ask_gen(_ROLLBACK)
+                    yield from ask_gen(_nap(LOCK_TIMEOUT))
+                    continue
                 if step.migration is not None:
                     applied.append(step.migration.number)
                 functions_replaced = functions_replaced or step.replaces_functions
@@ -209,10 +220,16 @@ def _time_limits(server_version: int) -> list[str]:
 
 _COMMIT: Call[None] = Call(b"commit", (), ignore)
 _ROLLBACK: Call[None] = Call(b"rollback", (), ignore)
+
+
 # At the server, so that these calls need no event loop of a particular kind.
-_NAP: Call[None] = Call(
-    f"begin; set local statement_timeout = 0; select pg_catalog.pg_sleep({NAP}); commit".encode(), (), ignore
-)
+def _nap(seconds: float) -> Call[None]:
+    return Call(
+        f"begin; set local statement_timeout = 0; select pg_catalog.pg_sleep({seconds}); commit".encode(), (), ignore
+    )
+
+
+_NAP = _nap(NAP)
 # Nothing may resolve to an object in somebody else's schema, nor be created outside ours unnoticed.
 _SEARCH_PATH = "pg_catalog, pg_temp"
 
@@ -317,10 +334,10 @@ def _explain(error: psycopg.Error, schema: str, doing: str, role: str) -> Pgcond
                 f"{reason}: schema {schema!r} cannot be migrated while the session is read-only; connect to the"
                 " primary, or see default_transaction_read_only"
             )
-        case psycopg.errors.LockNotAvailable():
+        case psycopg.errors.LockNotAvailable() | psycopg.errors.DeadlockDetected():
             return Unavailable(
-                f"{reason}: another session has held a table of schema {schema!r} for {LOCK_TIMEOUT:g} s; nothing was"
-                " changed by this step, repeat when it has ended"
+                f"{reason}: another session holds a table of schema {schema!r}, and the migration, which asked for it"
+                " again and again, did not get it; nothing was changed by this step, repeat when that session has ended"
             )
         case psycopg.errors.DuplicateTable() | psycopg.errors.DuplicateObject() | psycopg.errors.DuplicateFunction():
             return Incompatible(

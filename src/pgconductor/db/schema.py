@@ -119,7 +119,8 @@ async def migrate(
         conn: an async connection in autocommit, outside a transaction; it is left so. A cancellation closes it.
         schema: any name PostgreSQL can store, at most 63 bytes of UTF-8.
         source: other SQL than this installation's, for tests.
-        lock_wait: seconds to wait, roughly, while another session migrates this schema. Not a limit on the work itself.
+        lock_wait: seconds to wait, roughly, while another session migrates this schema, and again while one holds a
+            table that a migration changes. Not a limit on the work itself.
         stop_wait: seconds to wait, roughly, before a breaking migration for orchestrators of older versions to end; one
             that is dead is waited for until its lease has passed.
 

@@ -241,10 +241,12 @@ async def attempt(
     error: BaseException | None = None
     try:
         value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
-    except BaseException as raised:  # what the user's code raises is data
-        if _is_not_data(raised):
+    except BaseException as raised:
+        error = _as_data(raised)
+        if error is None:
             raise
-        error = raised
+        if trio.current_effective_deadline() == -math.inf:
+            inner.is_stopping = True  # a scope outside is cancelled
     try:
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
@@ -313,14 +315,17 @@ def _out_of_time(raised: BaseException | None, limit: float | None, is_by_deadli
     return what
 
 
-def _is_not_data(raised: BaseException) -> bool:
-    """Whether it is an interruption of the engine, or holds one: Ctrl-C, or the `Cancelled` of a scope outside."""
-    for leaf in leaves(raised):
-        if isinstance(leaf, (KeyboardInterrupt, GeneratorExit)):
-            return True
-        if isinstance(leaf, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
-            return True
-    return False
+def _as_data(raised: BaseException) -> BaseException | None:
+    """The error to record; None if in it is what must propagate: Ctrl-C, or the `Cancelled` of a scope outside."""
+    try:
+        for leaf in leaves(raised):
+            if isinstance(leaf, (KeyboardInterrupt, GeneratorExit)):
+                return None
+            if isinstance(leaf, trio.Cancelled) and trio.current_effective_deadline() == -math.inf:
+                return None
+    except (Exception, SystemExit) as broken:  # noqa: BLE001  # it cannot be asked what it is
+        return broken
+    return raised
 
 
 def _is_answer(error: BaseException) -> bool:

@@ -5,6 +5,10 @@ which finds half-open sockets and lost registrations within seconds and measures
 so that it never holds up the notification queue. On loss: reconnect with full-jitter back-off, LISTEN, then tell the
 queues to look once.
 
+One listener of an incarnation also serves its control channel (`attend`), and holds the session lock by which others
+see that the process is there: taken first on every new connection, and tried again after each probe until it is had,
+since the server may miss the former session later than we do.
+
 `run` owns the connection and is the only task that touches it; others hand it statements (`ask`). Cancelling an asker
 leaves its statement to be carried out. Cancelling `run` closes the connection, and the flags with it.
 """
@@ -17,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+from uuid import UUID
 
 import trio
 
@@ -37,6 +42,21 @@ class Subscriber(Protocol):
     async def on_listening(self) -> None: ...
     def on_notify(self) -> None: ...
     def on_lost(self) -> None: ...
+
+
+class Control(Protocol):
+    """What a listener tells the incarnation whose control channel it serves."""
+
+    @property
+    def owner(self) -> UUID: ...
+    def on_session_asked(self) -> None:
+        """The session lock is asked for: whether it is held is not known from now on."""
+
+    def on_attending(self, *, holds_session: bool) -> None:
+        """The control channel is listened to."""
+
+    def on_signal(self) -> None: ...
+    def on_session_lost(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +97,10 @@ class Listener:
         self._probe_channel = f"pgconductor_p_{secrets.token_hex(8)}"
         self._subscribers: dict[str, Subscriber] = {}
         self._channels: dict[str, Subscriber] = {}
+        self._control: Control | None = None
+        self._control_channel: str | None = None
+        self._wants_control = False  # its owner has changed, or the session lock was not to be had
+        self._holds_session = False
         self._is_up = False
         self._idle: trio.CancelScope | None = None  # `run` is waiting for notifications inside
         self._requests: deque[_Request] = deque()
@@ -86,6 +110,16 @@ class Listener:
     def add(self, queue: str, subscriber: Subscriber) -> None:
         """Serve one more queue; before `run` only."""
         self._subscribers[queue] = subscriber
+
+    def attend(self, control: Control) -> None:
+        """Serve a control channel, and hold its owner's session lock; before `run` only."""
+        self._control = control
+
+    def renew_control(self) -> None:
+        """The control's owner has changed."""
+        self._wants_control = True
+        if self._idle is not None:
+            self._idle.cancel()
 
     @property
     def is_listening(self) -> bool:
@@ -142,6 +176,10 @@ class Listener:
     def _lose(self) -> None:
         self._link.drop()
         was_up, self._is_up = self._is_up, False
+        self._control_channel = None
+        if self._holds_session and self._control is not None:
+            self._holds_session = False
+            self._control.on_session_lost()
         while self._requests:
             self._requests.popleft().is_done.set()
         if was_up:
@@ -149,16 +187,32 @@ class Listener:
                 subscriber.on_lost()
 
     async def _listen(self) -> None:
+        if self._control is not None:
+            await self._attend(self._control)
         for queue, subscriber in self._subscribers.items():
             self._channels[await self.execute(self._calls.channel(queue))] = subscriber
-        with trio.move_on_after(_TIMEOUT) as listening:
-            await self._link.listen((*self._channels, self._probe_channel))
-        if listening.cancelled_caught:
-            raise Unavailable(f"listen: no reply within {_TIMEOUT} s")
+        await self._listen_to(*self._channels, self._probe_channel)
         # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.
         self._is_up = True
         for subscriber in self._subscribers.values():
             await subscriber.on_listening()
+
+    async def _attend(self, control: Control) -> None:
+        self._wants_control = False
+        owner = control.owner
+        control.on_session_asked()
+        holds = await self.execute(self._calls.hold_session(owner))
+        self._holds_session = bool(holds)
+        channel = await self.execute(self._calls.control_channel(owner))
+        await self._listen_to(channel)
+        self._control_channel = channel
+        control.on_attending(holds_session=self._holds_session)
+
+    async def _listen_to(self, *channels: str) -> None:
+        with trio.move_on_after(_TIMEOUT) as listening:
+            await self._link.listen(channels)
+        if listening.cancelled_caught:
+            raise Unavailable(f"listen: no reply within {_TIMEOUT} s")
 
     async def _serve(self) -> None:
         probe_at = trio.current_time() + self._probe_interval * self._rng.uniform(0.5, 1.0)
@@ -170,8 +224,11 @@ class Listener:
                     request.note(request.answer)
                 finally:
                     request.is_done.set()
+            elif self._control is not None and self._wants_control:
+                await self._attend(self._control)
             elif trio.current_time() >= probe_at:
                 await self._probe()
+                self._wants_control = self._wants_control or not self._holds_session
                 probe_at = trio.current_time() + self._probe_interval
             else:
                 channels: set[str] = set()
@@ -185,6 +242,8 @@ class Listener:
         for channel in channels:
             if (subscriber := self._channels.get(channel)) is not None:
                 subscriber.on_notify()
+            elif channel == self._control_channel and self._control is not None:
+                self._control.on_signal()
 
     async def _probe(self) -> None:
         begun = trio.current_time()

@@ -1,19 +1,15 @@
-"""Runs workers in one process: the only composition root, and the owner of every task of the engine.
+"""Runs workers in one process: the only composition root.
 
-Life of a `run`: prepare (schema, queues, resources), then one incarnation after the other until stopped. An
-incarnation is an owner id with a lease. While it lives, one task renews the lease, one rescues what dead
-orchestrators held, one listener per queue (or one for all) wakes the workers, and each worker runs its pipeline. The
-lease is a cancel scope: its deadline lies before the lease's end in the database, and each renewal moves it. If it
-passes, or the database says that the incarnation is dead, everything in it is cancelled, nothing more is written
-under its id, and the next incarnation begins.
+Life of a `run`: prepare (schema, queues, resources), then one incarnation (`incarnation.py`) after the other until
+stopped. An incarnation whose lease is over is cancelled, nothing more is written under its id, and the next one begins.
 
-Ending: `stop` (claim no more, let run within the grace, cancel, give back, flush), a cancelled `run` (the same
-without grace, in bounded shields), or an error of the engine, which leaves `run` in an exception group: a worker
-never stalls in silence.
+Errors before `started` come bare. Later ones leave `run` in an exception group: an error of the engine, since a
+worker never stalls in silence; after a stop, `Unavailable` for outcomes that could not be written, and `SchemaTooNew`
+if it was a newer program that asked for it. A `run` that was cancelled raises `Cancelled` alone, and logs the
+outcomes.
 
-Errors before `started` come bare, before a nursery is open. Whoever calls `run` owns all of it; nothing outlives it
-but the threads of plain `def` handlers that were interrupted: their executions are not given back, their claims
-lapse.
+Whoever calls `run` owns all of it; nothing outlives it but the threads of plain `def` handlers that did not end when
+asked to: their executions are not given back, their claims lapse.
 """
 
 from __future__ import annotations
@@ -38,12 +34,22 @@ from ..context import Resources, resources_by_type
 from ..db import schema
 from ..db.calls import Heartbeat, WorkerRow
 from ..db.link import Link, OutageLog, Target, open_link
-from ..errors import InvalidOption, InvalidTask, Misuse, Unavailable
+from ..errors import (
+    InvalidOption,
+    InvalidTask,
+    Misuse,
+    PgconductorError,
+    SchemaMissing,
+    SchemaTooNew,
+    Unavailable,
+)
+from ..failpoints import failpoint
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
-from .listener import Listener
-from .worker import Pipeline, WorkerStatistics
+from .incarnation import Bounds, Incarnation, Process, Wishes
+from .lease import Clock, Lease, boot_clock
+from .worker import Pipeline, Surroundings, WorkerCounts, WorkerStatistics
 
 if TYPE_CHECKING:
     from ..conductor import Conductor
@@ -52,42 +58,36 @@ logger = logging.getLogger("pgconductor.orchestrator")
 
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
-_LAST_WORDS_TIMEOUT = 5.0
+_SHOWN_IDS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorStatistics:
-    """What this process runs now. `owner` is None when it does not run."""
+    """What this process runs now, and what has happened since `run` began. `owner` is None when it does not run.
+
+    `incarnations`: owner ids so far. `fences`: how often it lost its lease and cancelled all it held. `successions`:
+    how often it went on with what it held under a new id, after a restart of the server or a promotion. `recovered`:
+    executions of dead orchestrators that it gave back or ended.
+    """
 
     owner: UUID | None
     incarnations: int
+    fences: int
+    successions: int
     recovered: int
     workers: tuple[WorkerStatistics, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What a drain did. `released` were given back unfinished, `fenced` had been taken over by somebody else."""
+    """What a drain did. `released` were given back unfinished; of `fenced` the claims were no longer ours."""
 
     completed: int
     failed: int
     retried: int
     released: int
     fenced: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Process:
-    """What all incarnations of a run share. `lease` is in seconds. When `until` returns, the run is to stop."""
-
-    target: Target
-    queue_nos: Mapping[str, int]
-    control: Link
-    outages: OutageLog
-    resources: Resources
-    signals: AsyncIterator[int] | None
-    lease: float
-    until: Callable[[Link], Awaitable[None]]
+    cancelled: int = 0
 
 
 class Orchestrator:
@@ -101,6 +101,8 @@ class Orchestrator:
         tasks: Iterable[Task[..., Any]] = (),
         lease: float | timedelta = 10.0,
         grace: float | timedelta = 30.0,
+        cancel_grace: float | timedelta = 5.0,
+        last_words: float | timedelta = 5.0,
         migrate: bool = True,
         resources: Lifespan | None = None,
         handle_signals: bool | None = None,
@@ -111,11 +113,14 @@ class Orchestrator:
         `workers`: made by `conductor.create_worker`, one per queue. `tasks`: run by a worker of their own on the
         queue "default". `lease`: seconds (1 to 3600) after which others may take over what this process held, if it
         could not renew; a killed process is rescued within the lease plus a few seconds. `grace`: seconds (0 or more)
-        that running handlers have after `stop`. `migrate`: bring the schema up to date first; else only check it.
-        `resources`: a function that returns an async context manager; what it yields is what `ctx.resource` finds. It
-        is open while handlers run. `handle_signals`: SIGINT and SIGTERM call `stop`, a second one ends the grace;
-        None: if `run` is the main task of `trio.run` in the main thread. `listen`: one LISTEN connection per queue,
-        or one for all queues of this process.
+        that running handlers have after `stop`, before they are cancelled. `cancel_grace`: seconds (0 or more) for
+        the clean-up of a handler that was cancelled: after that, one whose cancellation was requested is logged, and
+        at the end of a run the threads of plain functions are left behind. `last_words`: seconds (0 or more) after
+        the last handler has ended in which outcomes are written. `migrate`: bring the schema up to date first; else
+        only check it. `resources`: a function that returns an async context manager; what it yields is what
+        `ctx.resource` finds. It is open while handlers run. `handle_signals`: SIGINT and SIGTERM call `stop`, a
+        second one ends the grace; None: if `run` is the main task of `trio.run` in the main thread. `listen`: one
+        LISTEN connection per queue, or one for all queues of this process.
 
         Raises `InvalidTask` for two workers of one queue or a task of another conductor or queue, `InvalidOption`
         outside the ranges.
@@ -128,7 +133,11 @@ class Orchestrator:
         )
         _check_workers(conductor, self.workers)
         self._lease = checked_seconds("Orchestrator(lease=)", lease, minimum=1.0, maximum=3600.0)
-        self._grace = checked_seconds("Orchestrator(grace=)", grace, maximum=MAX_DELAY)
+        self._bounds = Bounds(
+            checked_seconds("Orchestrator(grace=)", grace, maximum=MAX_DELAY),
+            checked_seconds("Orchestrator(cancel_grace=)", cancel_grace, maximum=MAX_DELAY),
+            checked_seconds("Orchestrator(last_words=)", last_words, maximum=MAX_DELAY),
+        )
         self._migrate = migrate
         self._lifespan = resources
         self._handle_signals = handle_signals
@@ -138,13 +147,12 @@ class Orchestrator:
         self._rng = random.Random()
         self._is_active = False
         self._has_started = False
-        self._stop_wanted = trio.Event()
-        self._hurry_wanted = trio.Event()
+        self._wishes = Wishes(trio.Event(), trio.Event())
+        self._clock: Clock = boot_clock
         self._owner: UUID | None = None
-        self._incarnations = 0
-        self._recovered = 0
+        self._incarnations = self._fences = self._successions = self._recovered = 0
         self._pipelines: list[Pipeline] = []
-        self._totals: Counter[str] = Counter()
+        self._counts: dict[str, WorkerCounts] = {}
 
     def __repr__(self) -> str:
         queues = ", ".join(repr(worker.queue) for worker in self.workers)
@@ -157,10 +165,12 @@ class Orchestrator:
         return self._conductor
 
     def statistics(self) -> OrchestratorStatistics:
-        """A snapshot of what runs now; the counts of a worker begin anew with each incarnation."""
+        """A snapshot of what runs now, and counts since `run` began."""
         return OrchestratorStatistics(
             self._owner,
             self._incarnations,
+            self._fences,
+            self._successions,
             self._recovered,
             tuple(pipeline.statistics() for pipeline in self._pipelines),
         )
@@ -170,14 +180,16 @@ class Orchestrator:
 
         Returns at once. May be called any number of times, from anywhere in the same Trio program, handlers included.
         """
-        self._stop_wanted.set()
+        self._wishes.stop.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until `stop` or a signal; `started` once all workers claim.
 
-        Cancelling it means stop now: handlers are cancelled, and what has ended is flushed and given back in at most
-        about five seconds. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later, in
-        an exception group, what broke the engine. A database that goes away later is waited for without end.
+        Cancelling it means stop now: handlers are cancelled, and what has ended is written and given back within
+        `last_words`. Raises, bare and before anything runs, `Misuse`, `NoDatabase`, `Incompatible`; later,
+        in an exception group, what broke the engine, `Unavailable` (with the ids in its message) if outcomes could not
+        be written before the end, `SchemaTooNew` if a newer program asked it to make way. A database that goes away
+        later is waited for without end.
         """
         await self._run(_never_drained, self._lease, task_status)
 
@@ -195,7 +207,6 @@ class Orchestrator:
         """As `drain`; with `advance`, a test's clock is moved on instead of waiting for what is due within the
         horizon.
         """
-        self._totals.clear()
 
         async def until_drained(link: Link) -> None:
             while (wait := await self._drain_wait(link, horizon)) is not None:
@@ -211,8 +222,19 @@ class Orchestrator:
         # A clock that is moved by days must not end the lease of who moves it.
         lease = self._lease if advance is None else MAX_DELAY
         await self._run(until_drained, lease, trio.TASK_STATUS_IGNORED)
-        names = ("completed", "failed", "retried", "released", "fenced")
-        return Drained(*(self._totals[name] for name in names))
+        flushed = [counts.flushed for counts in self._counts.values()]
+        totals: Counter[str] = Counter()
+        for counts in flushed:
+            totals.update(counts.outcomes)
+        fenced = sum(counts.fenced + counts.dropped for counts in flushed)
+        return Drained(
+            completed=totals["completed"],
+            failed=totals["failed"],
+            retried=totals["retried"],
+            released=totals["released"],
+            fenced=fenced,
+            cancelled=totals["cancelled"],
+        )
 
     async def _drain_wait(self, link: Link, horizon: float) -> float | None:
         calls = self._conductor.calls
@@ -236,8 +258,9 @@ class Orchestrator:
                 task.resolve()
         self._is_active = True
         self._has_started = False
-        self._stop_wanted = trio.Event()
-        self._hurry_wanted = trio.Event()
+        self._wishes = Wishes(trio.Event(), trio.Event())
+        self._incarnations = self._fences = self._successions = self._recovered = 0
+        self._counts = {worker.queue: WorkerCounts() for worker in self.workers}
         try:
             async with self._conductor as conductor:
                 target = Target(conductor.conninfo, conductor.listen_conninfo, conductor.prepare_threshold)
@@ -246,8 +269,24 @@ class Orchestrator:
                     queue_nos = await self._prepare(control)
                     async with self._open_resources() as resources:
                         with _signal_receiver(self._wants_signals()) as signals:
-                            process = _Process(target, queue_nos, control, outages, resources, signals, lease, until)
-                            await self._incarnate(process, task_status)
+                            process = Process(
+                                workers=self.workers,
+                                shared=Surroundings(
+                                    target, conductor.calls, resources, outages, self._rng, self._bounds.last_words
+                                ),
+                                queue_nos=queue_nos,
+                                counts=self._counts,
+                                control=control,
+                                signals=signals,
+                                on_signal=self._on_signal,
+                                bounds=self._bounds,
+                                wishes=self._wishes,
+                                until=until,
+                                shares_listener=self._listen == "shared",
+                                on_rescue=self._note_rescue,
+                                on_succession=self._note_succession,
+                            )
+                            await self._incarnate(process, lease, task_status)
         finally:
             self._is_active = False
 
@@ -267,9 +306,13 @@ class Orchestrator:
                 except Unavailable:  # other DDL was in the way for a second; nobody waits behind us meanwhile
                     if attempt == 29:
                         raise
-            names = [task.name for task in worker.tasks]
-            keeps: list[float | None] = [None] * len(names)
-            await control.attempt(conductor.calls.register_tasks(names, worker.queue, keeps, keeps))
+            call = conductor.calls.register_tasks(
+                [task.name for task in worker.tasks],
+                worker.queue,
+                [task.keep_completed for task in worker.tasks],
+                [task.keep_failed for task in worker.tasks],
+            )
+            await control.attempt(call)
         return numbers
 
     @asynccontextmanager
@@ -289,184 +332,150 @@ class Orchestrator:
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._stop_wanted.is_set():
+        if self._wishes.stop.is_set():
             logger.warning("%s again: running handlers are cancelled", name)
-            self._hurry_wanted.set()
+            self._wishes.hurry.set()
         else:
-            logger.info("%s: stopping, running handlers have %g s", name, self._grace)
+            logger.info("%s: stopping, running handlers have %g s", name, self._bounds.grace)
             self.stop()
 
     # Living
 
-    async def _incarnate(self, process: _Process, task_status: trio.TaskStatus[None]) -> None:
+    async def _incarnate(self, process: Process, seconds: float, task_status: trio.TaskStatus[None]) -> None:
         """One incarnation after the other, until one ends by being stopped, or is not begun because of that."""
-        registered: tuple[UUID, float] | None = await self._register(process)
-        while registered is not None:
-            owner, registered_at = registered
-            self._owner = owner
+
+        def started() -> None:
+            if not self._has_started:  # the first incarnation that gets here, which need not be the first
+                self._has_started = True
+                task_status.started()
+
+        unwritten: list[UUID] = []
+        lease = await self._register(process, seconds)
+        while lease is not None:
+            self._owner = lease.owner
             self._incarnations += 1
-            lease = trio.CancelScope(deadline=registered_at + _trusted(process.lease))
+            incarnation = Incarnation(process, lease)
+            self._pipelines = incarnation.pipelines
             try:
-                with lease:
-                    await self._live(owner, lease, process, task_status)
+                with lease.scope:
+                    await incarnation.run(started)
             finally:
                 self._owner = None
-                self._note_totals()
-            if not lease.cancelled_caught:
-                return
-            logger.warning("lease of orchestrator %s lost; its executions were cancelled", owner)
-            registered = await self._register_again(process)
+                unwritten = [execution for pipeline in self._pipelines for execution in pipeline.unwritten]
+                _log_unwritten(unwritten)
+            if not lease.is_lost:
+                break
+            self._fences += 1
+            logger.warning(
+                "lease of orchestrator %s lost: %s; its executions were cancelled", lease.owner, lease.lost_because
+            )
+            lease = await self._register(process, seconds)
+            if lease is not None:
+                unwritten = []
+        started()  # stopped before: whoever waits for the start goes on
+        _raise_together(_errors_of(unwritten, is_outdated=self._wishes.is_outdated))
 
-    async def _register(self, process: _Process) -> tuple[UUID, float]:
-        """Register an incarnation; return its id and when that was sent. Raises `Unavailable`."""
-        owner = uuid4()
-        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        registered_at = trio.current_time()
-        call = self._conductor.calls.register_orchestrator(
-            owner, name, process.lease, VERSION, schema.latest_version(), rows
-        )
-        await process.control.attempt(call)
-        return owner, registered_at
+    async def _register(self, process: Process, seconds: float) -> Lease | None:
+        """Register an incarnation; None when a stop is asked for meanwhile.
 
-    async def _register_again(self, process: _Process) -> tuple[UUID, float] | None:
-        """As `_register`, however long the database is away; None when a stop is asked for meanwhile."""
-        registered: tuple[UUID, float] | None = None
+        However long the database is away, but for the first, whose errors come bare.
+        """
+        lease: Lease | None = None
+        error: PgconductorError | None = None
         async with trio.open_nursery() as nursery:
             if process.signals is not None:
                 nursery.start_soon(self._watch_signals, process.signals, name="signals")
             nursery.start_soon(self._cancel_when_stopped, nursery.cancel_scope, name="stop")
-            while registered is None:
+            while lease is None and error is None:
                 try:
-                    registered = await self._register(process)
-                except Unavailable as error:
-                    process.outages.warn("cannot register: %s", error)  # it may be or not: an id is used once
-                    await trio.sleep(self._rng.uniform(0.1, 1.0))
+                    lease = await self._register_once(process, seconds)
+                except PgconductorError as caught:
+                    if self._incarnations == 0 or not isinstance(caught, (Unavailable, SchemaMissing)):
+                        error = caught
+                    else:
+                        process.shared.outages.warn("cannot register: %s", caught)
+                        await trio.sleep(self._rng.uniform(0.1, 1.0))
             nursery.cancel_scope.cancel()
-        return None if self._stop_wanted.is_set() else registered
+        if error is not None:
+            if self._incarnations == 0:
+                raise error
+            raise ExceptionGroup("the orchestrator cannot go on", [error])
+        if self._wishes.stop.is_set():
+            if lease is not None:
+                await self._retire_unused(process, lease)
+            return None
+        return lease
 
-    async def _cancel_when_stopped(self, scope: trio.CancelScope) -> None:
-        await self._stop_wanted.wait()
-        scope.cancel()
+    async def _register_once(self, process: Process, seconds: float) -> Lease:
+        # It may be carried out though we do not hear of it: an id is used once.
+        owner = uuid4()
+        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        sent_at = self._clock()
+        call = self._conductor.calls.register_orchestrator(owner, name, seconds, VERSION, schema.latest_version(), rows)
+        await process.control.attempt(call)
+        failpoint("register.answered")
+        return Lease(owner, seconds, sent_at, self._clock)
 
-    async def _live(
-        self, owner: UUID, lease: trio.CancelScope, process: _Process, task_status: trio.TaskStatus[None]
-    ) -> None:
-        calls, target, outages = self._conductor.calls, process.target, process.outages
-        listeners: list[Listener] = []
-        shared: Listener | None = None
-        self._pipelines = []
-        for worker in self.workers:
-            listener = shared
-            if worker.notify == "off":
-                listener = None
-            elif listener is None:
-                listener = Listener(target, calls, outages, self._rng)
-                listeners.append(listener)
-                shared = listener if self._listen == "shared" else None
-            self._pipelines.append(
-                Pipeline(
-                    worker,
-                    process.queue_nos[worker.queue],
-                    owner,
-                    lease,
-                    target,
-                    calls,
-                    process.resources,
-                    listener,
-                    outages,
-                    self._rng,
-                )
-            )
-        try:
-            async with trio.open_nursery() as keepers:
-                keepers.start_soon(self._renew, owner, lease, process, name="renew the lease")
-                for listener in listeners:
-                    await keepers.start(listener.run, name=repr(listener))
-                async with trio.open_nursery() as workers:
-                    for pipeline in self._pipelines:
-                        await workers.start(pipeline.run, name=repr(pipeline))
-                    if not self._has_started:  # the first incarnation that gets here, which need not be the first
-                        self._has_started = True
-                        task_status.started()
-                    keepers.start_soon(self._watch_stop, workers.cancel_scope, name="stop")
-                    keepers.start_soon(self._stop_when, process, name="drain")
-                    if process.signals is not None:
-                        keepers.start_soon(self._watch_signals, process.signals, name="signals")
-                keepers.cancel_scope.cancel()
-        finally:
-            if not lease.cancel_called and not any(pipeline.has_abandoned for pipeline in self._pipelines):
-                with trio.move_on_after(_LAST_WORDS_TIMEOUT, shield=True):
-                    await self._retire(owner, process.control)
-
-    async def _renew(self, owner: UUID, lease: trio.CancelScope, process: _Process) -> None:
-        """The heartbeat, which also rescues what dead orchestrators held on our queues.
-
-        What counts for the lease is when it was sent: a reply that comes late says nothing about the time since.
-        """
-        queues = [worker.queue for worker in self.workers]
-        call = self._conductor.calls.heartbeat(owner, process.lease, queues)
-        interval = min(process.lease / 4, 15.0)
-        while True:
-            sent_at = trio.current_time()
+    async def _retire_unused(self, process: Process, lease: Lease) -> None:
+        with trio.move_on_after(self._bounds.last_words):
             try:
-                with trio.move_on_after(interval):
-                    beat = await process.control.attempt(call)
-                    if not beat.is_alive:
-                        lease.cancel()
-                        return
-                    lease.deadline = sent_at + _trusted(process.lease)
-                    self._note_rescue(beat)
-            except Unavailable as error:
-                process.outages.warn("the lease could not be renewed: %s", error)
-            await trio.sleep(interval)
-
-    def _note_rescue(self, beat: Heartbeat) -> None:
-        if beat.recovered or beat.failed:
-            self._recovered += beat.recovered + beat.failed
-            logger.warning(
-                "%d executions of dead orchestrators were given back, %d failed for good", beat.recovered, beat.failed
-            )
-
-    async def _stop_when(self, process: _Process) -> None:
-        async with open_link(process.target, "drain", process.outages, self._rng) as link:
-            await process.until(link)
-        self.stop()
+                await process.control.attempt(self._conductor.calls.retire_orchestrator(lease.owner))
+            except (Unavailable, SchemaMissing) as error:
+                logger.warning("could not say goodbye, the lease has to lapse: %s", error)
 
     async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             self._on_signal(number)
 
-    async def _watch_stop(self, workers: trio.CancelScope) -> None:
-        """The phases of stopping. Ended from outside as soon as all workers have."""
-        await self._stop_wanted.wait()
-        for pipeline in self._pipelines:
-            pipeline.stop()
-        with trio.move_on_after(self._grace):
-            await self._hurry_wanted.wait()
-        for pipeline in self._pipelines:
-            pipeline.interrupt()
-        await trio.sleep(_LAST_WORDS_TIMEOUT)
-        workers.cancel()  # flushes do not get through: one last try, in their own bounded shield
+    async def _cancel_when_stopped(self, scope: trio.CancelScope) -> None:
+        await self._wishes.stop.wait()
+        scope.cancel()
 
-    async def _retire(self, owner: UUID, control: Link) -> None:
-        try:
-            await control.attempt(self._conductor.calls.retire_orchestrator(owner))
-        except Unavailable as error:
-            logger.warning("could not say goodbye, the lease has to lapse: %s", error)
+    def _note_rescue(self, beat: Heartbeat) -> None:
+        if rescued := beat.recovered + beat.failed + beat.cancelled:
+            self._recovered += rescued
+            logger.warning(
+                "of %d executions of dead orchestrators %d were given back, %d failed for good, %d were cancelled",
+                rescued, beat.recovered, beat.failed, beat.cancelled,
+            )  # fmt: skip
 
-    def _note_totals(self) -> None:
-        for pipeline in self._pipelines:
-            statistics = pipeline.statistics()
-            self._totals.update(statistics.outcomes)
-            self._totals["fenced"] += statistics.fenced
+    def _note_succession(self, owner: UUID) -> None:
+        self._owner = owner
+        self._incarnations += 1
+        self._successions += 1
 
 
-def _trusted(lease: float) -> float:
-    """Seconds after sending a renewal that it may be relied on: less than the lease, so that we stop before others
-    take over.
-    """
-    return lease - min(1.5, 0.2 * lease)
+def _log_unwritten(executions: list[UUID]) -> None:
+    for first in range(0, len(executions), _SHOWN_IDS):
+        shown = executions[first : first + _SHOWN_IDS]
+        logger.warning(
+            "%d of %d outcomes that could not be written, their executions run again: %s",
+            len(shown), len(executions), ", ".join(map(str, shown)),
+        )  # fmt: skip
+
+
+def _errors_of(unwritten: list[UUID], *, is_outdated: bool) -> list[Exception]:
+    """What went wrong in a run that was stopped."""
+    errors: list[Exception] = []
+    if is_outdated:
+        errors.append(
+            SchemaTooNew("a newer program migrates the schema, and asked this one to stop: upgrade this program")
+        )
+    if unwritten:
+        more = f" and {len(unwritten) - _SHOWN_IDS} more, see the log" if len(unwritten) > _SHOWN_IDS else ""
+        errors.append(
+            Unavailable(
+                f"outcomes that could not be written before the end: {len(unwritten)}; their executions run again when "
+                f"the lease has lapsed: {', '.join(map(str, unwritten[:_SHOWN_IDS]))}{more}"
+            )
+        )
+    return errors
+
+
+def _raise_together(errors: list[Exception]) -> None:
+    if errors:
+        raise ExceptionGroup("the orchestrator was stopped", errors)
 
 
 async def _never_drained(link: Link) -> None:

@@ -1,17 +1,23 @@
 """The pipeline of one queue: claim → execute → flush, each with backpressure, none waiting for the others.
 
     claim     asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps by the reactor's protocol when
-    there is none execute   a fixed set of runner tasks takes from the stock in memory; no task is spawned per
-    execution flush     writes outcomes by size or age, on a connection of its own
+              there is none
+    execute   a fixed set of runner tasks takes from the stock in memory; no task is spawned per execution
+    flush     `flusher.Flusher` writes outcomes by size or age, on a connection of its own
 
-Invariants: whatever was claimed is in `_held` until the database has answered a flush of it; what is held is bounded,
-so claims stop when flushes do not get through. An execution has one cancel scope: lease lost and shutdown are that
-scope. Every write carries the owner's id and the claim's number, so a repeated flush is harmless and a late one does
-nothing.
+Invariants: whatever was claimed is in the flusher's `held` until the database has answered a flush of it; what is held
+is bounded, so claims stop when flushes do not get through. An execution has one scope, its `Interruption`'s: cancelled,
+timed out and shutting down are that one. What was claimed and has not begun goes back at no cost: at a stop, when
+nobody takes it, and before an execution on its last life begins (`suspects.py`).
 
-Cancellation: `run` stops claiming, interrupts the handlers and, in one bounded shield, flushes what has ended and
-gives back what has not begun. If its lease was lost, nothing is written. Handlers that outlive that bound keep their
-claims, which lapse.
+A requested cancellation is known by the signals (`control.py`) for as long as it stands: what is in stock ends without
+having begun, what runs is interrupted, and what a claim in flight brings is looked up when it arrives.
+
+Ending: `stop` (claim no more), `interrupt` (handlers are asked to end), `abandon` (threads are no longer waited for).
+When the last runner has ended, outcomes are written for at most `last_words` seconds; `unwritten` has what was not.
+Cancelling `run` interrupts the handlers and, in one shield of the same length, writes what has ended and gives back
+what has not begun. If the lease is lost nothing is written. Claims of threads that run on, and of what could not be
+written, lapse.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -29,10 +36,13 @@ import trio
 from ..context import Context, Resources
 from ..db.calls import Calls, Claim
 from ..db.link import Link, OutageLog, Target, backoff, open_link
-from ..errors import LeaseLost, Unavailable, Unstorable
+from ..errors import LeaseLost, SchemaMissing, Unavailable
+from ..failpoints import failpoint
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
-from .execution import attempt, failed
+from .execution import Interruption, attempt, cancelled, released
+from .flusher import MAX_FLUSH, FlushCounts, Flusher, Held
+from .lease import Lease
 from .listener import Listener
 from .pace import Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
@@ -40,19 +50,18 @@ from .reactor import Reactor, ReactorStatistics
 logger = logging.getLogger("pgconductor.worker")
 
 _MAX_CLAIM = 1000
-_MAX_FLUSH = 1000
-_MAX_UNFLUSHED = 4 * _MAX_FLUSH
+_MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
 _CLAIM_TIMEOUT = 10.0
-_LAST_FLUSH_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """What one worker has done since it started, and what it holds now. Seconds; `pickups` are the latest, oldest
-    first.
+    """What one worker has done since its orchestrator's `run` began, over all incarnations, and what it holds now.
 
-    A pick-up is the time from an execution's due time to the start of its handler.
+    Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was
+    no longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
+    handler.
     """
 
     queue: str
@@ -65,28 +74,39 @@ class WorkerStatistics:
     flushes: int
     outcomes: Mapping[str, int]
     fenced: int
+    dropped: int
     pickups: tuple[float, ...]
     reactor: ReactorStatistics
 
 
 @dataclass(slots=True)
-class _Held:
-    """A claimed execution. `received_at`: Trio's time at which it came, for how long it waited here."""
+class WorkerCounts:
+    """Counts of one worker over all incarnations."""
 
-    claimed: Claimed
-    received_at: float
-    scope: trio.CancelScope | None = None
-
-
-@dataclass(slots=True)
-class _Counts:
     claims: int = 0
     empty_claims: int = 0
     claimed: int = 0
-    flushes: int = 0
-    fenced: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict[str, int])
+    flushed: FlushCounts = field(default_factory=FlushCounts)
     pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
+
+
+class Starts:
+    """Whether handlers may begin in this process: not while one on its last life is about to, or runs."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the pipelines of one process share. `last_words`: seconds for writing outcomes at the end."""
+
+    target: Target
+    calls: Calls
+    resources: Resources
+    outages: OutageLog
+    rng: random.Random
+    last_words: float
 
 
 class Pipeline:
@@ -96,63 +116,62 @@ class Pipeline:
         self,
         worker: Worker,
         queue_no: int,
-        owner: UUID,
-        lease: trio.CancelScope,
-        target: Target,
-        calls: Calls,
-        resources: Resources,
+        lease: Lease,
+        starts: Starts,
         listener: Listener | None,
-        outages: OutageLog,
-        rng: random.Random,
+        counts: WorkerCounts,
+        shared: Surroundings,
     ) -> None:
-        """`queue_no`: as `register_queue` gave it. `lease`: once cancelled, what this worker holds is no longer its
-        own, and nothing is written.
-        """
+        """`queue_no`: as `register_queue` gave it."""
         self.worker = worker
         self._queue_no = queue_no
         self._lease = lease
-        self._owner = owner
-        self._target = target
-        self._calls = calls
-        self._resources = resources
-        self._outages = outages
-        self._rng = rng
+        self._starts = starts
+        self._shared = shared
+        self._calls = calls = shared.calls
+        self._outages = shared.outages
+        self._rng = shared.rng
         self._tasks: dict[str, Task[..., Any]] = {task.name: task for task in worker.tasks}
         self._task_names = list(self._tasks)
-        self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, rng)
+        self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
         self._noted_notifications = 0
         self._limiter = trio.CapacityLimiter(worker.concurrency)
         self._max_claim = worker.claim_batch or _MAX_CLAIM
-        self._max_flush = worker.flush_batch or _MAX_FLUSH
-        # Stock and outcomes; each has one sleeper or several, woken by parking lots: no task switch when nobody sleeps.
-        self._held: dict[UUID, _Held] = {}
-        self._stock: deque[_Held] = deque()
-        self._outcomes: list[Outcome] = []
-        self._oldest_outcome_at = 0.0
+        self._counts = counts
+        self._flusher = Flusher(
+            self._tasks, lease, calls, shared.outages, shared.rng, counts.flushed,
+            interval=worker.flush_interval, batch=worker.flush_batch,
+            may_grow=lambda: bool(self._running or self._stock), written=self._note_room,
+        )  # fmt: skip
+        self._held = self._flusher.held
+        # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
+        self._stock: deque[Held] = deque()
         self._idle_runners = trio.lowlevel.ParkingLot()
         self._room = trio.Event()
-        self._flush_wanted = trio.Event()
         self._running = 0
+        self._requested: Mapping[UUID, tuple[int, str | None]] = {}
+        self._claims: Link | None = None
+        self._claiming = trio.Lock()  # of whoever else claims, or looks for what we do not know of
+        self._reconcile_at: list[float] = []
         self._is_stopping = False
-        self._is_closed = False  # no more outcomes will come
         self.has_abandoned = False  # a handler's thread runs on: its claim may only lapse
+        self.unwritten: list[UUID] = []
         self._intake = trio.CancelScope()
-        self._counts = _Counts()
 
     def statistics(self) -> WorkerStatistics:
-        counts = self._counts
+        counts, flushed = self._counts, self._counts.flushed
         return WorkerStatistics(
-            self.worker.queue, self._running, len(self._stock), len(self._outcomes), counts.claims, counts.empty_claims,
-            counts.claimed, counts.flushes, dict(counts.outcomes), counts.fenced, tuple(counts.pickups),
-            self.reactor.statistics(),
+            self.worker.queue, self._running, len(self._stock), len(self._flusher.outcomes), counts.claims,
+            counts.empty_claims, counts.claimed, flushed.flushes, dict(flushed.outcomes), flushed.fenced,
+            flushed.dropped, tuple(counts.pickups), self.reactor.statistics(),
         )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<Pipeline of queue {self.worker.queue!r}, {self._running} running, {len(self._stock)} in stock>"
 
-    # Stopping
+    # Stopping and cancelling
 
     def stop(self) -> None:
         """Stop claiming; what is in stock goes back, what runs may go on. Idempotent, does not wait."""
@@ -160,67 +179,182 @@ class Pipeline:
         self._intake.cancel()
 
     def interrupt(self) -> None:
-        """Cancel the running handlers; their executions are given back."""
+        """Cancel the running handlers, and ask the threads of plain functions to end; what ends is given back."""
         for held in self._held.values():
-            if held.scope is not None:
-                held.scope.cancel()
+            if held.interruption is not None:
+                held.interruption.stop()
+
+    def abandon(self) -> None:
+        """As `interrupt`; threads are no longer waited for, and their claims lapse."""
+        for held in self._held.values():
+            if held.interruption is not None:
+                held.interruption.abandon()
+
+    def cancel(self, requested: Mapping[UUID, tuple[int, str | None]]) -> list[Held]:
+        """Cancel these claims, all whose cancellation is requested now; return those whose handlers were told just now.
+
+        Executions that are not here may be on their way: they are remembered until the next call.
+        """
+        self._requested = requested
+        told: list[Held] = []
+        has_unstarted = False
+        for execution, (claim_no, reason) in requested.items():
+            held = self._held.get(execution)
+            if held is None or held.claimed.claim_no != claim_no:
+                continue
+            if held.interruption is None:
+                has_unstarted = True
+            elif not held.interruption.is_requested:
+                failpoint("cancel.signalled")
+                held.interruption.cancel(reason)
+                told.append(held)
+        if has_unstarted:
+            stock, self._stock = self._stock, deque[Held]()
+            for held in stock:
+                if held.claimed.id in requested:
+                    self._end_unstarted(held, is_cancelled=True)
+                else:
+                    self._stock.append(held)
+        return told
+
+    # Succession
+
+    def claims(self) -> list[tuple[UUID, int]]:
+        """What it holds, with the numbers of the claims."""
+        return [(held.claimed.id, held.claimed.claim_no) for held in self._held.values()]
+
+    def succeed(self, former: UUID, handed_over: frozenset[UUID]) -> None:
+        """The owner has changed. What was not handed over is not ours: forgotten, and interrupted if it runs."""
+        self._flusher.succeed(former, handed_over)
+        for execution, held in list(self._held.items()):
+            if execution not in handed_over:
+                del self._held[execution]
+                held.is_ours = False
+                if held.interruption is not None:
+                    held.interruption.abandon()
+        if any(not held.is_ours for held in self._stock):
+            self._stock = deque(held for held in self._stock if held.is_ours)
+        self._reconcile_at.clear()  # what we did not know of has been given back
+        self._note_room()
+
+    # Suspects
+
+    @property
+    def has_free_runner(self) -> bool:
+        return self._running < self.worker.concurrency and not self._is_stopping
+
+    async def claim_suspect(self) -> Held | None:
+        """Claim one execution that is on its last life; it begins at `start_suspect`. Raises `Unavailable`."""
+        if self._claims is None or self._is_stopping:
+            return None
+        link = self._claims
+        queue, tasks = self.worker.queue, self._task_names
+        async with self._claiming:
+            try:
+                claimed = await self._lease.attempt(
+                    link,
+                    lambda owner: self._calls.claim_suspect(queue, owner, tasks),
+                    timeout=_CLAIM_TIMEOUT,
+                    shield=True,
+                )
+            except Unavailable:
+                self._note_lost_claim()
+                raise
+            if claimed is None:
+                return None
+            held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
+        return held
+
+    async def clear_stock(self) -> None:
+        """Give back what has not begun, and wait until the database has it."""
+        self._give_back_stock()
+        await self._flusher.until_empty()
+
+    def return_suspect(self, held: Held) -> None:
+        """Give it back, unless it has begun or is given back already."""
+        if held.interruption is None and held.suspected is not None and not held.suspected.is_set():
+            if held in self._stock:
+                self._stock.remove(held)
+            self._end_unstarted(held)
+
+    def start_suspect(self, held: Held) -> None:
+        """It may begin now, though starts are held."""
+        if self._is_stopping or not held.is_ours:
+            self.return_suspect(held)
+            return
+        self._stock.appendleft(held)
+        if self._requested:
+            self.cancel(self._requested)
+        self._idle_runners.unpark_all()
+
+    def resume_starts(self) -> None:
+        """Starts are not held any more."""
+        self._idle_runners.unpark_all()
+        self._note_room()
 
     # Running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until `stop` has been called and everything has ended. `started` once it claims."""
-        queue = self.worker.queue
+        queue, shared, flusher = self.worker.queue, self._shared, self._flusher
         async with (
-            open_link(self._target, "claim", self._outages, self._rng) as claims,
-            open_link(self._target, "flush", self._outages, self._rng) as flushes,
+            open_link(shared.target, "claim", self._outages, self._rng) as claims,
+            open_link(shared.target, "flush", self._outages, self._rng) as flushes,
         ):
+            self._claims = claims
+            closing = trio.CancelScope()
             try:
-                async with trio.open_nursery() as outer:
-                    outer.start_soon(self._flush_loop, flushes, name=f"flush {queue}")
-                    async with trio.open_nursery() as runners:
-                        for number in range(self.worker.concurrency):
-                            runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
-                        try:
-                            with self._intake:
-                                task_status.started()
-                                await self._claim_loop(claims)
-                        finally:
-                            self._is_stopping = True
-                            self._give_back_stock()
-                            self._idle_runners.unpark_all()
-                    self._is_closed = True
-                    self._flush_wanted.set()
+                with closing:
+                    async with trio.open_nursery() as outer:
+                        outer.start_soon(flusher.run, flushes, name=f"flush {queue}")
+                        async with trio.open_nursery() as runners:
+                            for number in range(self.worker.concurrency):
+                                runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
+                            try:
+                                with self._intake:
+                                    task_status.started()
+                                    await self._claim_loop(claims)
+                            finally:
+                                self._is_stopping = True
+                                self._give_back_stock()
+                                self._idle_runners.unpark_all()
+                        flusher.close()
+                        # Counted from here: handlers that take their time do not take it from what has ended.
+                        closing.deadline = trio.current_time() + shared.last_words
             finally:
-                if self._outcomes and not self._lease.cancel_called:
-                    with trio.move_on_after(_LAST_FLUSH_TIMEOUT, shield=True):
-                        await self._last_flush(flushes)
-                if self._outcomes:
-                    logger.warning(
-                        "queue %r: %d outcomes could not be written, their executions run again: %s",
-                        queue, len(self._outcomes), ", ".join(str(outcome.id) for outcome in self._outcomes[:100]),
-                    )  # fmt: skip
+                self._claims = None
+                if not closing.cancelled_caught:
+                    with trio.move_on_after(shared.last_words, shield=True):
+                        await flusher.write_all(flushes)
+                self.unwritten = flusher.unwritten()
+                if self._lease.is_lost:
+                    self._counts.flushed.dropped += len(self.unwritten)
 
     # Claiming
 
     def _wants_more(self) -> bool:
-        """Free runners, or a stock that has run down; never more in hand than flushes keep up with."""
-        if len(self._held) >= self._running + self._prefetch.size + self.worker.concurrency + _MAX_UNFLUSHED:
+        """Free runners, or a stock that has run down; never more in hand than flushes keep up with, and nothing while
+        one on its last life is about: what has been claimed would share its crash.
+        """
+        if (
+            self._starts.is_held
+            or len(self._held) >= self._running + self._prefetch.size + self.worker.concurrency + _MAX_UNFLUSHED
+        ):
             return False
         free = self.worker.concurrency - self._running
         return len(self._stock) < free or len(self._stock) * 2 < self._prefetch.size
 
     async def _claim_loop(self, link: Link) -> None:
         failures = 0
-        reconcile_at: list[float] = []
         while True:
             if not self._wants_more():
                 await self.reactor.lower()  # a saturated worker is not asleep
                 await self._wait_for_room()
                 continue
             try:
-                if reconcile_at and trio.current_time() >= reconcile_at[0]:
+                if self._reconcile_at and trio.current_time() >= self._reconcile_at[0]:
+                    del self._reconcile_at[0]
                     await self._reconcile(link)
-                    del reconcile_at[0]
                 drained, due_in = await self._claim(link)
                 failures = 0
                 if drained:
@@ -229,14 +363,20 @@ class Pipeline:
                     await self.reactor.lower()  # there is more than we can take: others need not wake us
             except Unavailable as error:
                 failures += 1
-                # The reply of a claim may be lost. The statement is over when its time limit is: look then once more.
-                now = trio.current_time()
-                reconcile_at = [now, now + 31.0]
+                self._note_lost_claim()
                 self._outages.warn("queue %r cannot be claimed from: %s", self.worker.queue, error)
                 await trio.sleep(backoff(failures, self._rng))
             except LeaseLost:
-                self._lease.cancel()
-                await trio.sleep_forever()
+                # Dead, or the server was restarted: the heartbeat finds out, and saves what can be saved.
+                failures += 1
+                self._lease.question()
+                await self._lease.until_answered()
+                await trio.sleep(backoff(failures, self._rng))
+
+    def _note_lost_claim(self) -> None:
+        """The reply of a claim may be lost. The statement is over when its time limit is: look then once more."""
+        now = trio.current_time()
+        self._reconcile_at[:] = [now, now + 31.0]
 
     async def _wait_for_room(self) -> None:
         """Until a runner takes from the stock. A stock that nobody takes from goes back, for others to run."""
@@ -253,14 +393,16 @@ class Pipeline:
         """Claim once. Returns whether the queue has no more for now, and when the next is due."""
         room = self.worker.concurrency - self._running + self._prefetch.size - len(self._stock)
         limit = max(1, min(room, self._max_claim))
-        call = self._calls.claim(self.worker.queue, self._owner, self._task_names, limit, self._queue_no)
         self.reactor.clear()
+        failpoint("claim.before")
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
-        answer: Claim | None = None
-        with trio.move_on_after(_CLAIM_TIMEOUT, shield=True):
-            answer = await link.attempt(call)
-        if answer is None:
-            raise Unavailable(f"no reply to a claim within {_CLAIM_TIMEOUT} s")
+        answer: Claim = await self._lease.attempt(
+            link,
+            lambda owner: self._calls.claim(self.worker.queue, owner, self._task_names, limit, self._queue_no),
+            timeout=_CLAIM_TIMEOUT,
+            shield=True,
+        )
+        failpoint("claim.answered")
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
@@ -273,9 +415,11 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         for item in claimed:
-            held = _Held(item, now)
+            held = Held(item, now)
             self._held[item.id] = held
             self._stock.append(held)
+        if self._requested:
+            self.cancel(self._requested)
         self._idle_runners.unpark(count=len(claimed))
         return len(claimed) < limit, None
 
@@ -312,12 +456,17 @@ class Pipeline:
 
     async def _reconcile(self, link: Link) -> None:
         """Give back what the database thinks we hold and we never heard of."""
-        known = list(self._held)
-        released = await link.attempt(self._calls.release_unknown(self._owner, self.worker.queue, known))
-        if released:
-            logger.info(
-                "queue %r: %d executions of a claim whose reply was lost were given back", self.worker.queue, released
+        queue = self.worker.queue
+        async with self._claiming:
+            released = await self._lease.attempt(
+                link, lambda owner: self._calls.release_unknown(owner, queue, list(self._held))
             )
+        if released:
+            logger.info("queue %r: %d executions of a claim whose reply was lost were given back", queue, released)
+
+    def _note_room(self) -> None:
+        if not self._room.is_set() and self._wants_more():
+            self._room.set()
 
     # Executing
 
@@ -325,18 +474,25 @@ class Pipeline:
         runner = trio.lowlevel.current_task()
         blank = runner.context
         while True:
-            if not self._stock:
+            if (
+                not self._stock
+                or self._is_stopping  # a claim that was in flight then goes back
+                or (self._starts.is_held and self._stock[0].suspected is None)
+            ):
                 self._note_idle()
-                if not self._room.is_set() and self._wants_more():
-                    self._room.set()
-                if self._is_stopping:
+                self._note_room()
+                if self._is_stopping and not self._stock:
                     return
                 await self._idle_runners.park()
                 continue
+            if not self._lease.is_held():
+                await trio.sleep_forever()  # the lease's scope ends us
             held = self._stock.popleft()
+            held.interruption = Interruption()
+            held.is_running = True
             outcome: Outcome | None = None
-            if not self._room.is_set() and self._wants_more():
-                self._room.set()
+            if not self._room.is_set():
+                self._note_room()
             now = trio.current_time()
             self._prefetch.note_start(now - held.received_at)
             self._counts.pickups.append(held.claimed.waited + now - held.received_at)
@@ -346,138 +502,71 @@ class Pipeline:
             self._running += 1
             try:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                outcome = await self._run_one(held, link)
+                failpoint("handler.before")
+                outcome = await self._run_one(held, link, held.interruption)
+                failpoint("handler.after")
             except BaseException:
-                # Not data: our own cancellation, or the user's Ctrl-C.
-                outcome = self._interrupted(held)
+                # Not data: the worker's own cancellation, or the user's Ctrl-C.
+                if not held.interruption.is_body_running:
+                    outcome = released(self._tasks[held.claimed.task], held.claimed)
                 raise
             finally:
                 self._running -= 1
-                if outcome is not None:
-                    self._note_outcome(outcome)
+                held.is_running = False
+                self._end(held, outcome)
 
-    def _interrupted(self, held: _Held) -> Outcome | None:
-        """What is given back after an interruption: a handler that has ended. A thread runs on, so its claim may only
-        lapse.
-        """
-        if not self._tasks[held.claimed.task].is_async:
-            self.has_abandoned = True
-            return None
-        return Outcome(held.claimed.id, held.claimed.claim_no, "released")
-
-    async def _run_one(self, held: _Held, link: Link) -> Outcome | None:
+    async def _run_one(self, held: Held, link: Link, interruption: Interruption) -> Outcome | None:
         claimed = held.claimed
-        outcome: Outcome | None = None
-        held.scope = scope = trio.CancelScope()
         task = self._tasks[claimed.task]
-        try:
-            with scope:
-                payload = claimed.payload
-                if payload is None:
-                    payload = await link.insist(self._calls.load_payload(claimed.id, claimed.claim_no, self._owner))
-                    if payload is None:  # no longer ours
-                        return Outcome(claimed.id, claimed.claim_no, "released")
-                ctx = Context(
-                    claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._resources
+        ctx = Context(
+            claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._shared.resources
+        )
+        payload = partial(self._load, link, claimed) if claimed.payload is None else claimed.payload
+        return await attempt(task, claimed, payload, ctx, self._limiter, self._rng, interruption, held.received_at)
+
+    async def _load(self, link: Link, claimed: Claimed) -> str | None:
+        """A large payload, when it is needed; None if the claim is not ours any more."""
+        failures = 0
+        while True:
+            try:
+                return await self._lease.attempt(
+                    link, lambda owner: self._calls.load_payload(claimed.id, claimed.claim_no, owner)
                 )
-                outcome = await attempt(task, claimed, payload, ctx, self._limiter, self._rng)
-        except BaseExceptionGroup as group:
-            if not scope.cancel_called or group.subgroup(KeyboardInterrupt) is not None:
-                raise
-            logger.warning("execution %s of task %r raised when interrupted", claimed.id, task.name, exc_info=group)
-        finally:
-            held.scope = None
-        if scope.cancel_called and (outcome is None or outcome.kind != "completed"):
-            # An unwinding that the engine began is no failure of the handler, whatever it raised on the way.
-            return self._interrupted(held)
-        assert outcome is not None
-        return outcome
+            except LeaseLost:
+                await trio.sleep_forever()  # the lease's scope ends us
+            except (Unavailable, SchemaMissing) as error:
+                failures += 1
+                self._outages.warn("%s; trying again", error)
+            await trio.sleep(backoff(failures, self._rng))
 
-    # Flushing
+    def _end(self, held: Held, outcome: Outcome | None) -> None:
+        if not held.is_ours:
+            self._counts.flushed.dropped += 1
+        elif outcome is not None:
+            self._flusher.note(outcome)
+        else:  # a thread runs on
+            self.has_abandoned = True
+        if held.suspected is not None:
+            held.suspected.set()
 
-    def _note_outcome(self, outcome: Outcome) -> None:
-        if not self._outcomes:
-            self._oldest_outcome_at = trio.current_time()
-        self._outcomes.append(outcome)
-        if len(self._outcomes) == 1 or len(self._outcomes) >= self._max_flush:
-            self._flush_wanted.set()
-
-    def _note_idle(self) -> None:
-        """A runner found nothing to do: what has ended need not wait for company."""
-        if self._outcomes and self._running == 0:
-            self._flush_wanted.set()
+    def _end_unstarted(self, held: Held, *, is_cancelled: bool = False) -> None:
+        if held.is_ours:
+            claimed = held.claimed
+            task = self._tasks[claimed.task]
+            self._flusher.note(cancelled(task, claimed) if is_cancelled else released(task, claimed))
+        if held.suspected is not None:
+            held.suspected.set()
 
     def _give_back_stock(self) -> None:
         """What was claimed and has not begun goes back, at no cost to it."""
-        while self._stock:
-            claimed = self._stock.popleft().claimed
-            self._note_outcome(Outcome(claimed.id, claimed.claim_no, "released"))
+        if self._stock:
+            while self._stock:
+                held = self._stock.popleft()
+                if not self._lease.is_lost:
+                    self._end_unstarted(held)
+            failpoint("stock.given_back")
 
-    async def _flush_loop(self, link: Link) -> None:
-        while True:
-            self._flush_wanted = trio.Event()
-            if not self._outcomes:
-                if self._is_closed:
-                    return
-                await self._flush_wanted.wait()
-            # By size, by age, or at once when nothing else is running that could join.
-            elif (
-                len(self._outcomes) < self._max_flush
-                and (self._running or self._stock)
-                and not self._is_closed
-                and (age := trio.current_time() - self._oldest_outcome_at) < self.worker.flush_interval
-            ):
-                with trio.move_on_after(self.worker.flush_interval - age):
-                    await self._flush_wanted.wait()
-            else:
-                await self._flush(link, self._outcomes[: self._max_flush])
-
-    async def _flush(self, link: Link, batch: list[Outcome]) -> None:
-        """Write a batch and forget it. Sent again until the database has answered; if it cannot store one, the others
-        do not suffer.
-        """
-        try:
-            refused = await link.insist(self._calls.flush(self._owner, batch))
-        except Unstorable as error:
-            if len(batch) == 1:
-                await self._flush_unstorable(link, batch[0], error)
-            else:
-                half = len(batch) // 2
-                await self._flush(link, batch[:half])
-                await self._flush(link, batch[half:])
-            return
-        self._forget(batch)
-        self._counts.flushes += 1
-        counts = self._counts.outcomes
-        for outcome in batch:
-            if refused and refused.get(outcome.id) == "fenced":
-                self._counts.fenced += 1
-            else:
-                counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
-
-    async def _flush_unstorable(self, link: Link, outcome: Outcome, error: Unstorable) -> None:
-        held = self._held.get(outcome.id)
-        if held is None or (outcome.result is None and outcome.error is None):
-            raise error
-        task = self._tasks[held.claimed.task]
-        logger.warning("the outcome of execution %s of task %r cannot be stored: %s", outcome.id, task.name, error)
-        replacement = failed(task, held.claimed, error)
-        self._outcomes[self._outcomes.index(outcome)] = replacement
-        await self._flush(link, [replacement])
-
-    def _forget(self, batch: list[Outcome]) -> None:
-        if self._outcomes[: len(batch)] == batch:
-            del self._outcomes[: len(batch)]
-        else:
-            done = {outcome.id for outcome in batch}
-            self._outcomes = [outcome for outcome in self._outcomes if outcome.id not in done]
-        for outcome in batch:
-            self._held.pop(outcome.id, None)
-        self._oldest_outcome_at = trio.current_time()
-        if not self._room.is_set() and self._wants_more():
-            self._room.set()
-
-    async def _last_flush(self, link: Link) -> None:
-        """After an interruption: once, what has ended. The rest is left to its lease."""
-        while self._outcomes:
-            await self._flush(link, self._outcomes[: self._max_flush])
+    def _note_idle(self) -> None:
+        """A runner found nothing to do: what has ended need not wait for company."""
+        if self._running == 0:
+            self._flusher.hurry()

@@ -1,0 +1,264 @@
+"""Writes outcomes: by size or age, in one statement that is all or nothing per row, until the database has answered.
+
+Owns what its worker holds: every claim is in `held` from the claim's reply until the database has answered a flush of
+its outcome, or it is no longer ours. Every write carries the owner's id and the claim's number, so sending it twice is
+harmless, and one that comes late does nothing.
+
+What the database says of a row that it did not write now: "already" is our own earlier flush, whose reply was lost.
+"fenced": the claim was no longer ours, and the outcome comes to nothing. "gone": no trace of the execution; if an
+earlier sending of this outcome was not answered it was written, and its row not kept; otherwise it was taken over,
+ended and deleted, which is fenced too.
+
+A succession (`lease.py`) sorts the outcomes: those of claims that were handed over are sent under the new id, the
+others once more under the old one, only to learn whether they had been written.
+
+Cancellation: `run` and `write` leave what was not answered in `outcomes`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import trio
+
+from ..db.calls import Calls
+from ..db.link import Link, OutageLog, backoff
+from ..errors import LeaseLost, SchemaMissing, Unavailable, Unstorable
+from ..failpoints import failpoint
+from ..model import Claimed, Outcome
+from ..tasks import Task
+from .execution import Interruption, failed
+from .lease import Lease
+
+logger = logging.getLogger("pgconductor.worker")
+
+MAX_FLUSH = 1000
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A claimed execution. `received_at`: Trio's time at which it came, for how long it waited here.
+
+    `interruption` is there from its start on; `is_running` until its handler has ended. `is_ours` ends if it was not
+    handed over in a succession. `suspected` is there if it is on its last life, and set when it has ended.
+    """
+
+    claimed: Claimed
+    received_at: float
+    interruption: Interruption | None = None
+    is_running: bool = False
+    suspected: trio.Event | None = None
+    is_ours: bool = True
+
+
+@dataclass(slots=True)
+class FlushCounts:
+    """`fenced` were refused, `dropped` not sent, because the claim was no longer ours."""
+
+    flushes: int = 0
+    fenced: int = 0
+    dropped: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict[str, int])
+
+
+class Flusher:
+    """See the module's description. Made by a worker's pipeline."""
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task[..., Any]],
+        lease: Lease,
+        calls: Calls,
+        outages: OutageLog,
+        rng: random.Random,
+        counts: FlushCounts,
+        *,
+        interval: float,
+        batch: int | None,
+        may_grow: Callable[[], bool],
+        written: Callable[[], None],
+    ) -> None:
+        """`interval`: seconds that an outcome may wait for others. `may_grow`: whether others may come soon. `written`
+        is called when a flush was answered.
+        """
+        self.held: dict[UUID, Held] = {}
+        self.outcomes: list[Outcome] = []
+        self._tasks = tasks
+        self._lease = lease
+        self._calls = calls
+        self._outages = outages
+        self._rng = rng
+        self._counts = counts
+        self._interval = interval
+        self._max_batch = batch or MAX_FLUSH
+        self._may_grow = may_grow
+        self._written = written
+        self._strays: list[tuple[UUID, list[Outcome]]] = []  # of claims not handed over, by former owners
+        self._in_doubt: set[UUID] = set()  # sent, not answered
+        self._replaced: set[UUID] = set()  # by the failure to store them
+        self._given_up: list[UUID] = []
+        self._size = self._max_batch  # of the next batch: less while one is looked for that cannot be stored
+        self._failures = 0
+        self._oldest_at = 0.0
+        self._wanted = trio.Event()
+        self._emptied = trio.Event()
+        self._is_awaited = False
+        self._is_closed = False
+
+    def note(self, outcome: Outcome) -> None:
+        """To be written, with others if there are any soon."""
+        if not self.outcomes:
+            self._oldest_at = trio.current_time()
+        self.outcomes.append(outcome)
+        failpoint("outcome.noted")
+        if len(self.outcomes) == 1 or len(self.outcomes) >= self._max_batch:
+            self._wanted.set()
+
+    def hurry(self) -> None:
+        """Look again whether what has ended need wait for company."""
+        if self.outcomes:
+            self._wanted.set()
+
+    def close(self) -> None:
+        """No more outcomes will come: `run` ends when all are written."""
+        self._is_closed = True
+        self._wanted.set()
+
+    async def until_empty(self) -> None:
+        """Until no outcome waits to be written; none waits for company meanwhile."""
+        if self.outcomes:
+            self._is_awaited = True
+            self._emptied = trio.Event()
+            self._wanted.set()
+            await self._emptied.wait()
+
+    def succeed(self, former: UUID, handed_over: frozenset[UUID]) -> None:
+        """The owner has changed, and these claims with it. Nothing is in flight."""
+        stray = [outcome for outcome in self.outcomes if outcome.id not in handed_over]
+        if stray:
+            self._strays.append((former, stray))
+            self.outcomes = [outcome for outcome in self.outcomes if outcome.id in handed_over]
+            self._wanted.set()
+
+    def unwritten(self) -> list[UUID]:
+        """Executions whose outcomes have not been written, as far as we know."""
+        strays = [outcome.id for _, stray in self._strays for outcome in stray]
+        return [*self._given_up, *strays, *(outcome.id for outcome in self.outcomes)]
+
+    async def run(self, link: Link) -> None:
+        """Write until closed and all is written."""
+        while True:
+            self._wanted = trio.Event()
+            if self._strays:
+                await self._or_end(self._ask(link))
+            elif not self.outcomes:
+                self._is_awaited = False
+                self._emptied.set()
+                if self._is_closed:
+                    return
+                await self._wanted.wait()
+            # By size, by age, or at once when nothing else is running that could join.
+            elif (
+                len(self.outcomes) < self._size
+                and not self._is_closed
+                and not self._is_awaited
+                and self._may_grow()
+                and (age := trio.current_time() - self._oldest_at) < self._interval
+            ):
+                with trio.move_on_after(self._interval - age):
+                    await self._wanted.wait()
+            else:
+                await self._or_end(self._write(link))
+
+    async def _or_end(self, sending: Awaitable[None]) -> None:
+        try:
+            await sending
+        except LeaseLost:
+            await trio.sleep_forever()  # the lease's scope ends us
+
+    async def write_all(self, link: Link) -> None:
+        """After an interruption of `run`: what has ended. To be bounded by the caller; ends when the lease does."""
+        try:
+            while self.outcomes:
+                await self._write(link)
+        except LeaseLost:
+            return
+
+    async def _write(self, link: Link) -> None:
+        """Send the oldest outcomes once, and forget those that the database has answered for."""
+        batch = self.outcomes[: self._size]
+        refused = await self._send(link, batch, None)
+        if refused is None:
+            return
+        # Whoever came meanwhile is behind them.
+        del self.outcomes[: len(batch)]
+        for outcome in batch:
+            self.held.pop(outcome.id, None)
+        self._size = min(2 * self._size, self._max_batch)
+        self._oldest_at = trio.current_time()
+        self._counts.flushes += 1
+        self._count(batch, refused)
+        self._written()
+
+    async def _ask(self, link: Link) -> None:
+        """Were outcomes of claims that were not handed over written, before the succession?"""
+        former, stray = self._strays[0]
+        # Their rows are not ours: nothing is written. Nor must a value that cannot be stored be in the way.
+        refused = await self._send(link, [o._replace(result=None, error=None) for o in stray], former)
+        if refused is not None:
+            del self._strays[0]
+            self._count(stray, refused)
+
+    async def _send(self, link: Link, batch: list[Outcome], former: UUID | None) -> dict[UUID, str] | None:
+        """Send once; return what the database did not write now, and None if it has to be sent again."""
+        failpoint("flush.before")
+        try:
+            refused = await self._lease.attempt(link, lambda owner: self._calls.flush(former or owner, batch))
+        except Unstorable as error:
+            if len(batch) > 1:
+                self._size = len(batch) // 2
+            else:
+                self._replace_unstorable(batch[0], error)
+            return None
+        except (Unavailable, SchemaMissing) as error:
+            # A missing schema: a server that is being restored or migrated; not the caller's fault, nor for ever.
+            self._in_doubt.update(outcome.id for outcome in batch)
+            self._failures += 1
+            self._outages.warn("%s; trying again", error)
+            await trio.sleep(backoff(self._failures, self._rng))
+            return None
+        failpoint("flush.answered")
+        self._failures = 0
+        return refused
+
+    def _count(self, batch: list[Outcome], refused: Mapping[UUID, str]) -> None:
+        counts = self._counts.outcomes
+        for outcome in batch:
+            status = refused.get(outcome.id) if refused else None
+            if status == "fenced" or (status == "gone" and outcome.id not in self._in_doubt):
+                self._counts.fenced += 1
+            else:
+                counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
+        for settled in (self._in_doubt, self._replaced):
+            if settled:
+                settled.difference_update(outcome.id for outcome in batch)
+
+    def _replace_unstorable(self, outcome: Outcome, error: Unstorable) -> None:
+        """One that the database cannot store fails its execution, with the reason. If not even that can be stored,
+        it is nothing that this process could mend: the claim is kept, for another to try when it has lapsed.
+        """
+        held = self.held[outcome.id]
+        task = self._tasks[held.claimed.task]
+        if outcome.id in self._replaced:
+            logger.error("execution %s of task %r cannot even be failed, and stays: %s", outcome.id, task.name, error)
+            del self.outcomes[0]
+            self._given_up.append(outcome.id)
+            return
+        logger.warning("the outcome of execution %s of task %r cannot be stored: %s", outcome.id, task.name, error)
+        self._replaced.add(outcome.id)
+        self.outcomes[0] = failed(task, held.claimed, error)

@@ -1,0 +1,495 @@
+"""The planted bugs: each takes one guard away, and names the tests that must notice.
+
+A bug is a textual change of one file: `old` stands in it exactly `times` times (once unless said), and each is replaced
+by `new`. `caught_by`: what pytest is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """`guard` says in words what was taken away."""
+
+    name: str
+    guard: str
+    file: str
+    old: str
+    new: str
+    caught_by: tuple[str, ...]
+    times: int = 1
+
+
+_PARTITIONS = "sql/functions/09_partitions.sql"
+_FLEET = "sql/functions/07_fleet.sql"
+_CANCEL = "sql/functions/10_cancel.sql"
+_WAKE = "sql/functions/02_wake.sql"
+_INVOKE = "sql/functions/03_invoke.sql"
+_CLAIM = "sql/functions/05_claim.sql"
+_RETENTION = "sql/functions/11_retention.sql"
+_DEAD = "sql/functions/12_dead_letters.sql"
+_LEASE = "src/pgconductor/runtime/lease.py"
+_FLUSHER = "src/pgconductor/runtime/flusher.py"
+_WORKER = "src/pgconductor/runtime/worker.py"
+_LISTENER = "src/pgconductor/runtime/listener.py"
+_SUSPECTS = "src/pgconductor/runtime/suspects.py"
+_LINK = "src/pgconductor/db/link.py"
+
+_TOKEN = "(e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')"
+_LOOK_AGAIN = "where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')"
+
+BUGS = (
+    Bug(
+        "flush-without-claim-no",
+        "a flush tests the number of the claim",
+        _PARTITIONS,
+        _TOKEN,
+        "(e.id, e.owner, e.state) is not distinct from (o.id, p_owner, 'running')",
+        ("tests/sql/test_flush.py",),
+        times=2,
+    ),
+    Bug(
+        "flush-without-owner",
+        "a flush tests the owner of the claim",
+        _PARTITIONS,
+        _TOKEN,
+        "(e.id, e.claim_no, e.state) is not distinct from (o.id, o.claim_no, 'running')",
+        ("tests/sql/test_flush.py",),
+        times=2,
+    ),
+    Bug(
+        "retry-without-state",
+        "a retry tests that its execution is still running, so that it cannot revive what was given back",
+        _PARTITIONS,
+        "owner = null, claimed_at = null, outcome = o.outcome",
+        "claimed_at = null, outcome = o.outcome",
+        ("tests/sql/test_flush.py",),
+    ),
+    Bug(
+        "flush-gives-up-at-a-changed-row",
+        "a flush that meets a row which somebody changed and left to its owner looks again",
+        _PARTITIONS,
+        _LOOK_AGAIN,
+        "where false and (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')",
+        ("tests/sql/test_flush.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "flush-locks-in-the-order-given",
+        "a flush locks its rows in the order of their ids",
+        _PARTITIONS,
+        "offset 0) row\n                order by o.id\n            ), slots",
+        "offset 0) row\n            ), slots",
+        ("tests/sql/test_flush.py",),
+    ),
+    Bug(
+        "retry-of-a-cancelled-one",
+        "a requested cancellation ends an execution that would have been tried again",
+        _PARTITIONS,
+        "or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))",
+        "or false)",
+        ("tests/sql/test_cancel.py", "tests/sql/test_flush.py"),
+    ),
+    Bug(
+        "key-kept-after-the-end",
+        "the end of an execution frees its dedupe key",
+        _PARTITIONS,
+        "where g.dedupe_key is not null and d.queue",
+        "where false and g.dedupe_key is not null and d.queue",
+        ("tests/sql/test_dedupe.py",),
+    ),
+    Bug(
+        "key-of-another-freed",
+        "the end of an execution frees only the key that is its own",
+        _PARTITIONS,
+        "and d.key = g.dedupe_key and d.execution_id = g.id",
+        "and d.key = g.dedupe_key",
+        ("tests/sql/test_flush.py", "tests/sql/test_dedupe.py"),
+    ),
+    Bug(
+        "crash-charged-to-the-attempts",
+        "a crash is not charged to the attempts",
+        _PARTITIONS,
+        "attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end",
+        "attempt = e.attempt - case when o.outcome in ('retried', 'recovered') then 0 else 1 end",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "claim-without-k",
+        "a claim holds K, so that a worker going to sleep knows that rows are hidden",
+        _PARTITIONS,
+        "    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));\n"
+        "    perform set_config('synchronous_commit', 'off', true);",
+        "    perform set_config('synchronous_commit', 'off', true);",
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+    ),
+    Bug(
+        "claim-by-anybody",
+        "only a living, registered orchestrator may claim",
+        _PARTITIONS,
+        "    perform @schema@._private_require_alive(p_owner, v_now);\n\n    -- Not min()",
+        "    -- Not min()",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "claim-of-any-task",
+        "a claim takes only tasks that its program has",
+        _PARTITIONS,
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "suspects-beside-innocents",
+        "an execution on its last life is not claimed beside others",
+        _PARTITIONS,
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
+        "select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)",
+        ("tests/sql/test_lives.py",),
+    ),
+    Bug(
+        "claim-waits-for-rivals",
+        "a claim skips what another claim has locked",
+        _PARTITIONS,
+        "order by priority desc, run_at, id limit p_limit for update skip locked\n        ), claimed as (",
+        "order by priority desc, run_at, id limit p_limit for update\n        ), claimed as (",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "heartbeat-is-an-upsert",
+        "a heartbeat never revives the dead",
+        _FLEET,
+        "where id = p_id and died_at is null and expires_at > v_now and server_epoch",
+        "where id = p_id and server_epoch",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "heartbeat-outlives-the-server",
+        "after a restart of the server an orchestrator's claims may be lost, so its id is used no more",
+        _FLEET,
+        "and expires_at > v_now and server_epoch = @schema@._private_server_epoch();",
+        "and expires_at > v_now;",
+        ("tests/faults/test_guards.py",),
+    ),
+    Bug(
+        "recovery-from-the-orchestrators",
+        "recovery starts from the executions, so that it finds those of owners nobody knows any more",
+        _FLEET,
+        "where w.owner is not null and (o.id is null or o.died_at is not null)",
+        "where w.owner is not null and o.died_at is not null",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "recovery-of-the-living",
+        "recovery leaves the executions of living orchestrators alone",
+        _FLEET,
+        "where o.died_at is null and case\n            when o.expires_at <= v_now then true",
+        "where o.died_at is null and case\n            when true then true",
+        ("tests/sql/test_fleet.py",),
+    ),
+    Bug(
+        "crash-loop-goes-on",
+        "an execution that brought down three processes is failed",
+        _FLEET,
+        "case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'",
+        "case when crashes + $4 >= 300 and cancel_requested_at is null then 'failed'",
+        ("tests/sql/test_fleet.py", "tests/sql/test_lives.py"),
+    ),
+    Bug(
+        "recovery-of-locked-rows",
+        "recovery skips rows that their owner is writing",
+        _FLEET,
+        "where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x",
+        "where state = 'running' and owner = $1 and queue = $2 limit $3 for update) x",
+        ("tests/sql/test_fleet.py", "tests/sql/test_pairs.py"),
+    ),
+    Bug(
+        "early-rescue-of-a-living-session",
+        "an orchestrator is rescued before its lease only when its session is gone",
+        _FLEET,
+        "when o.has_session and o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
+        "when o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
+        ("tests/sql/test_lives.py", "tests/sql/test_fleet.py"),
+    ),
+    Bug(
+        "succession-takes-any-claim",
+        "after a restart only claims that are still there are handed over",
+        _FLEET,
+        "where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'",
+        "where e.owner = $1 and e.state = 'running'",
+        ("tests/faults/test_guards.py",),
+    ),
+    Bug(
+        "cancel-without-lock",
+        "cancelling waits for a claim in flight of the same rows, and sees what it did",
+        _CANCEL,
+        "where id = any ($1) order by id for update) x",
+        "where id = any ($1) order by id) x",
+        ("tests/faults/test_guards.py", "tests/sql/test_cancel.py"),
+    ),
+    Bug(
+        "cancel-locks-in-another-order",
+        "cancelling locks rows in the order of their ids, as a flush does",
+        _CANCEL,
+        "where id = any ($1) order by id for update) x",
+        "where id = any ($1) order by id desc for update) x",
+        ("tests/faults/test_guards.py",),
+    ),
+    Bug(
+        "first-reason-overwritten",
+        "whoever cancels a second time does not change the reason",
+        _CANCEL,
+        "where id = any ($1) and state = 'running' and cancel_requested_at is null",
+        "where id = any ($1) and state = 'running'",
+        ("tests/sql/test_cancel.py",),
+    ),
+    Bug(
+        "cancelled-one-not-told",
+        "the owner of a running execution is told of its cancellation at once",
+        _CANCEL,
+        "perform @schema@._private_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;",
+        "",
+        ("tests/sql/test_cancel.py",),
+    ),
+    Bug(
+        "insert-without-k",
+        "an insert raises K before it looks whether anybody sleeps",
+        _WAKE,
+        "if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
+        "            then @schema@._private_nobody_sleeps(p_queue) else false end) then",
+        "if @schema@._private_nobody_sleeps(p_queue) then",
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+    ),
+    Bug(
+        "notify-into-a-full-queue",
+        "no NOTIFY where it would fail at commit and take its transaction with it",
+        _WAKE,
+        "if pg_notification_queue_usage() < 0.9 then",
+        "if true then",
+        ("tests/faults/test_limits_of_the_server.py",),
+    ),
+    Bug(
+        "invoke-acknowledged-too-early",
+        "an invoke commits durably, whatever the default is",
+        _INVOKE,
+        "perform set_config('synchronous_commit', 'on', true);",
+        "perform 1;",
+        ("tests/faults/test_server.py",),
+    ),
+    Bug(
+        "slot-emptied-unchecked",
+        "a slot whose bound was lowered once is looked into before it is emptied",
+        _RETENTION,
+        "v_slot.no, v_slot.must_check, v_now",
+        "v_slot.no, false, v_now",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "slot-emptied-early",
+        "a slot is emptied when its bound has passed",
+        _RETENTION,
+        "s.expires_upto < v_now and isfinite",
+        "s.expires_upto < v_now + interval '1 h' and isfinite",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-by-many",
+        "one session at a time maintains",
+        _RETENTION,
+        "lock_held := pg_try_advisory_xact_lock(@schema@._private_key_maintenance());",
+        "lock_held := true;",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "far-slot-for-ever",
+        "the far slot is closed, and emptied sometime",
+        _RETENTION,
+        "elsif v_spare is not null and",
+        "elsif false and v_spare is not null and",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-waits-for-readers",
+        "maintenance waits for a reader a tenth of a second at most",
+        _RETENTION,
+        "    set lock_timeout = '100ms'\n",
+        "",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "slot-with-earlier-bound",
+        "a flush takes a slot that is emptied after the row's expiry",
+        _RETENTION,
+        "expires_upto >= p_now + make_interval(secs => p_keep)",
+        "expires_upto >= p_now + make_interval(secs => p_keep * 0.9)",
+        ("tests/sql/test_retention.py",),
+    ),
+    Bug(
+        "maintenance-takes-what-is-retried",
+        "maintenance skips rows that a retry has locked",
+        _RETENTION,
+        "limit $1 for update skip locked",
+        "limit $1",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-keeps-the-dead-row",
+        "a retry removes the finished row in the same statement",
+        _DEAD,
+        "with gone as (\n        delete from @schema@._private_finished f where f.id = any (v_free) returning *",
+        "with gone as (\n        select * from @schema@._private_finished f where f.id = any (v_free)",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-makes-a-twin",
+        "a retry leaves alone what a live execution's key keeps dead",
+        _DEAD,
+        "f.id <> all (v_held) and",
+        "",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-keeps-the-key-of-the-gone",
+        "a retry that finds its row gone gives the key back",
+        _DEAD,
+        "delete from @schema@._private_dedupe_keys d where d.execution_id",
+        "delete from @schema@._private_dedupe_keys d where false and d.execution_id",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-reuses-claim-numbers",
+        "a retried execution counts its claims on",
+        _DEAD,
+        "            g.claim_no, g.state::text, g.claim_no, v_now",
+        "            0, g.state::text, 0, v_now",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-drops-steps",
+        "a retried execution has its steps again",
+        _DEAD,
+        "lateral jsonb_to_recordset(g.steps)",
+        "lateral jsonb_to_recordset('[]')",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "pages-by-time-only",
+        "pages of dead letters go on behind the last id of an instant",
+        _DEAD,
+        "(f.finished_at, f.id) < (",
+        "(f.finished_at, null::uuid) < (",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "retry-by-filter-stops-at-the-held",
+        "a filter passes over those whose key is taken",
+        _DEAD,
+        "f.dedupe_key is null or not exists",
+        "true or not exists",
+        ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "trust-beyond-the-lease",
+        "a lease is relied on for less than others wait",
+        _LEASE,
+        "return lease - min(1.5, 0.2 * lease)",
+        "return lease + min(1.5, 0.2 * lease)",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "statement-after-the-lease",
+        "nothing is sent under an id whose lease is over",
+        _LEASE,
+        '        if not self.is_held():\n            raise LeaseLost("the lease is over")\n',
+        "",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "clock-looked-at-once",
+        "the lease's clock is looked at often, since Trio's stands still while the machine is suspended",
+        _LEASE,
+        "await trio.sleep(min(longest, self._ends_at - self.clock()))",
+        "await trio.sleep(self._ends_at - self.clock())",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "hand-over-without-waiting",
+        "a new id is taken only when no call under the old one is in flight",
+        _LEASE,
+        "            if self._inside:\n                self._is_empty = trio.Event()",
+        "            if False:\n                self._is_empty = trio.Event()",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "outcome-forgotten-before-the-answer",
+        "an outcome is kept until the database has answered for it",
+        _FLUSHER,
+        "        if refused is None:\n            return\n        # Whoever",
+        "        refused = refused or {}\n        # Whoever",
+        ("tests/faults/test_ambiguous.py",),
+    ),
+    Bug(
+        "lost-claim-forgotten",
+        "after a claim whose reply was lost, what we do not know of is given back",
+        _WORKER,
+        "self._reconcile_at[:] = [now, now + 31.0]",
+        "self._reconcile_at[:] = [now + 3100.0]",
+        ("tests/faults/test_ambiguous.py",),
+    ),
+    Bug(
+        "stock-kept-at-a-stop",
+        "what was claimed and has not begun goes back at once",
+        _WORKER,
+        "                                self._is_stopping = True\n                                self._give_back_stock()",
+        "                                self._is_stopping = False",
+        ("tests/faults/test_processes.py::test_terminated_process_gives_back_what_it_has_not_begun",),
+    ),
+    Bug(
+        "suspect-beside-innocents",
+        "while an execution on its last life runs, nothing else begins in the process",
+        _SUSPECTS,
+        "self._starts.is_held = True",
+        "self._starts.is_held = False",
+        ("tests/faults/test_poison.py", "tests/runtime"),
+    ),
+    Bug(
+        "listen-after-the-sweep",
+        "after a reconnect: LISTEN first, then one look",
+        _LISTENER,
+        "        await self._listen_to(*self._channels, self._probe_channel)\n"
+        "        # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.\n"
+        "        self._is_up = True\n"
+        "        for subscriber in self._subscribers.values():\n"
+        "            await subscriber.on_listening()\n",
+        "        self._is_up = True\n"
+        "        for subscriber in self._subscribers.values():\n"
+        "            await subscriber.on_listening()\n"
+        "        await self._listen_to(*self._channels, self._probe_channel)\n",
+        ("tests/runtime/test_listener.py",),
+    ),
+    Bug(
+        "administrators-isolation",
+        "the engine's transactions are READ COMMITTED whatever the default is",
+        _LINK,
+        '    "default_transaction_isolation": "read committed",\n',
+        "",
+        ("tests/faults/test_settings.py",),
+    ),
+    Bug(
+        "administrators-time-limits",
+        "the engine's sessions have time limits of their own",
+        _LINK,
+        '    "idle_session_timeout": "0",\n',
+        "",
+        ("tests/faults/test_settings.py", "tests/runtime/test_orchestrator.py"),
+    ),
+    Bug(
+        "outage-is-an-error",
+        "a server without room is waited for",
+        _LINK,
+        '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
+        '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
+        ("tests/faults/test_limits_of_the_server.py",),
+    ),
+)
