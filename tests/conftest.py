@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--stateful-examples", type=int, default=None, help="random examples of the stateful test (default: few, fixed)"
     )
+    group.addoption("--failovers", type=int, default=1, help="failovers of each kind in tests/failover (default 1)")
     group.addoption(
         "--faults",
         choices=["few", "full"],
@@ -40,4 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--failpoints",
         default="sample",
         help='which kills at failpoints: "sample" (default), "all", or a text that the test\'s name holds',
+    )
+    group.addoption(
+        "--through-pgbouncer",
+        action="store_true",
+        help="lead the tests of tests/runtime through a pgbouncer in transaction mode (or PGCONDUCTOR_TEST_POOLER=1)",
     )

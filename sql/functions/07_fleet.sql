@@ -147,10 +147,10 @@ end $$;
 
 -- Give back what running executions of dead or unknown owners hold on one queue, at most p_limit per partition and owner
 -- (T10); fail those that have now brought down three claims (T10'); end those whose cancellation was requested (T12). A
--- crash is charged, the attempt is not; nor the crash if the server was restarted since the owner registered, because then
--- it may have lost its lease without dying. Dead is whose lease has ended, or who misses two heartbeats and whose session is
--- gone. Locks: orchestrators, then executions, skipping those another holds. Dead orchestrators stay as tombstones for a
--- day.
+-- crash is charged, the attempt is not. If the server was restarted since the owner registered, it may have lost its lease
+-- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two
+-- heartbeats and whose session is gone. Locks: orchestrators, then executions, skipping those another holds. Dead
+-- orchestrators stay as tombstones for a day.
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
     returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
@@ -206,7 +206,8 @@ begin
         loop
             execute format($sql$
                 select array_agg(id), array_agg(claim_no),
-                    array_agg(case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed' else 'recovered' end),
+                    array_agg(case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'
+                        when $4 = 0 then 'released' else 'recovered' end),
                     array_agg(@schema@._private_keep_failed(task)), count(*) filter (where cancel_requested_at is not null)
                 from (
                     select id, claim_no, crashes, task, cancel_requested_at from @schema@.%1$I

@@ -16,16 +16,22 @@ create or replace view @schema@.executions as
     from @schema@._private_finished f;
 
 -- How the given executions ended; those that are live, or of which nothing is kept, are left out. result is JSON
--- text, error the last one.
+-- text, error the last one. Looks into the index of each slot of expiry, by a plan that is kept: to plan 42 slots anew takes
+-- 0.6 ms, to look into them 0.1.
 create or replace function @schema@.results(p_ids uuid[])
     returns table (id uuid, state text, result text, error jsonb, reason text)
-    language sql stable
+    language plpgsql stable
     set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
 as $$
+#variable_conflict use_column
+begin
+    return query
     select distinct on (f.id) f.id, f.state::text, f.result::text, f.errors -> -1, f.cancel_reason
     from @schema@._private_finished f where f.id = any (p_ids)
-    order by f.id, f.generation desc
-$$;
+    order by f.id, f.generation desc;
+end $$;
 
 -- Where the given executions stand: state "unknown" for those of which no row is there. live_workers counts the
 -- workers of living orchestrators that serve the queue and have the task.

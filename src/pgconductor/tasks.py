@@ -484,7 +484,7 @@ def checked_tags(tags: object) -> tuple[str, ...]:
     if tags is None:
         return ()
     if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
-        raise InvalidOption(f"tags must be several texts, such as ['a', 'b'], not {type(tags).__name__}")
+        raise InvalidOption(f"tags must be several texts, such as tags=['x'], not {type(tags).__name__}")
     given: list[str] = []
     for tag in cast("Iterable[object]", tags):
         if len(given) == MAX_TAGS:

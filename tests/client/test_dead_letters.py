@@ -240,15 +240,18 @@ async def test_options_reach_the_row_from_every_producer(pgconductor_dsn: str) -
 
     late = datetime.now(UTC) + timedelta(hours=1)
     options: dict[str, Any] = {"timeout": 5, "max_attempts": 7, "tags": ["a", "b"]}
+    hourly = pay.options(timeout=5, max_attempts=7, tags=["a", "b"], deadline=late)
+    endless = pay.options(timeout=5, max_attempts=7, tags=["a", "b"])
+    soon = pay.options(timeout=5, max_attempts=7, tags=["a", "b"], deadline=3600.0)
     async with conductor:
         await conductor.invoke("pay", {"n": 1}, **options, deadline=late)
-        await pay.options(**options, deadline=late).invoke(n=1)
-        await pay.invoke_many([pay.options(**options, deadline=late).bind(n=1), pay.options(**options).bind(n=1)])
+        await hourly.invoke(n=1)
+        await pay.invoke_many([hourly.bind(n=1), endless.bind(n=1)])
     with conductor.sync() as client, psycopg.connect(pgconductor_dsn) as conn:
         client.invoke("pay", {"n": 1}, **options, deadline=timedelta(hours=1))
-        client.invoke(pay.options(**options, deadline=3600.0), n=1)
+        client.invoke(soon, n=1)
         client.invoke("pay", {"n": 1}, **options, deadline=late, conn=conn)
-        pay.options(**options, deadline=late, conn=conn).invoke(n=1)
+        pay.options(timeout=5, max_attempts=7, tags=["a", "b"], deadline=late, conn=conn).invoke(n=1)
     query = (
         "select extract(epoch from timeout)::int, max_attempts, tags,"
         " round(extract(epoch from deadline_at - now()) / 60)::int, count(*)"

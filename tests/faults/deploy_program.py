@@ -16,7 +16,7 @@ from pgconductor import Conductor, Orchestrator
 
 
 def main(dsn: str, journal: str, name: str, lease: str) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     conductor = Conductor(dsn)
 

@@ -1,11 +1,13 @@
 """A worker process that tests kill, stop and continue: `python program.py DSN JOURNAL OPTIONS` (JSON).
 
 Its handlers write to the journal, a file that all processes of a test append to and that outlives them: one JSON object
-a line, with the event, the execution's number, the process, and the time on the machine's monotonic clock.
+a line, with the event, the execution's number, the process, and the time on the machine's monotonic clock. At its end
+a process writes how many of its outcomes were `fenced` by the database and `dropped` by itself: n is that number.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -14,7 +16,8 @@ import time
 
 import trio
 
-from pgconductor import Conductor, Orchestrator
+from pgconductor import Conductor, Context, Orchestrator, Snooze
+from pgconductor.retry import Exponential
 
 
 def main(dsn: str, journal: str, options: str) -> None:
@@ -55,8 +58,42 @@ def main(dsn: str, journal: str, options: str) -> None:
                 await trio.sleep(0.02)
         write("end", n)
 
+    @conductor.task(queue="q", max_attempts=3, backoff=Exponential(initial=0.05))
+    async def again(ctx: Context, n: int) -> None:
+        """Fail the first attempt."""
+        write("start", n)
+        if ctx.attempt == 1:
+            raise ValueError("once more")
+        write("end", n)
+
+    @conductor.task(queue="q")
+    async def doze(n: int, marker: str) -> None:
+        """Ask to be run later; who makes the marker, the first, does."""
+        write("start", n)
+        try:
+            os.close(os.open(f"{marker} {n}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            write("end", n)
+        else:
+            raise Snooze(0.05)
+
+    @conductor.task(queue="q")
+    async def poison(n: int, how: str) -> None:
+        """Bring down the process."""
+        write("start", n)
+        await trio.sleep(0.05)  # so that others run beside it
+        if how == "abort":
+            os.abort()
+        ctypes.string_at(0)
+
     worker = conductor.create_worker(
-        queue="q", tasks=[nap, compute, stubborn], concurrency=given["concurrency"], sweep_interval=1.0
+        queue="q",
+        tasks=[nap, compute, stubborn, again, doze, poison],
+        concurrency=given["concurrency"],
+        sweep_interval=given["sweep"],
+        flush_interval=given["flush"],
+        claim_batch=given["batch"],
+        flush_batch=given["batch"],
     )
     orchestrator = Orchestrator(
         conductor,
@@ -72,6 +109,9 @@ def main(dsn: str, journal: str, options: str) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(orchestrator.run)
             write("ready", 0)
+        (statistics,) = orchestrator.statistics().workers
+        write("fenced", statistics.fenced)
+        write("dropped", statistics.dropped)
 
     trio.run(run)
 

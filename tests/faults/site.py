@@ -16,8 +16,11 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import psycopg
+
+from pgconductor.testing.audit import check_sync, install_audit_sync
 
 LIMIT = 30.0
 
@@ -61,6 +64,15 @@ class Process:
         """Wait for its end; return the exit status."""
         return self._popen.wait(limit)
 
+    @property
+    def is_dead(self) -> bool:
+        return self._popen.poll() is not None
+
+    def until_stopped(self) -> None:
+        """Wait until it has stopped itself."""
+        # The third field of its state; the second, its name, is in brackets and may hold spaces.
+        until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0] == "T")
+
     def owners(self) -> list[Any]:
         """The ids of its incarnations that the database knows, oldest first."""
         rows = self._site.query(
@@ -79,15 +91,36 @@ class Site:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(
-        self, *, concurrency: int = 10, lease: float = 2.0, grace: float = 5.0, last_words: float = 5.0
+        self,
+        *,
+        concurrency: int = 10,
+        lease: float = 2.0,
+        grace: float = 5.0,
+        last_words: float = 5.0,
+        sweep: float = 1.0,
+        flush: float = 0.05,
+        batch: int | None = None,
+        failpoints: str = "",
     ) -> Process:
-        """Start a process and wait until its workers claim. Seconds; `last_words`: of the tries to flush at its end."""
-        options = json.dumps({"concurrency": concurrency, "lease": lease, "grace": grace, "last_words": last_words})
+        """Start a process and wait until its workers claim; not with `failpoints`, which it need not survive.
+
+        Seconds; `last_words`: of the tries to flush at its end. `batch`: the most it claims and flushes at once.
+        """
+        options = json.dumps(
+            {
+                "concurrency": concurrency, "lease": lease, "grace": grace, "last_words": last_words, "sweep": sweep,
+                "flush": flush, "batch": batch,
+            }
+        )  # fmt: skip
         log = self.folder / f"log {len(self._processes)}"
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", str(_PROGRAM), self.dsn, str(self._journal), options],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "PGCONDUCTOR_FAILPOINTS": failpoints,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -98,7 +131,8 @@ class Site:
             assert popen.poll() is None, log.read_text()
             return any(entry.pid == popen.pid for entry in self.journal("ready"))
 
-        until(is_ready)
+        if not failpoints:
+            until(is_ready)
         return Process(self, popen)
 
     def end(self) -> None:
@@ -124,13 +158,26 @@ class Site:
             cursor = conn.execute(text.encode(), params or None)
             return cursor.fetchall() if cursor.description else []
 
-    def invoke(self, task: str, numbers: Iterable[int], **payload: object) -> None:
-        """Insert an execution for each number, in one statement."""
-        self.query(
-            "select pgconductor.invoke(%s, %s::jsonb || jsonb_build_object('n', n), queue => 'q')"
-            " from unnest(%s::int[]) as n",
-            task, json.dumps(payload), list(numbers),
+    def invoke(self, task: str, numbers: Iterable[int], *, is_keyed: bool = False, **payload: object) -> list[UUID]:
+        """Insert an execution for each number, in one statement; with `is_keyed`, the number is its dedupe key."""
+        rows = self.query(
+            "select pgconductor.invoke(%s, %s::jsonb || jsonb_build_object('n', n), queue => 'q',"
+            " dedupe_key => case when %s then n::text end) from unnest(%s::int[]) as n",
+            task, json.dumps(payload), is_keyed, list(numbers),
         )  # fmt: skip
+        return [made for (made,) in rows]
+
+    def audit(self) -> None:
+        """Have every change written down and every forbidden one refused, from now on."""
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            install_audit_sync(conn)
+
+    def check_invariants(self, acknowledged: Iterable[UUID] = ()) -> None:
+        """What must hold whatever happened, once all is over; and no deadlock was broken on the way."""
+        with psycopg.connect(self.dsn, autocommit=True) as conn:
+            assert check_sync(conn, acknowledged=acknowledged, settled=True) == []
+        deadlocks = self.query("select deadlocks from pg_stat_database where datname = current_database()")
+        assert deadlocks == [(0,)]
 
     def live(self) -> int:
         return int(self.query("select count(*) from pgconductor._private_executions")[0][0])

@@ -141,3 +141,54 @@ async def test_lost_commit_of_a_migration_is_found_out_by_the_next_try(pgconduct
         assert (again.applied, again.functions_replaced) == ((), False)
     async with conductor:
         await conductor.invoke("count", {"n": 1})
+
+
+@EITHER_WAY
+@pytest.mark.parametrize("tag", [b".cancel(", b".signals("], ids=["cancel", "signals"])
+async def test_lost_cancellation_is_asked_for_again_and_takes_effect_once(
+    pgconductor_dsn: str, tag: bytes, how: str
+) -> None:
+    """Told in one reply and then deleted, it would be lost with that reply: the handler would run on."""
+    async with open_chaos_proxy(pgconductor_dsn) as proxy:
+        work = work_on(proxy.dsn, 600.0)
+        orchestrator = work.orchestrator(lease=2.0)
+        conductor = work.conductor
+        async with conductor, trio.open_nursery() as nursery:
+            await nursery.start(orchestrator.run)
+            handle = await conductor.invoke("count", {"n": 1}, queue="q")
+            await until(work.begun.is_set)
+            await conductor.queue_status()  # so that the client's connection is there
+            cut(proxy, how, tag)
+            await conductor.cancel(handle, reason="not wanted")
+            await until(lambda: live(pgconductor_dsn) == 0)
+            # Fetched by the heartbeat if not by the signal, which only then is asked for again.
+            await until(lambda: proxy.cuts == 1)
+            assert orchestrator.statistics().incarnations == 1
+            nursery.cancel_scope.cancel()
+    assert work.starts == Counter([1])
+    assert query(pgconductor_dsn, "select state::text, cancel_reason, claim_no from pgconductor._private_finished") == [
+        ("cancelled", "not wanted", 1)
+    ]
+
+
+@EITHER_WAY
+async def test_lost_hand_over_after_a_restart_of_the_server_runs_nothing_twice(pgconductor_dsn: str, how: str) -> None:
+    """The claims are under the old id, or under one that we do not know that we have."""
+    async with open_chaos_proxy(pgconductor_dsn) as proxy:
+        work = work_on(proxy.dsn, 1.5)
+        orchestrator = work.orchestrator(lease=6.0)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(orchestrator.run)
+            first = orchestrator.statistics().owner
+            invoke(pgconductor_dsn, 10)
+            await until(lambda: work.starts.total() == 10)
+            cut(proxy, how, b".succeed_orchestrator(")
+            query(pgconductor_dsn, "update pgconductor._private_orchestrators set server_epoch = 'x' returning id")
+            await until(lambda: live(pgconductor_dsn) == 0)
+            await until(lambda: proxy.cuts == 1)
+            statistics = orchestrator.statistics()
+            assert (statistics.successions, statistics.fences) == (1, 0)
+            assert statistics.owner != first
+            nursery.cancel_scope.cancel()
+    assert query(pgconductor_dsn, "select distinct owner from pgconductor._private_finished") == [(statistics.owner,)]
+    check_once(pgconductor_dsn, work, 10)

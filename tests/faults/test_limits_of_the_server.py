@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import psycopg
 import pytest
 import trio
 from faults.inside import LIMIT, check_once, invoke, query, until, work_on
+from psycopg.conninfo import make_conninfo
 
-from pgconductor import Conductor, Orchestrator
+from pgconductor import Conductor, NoDatabase, Orchestrator
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
 from pgconductor.embedded.server import OwnServer
@@ -227,3 +229,44 @@ async def test_old_snapshot_slows_the_queue_in_proportion_and_not_for_good(dsn: 
     assert max(under) <= 10 * healthy
     check_once(dsn, work, 12000)
     assert query(dsn, "select deadlocks from pg_stat_database where datname = current_database()") == [(0,)]
+
+
+async def test_credentials_that_stop_working_are_waited_out_and_never_logged(
+    server: OwnServer, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rotated password must neither end a running process nor show up in its log. (Catalogue no. 25.)
+
+    At the start it is an error, with one line and no password: tests/cli, tests/client.
+    """
+    caplog.set_level(logging.DEBUG)
+    access = server.data_path / "pg_hba.conf"
+    before = access.read_text()
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        try:
+            admin.execute("create role rotated login password 'first-secret'")
+            admin.execute(f'grant "{admin.info.user}" to rotated'.encode())
+            admin.execute("select pgconductor.register_queue('q')")
+            access.write_text("local all rotated scram-sha-256\n" + before)
+            admin.execute("select pg_reload_conf()")
+            work = work_on(make_conninfo(dsn, user="rotated", password="first-secret"), 0.01)
+            orchestrator = work.orchestrator(concurrency=2, lease=60.0)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(orchestrator.run)
+                invoke(dsn, 50)
+                await until(lambda: finished(dsn) > 5)
+                admin.execute("alter role rotated password 'second-secret'")
+                admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'rotated'")
+                await until(lambda: "password authentication failed" in caplog.text)
+                admin.execute("alter role rotated password 'first-secret'")
+                await until(lambda: finished(dsn) == 50)
+                assert orchestrator.statistics().incarnations == 1
+                nursery.cancel_scope.cancel()
+            with pytest.raises(NoDatabase) as refused:
+                await work_on(make_conninfo(dsn, user="rotated", password="third-secret"), 0.0).orchestrator().run()
+            assert "secret" not in str(refused.value)
+        finally:
+            access.write_text(before)
+            admin.execute("select pg_reload_conf()")
+            admin.execute("drop role if exists rotated")
+    check_once(dsn, work, 50)
+    assert "secret" not in caplog.text

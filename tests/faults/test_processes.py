@@ -45,6 +45,44 @@ def test_killed_process_loses_nothing_and_its_work_runs_again_elsewhere(site: Si
     assert crashes == [(held, 1, 1)], "a crash is charged to what the dead process held, an attempt to nobody"
 
 
+def test_results_that_die_with_their_process_cost_no_more_runs_than_it_held(site: Site) -> None:
+    """What has ended and is not yet written runs again; what was written does not. (Catalogue no. 3.)"""
+    site.audit()
+    numbers = range(400)
+    ids = site.invoke("nap", numbers, seconds=0.01)
+    killed = site.start(flush=5.0)  # results wait for company as long as they may
+    until(lambda: len(site.journal("end")) >= 150)
+    killed.kill()
+    held = site.held_by(killed)
+    ended = len(site.journal("end"))
+    written = int(site.query("select count(*) from pgconductor._private_finished")[0][0])
+    assert ended > written, "no result died with the process: the test shows nothing"
+    site.start()
+    until(lambda: site.live() == 0)
+    site.check_finished_once(numbers)
+    site.check_invariants(ids)
+    again = len(site.journal("start")) - len(numbers)
+    print(f"{ended} had ended, {written} were written, {held} were held at the kill, {again} began again")
+    assert 0 < again <= held
+
+
+def test_killed_process_is_rescued_within_its_lease_and_a_sweep(site: Site) -> None:
+    """The bound that is promised, far below which a missing session is noticed. (Catalogue no. 1.)"""
+    lease, sweep = 4.0, 1.0
+    killed = site.start(lease=lease, sweep=sweep)
+    site.invoke("nap", range(10), seconds=60.0)
+    until(lambda: len(site.journal("start")) == 10)
+    site.start(lease=lease, sweep=sweep)
+    killed.kill()
+    killed_at = time.monotonic()
+    until(lambda: len(site.journal("start")) == 20)
+    rescued_after = max(entry.at for entry in site.journal("start")) - killed_at
+    print(f"rescued within {rescued_after:.1f} s, lease {lease} s, sweep {sweep} s")
+    assert rescued_after <= lease + sweep + 0.5
+    rows = "select count(*), min(claim_no), max(claim_no), min(crashes), max(crashes), max(attempt)"
+    assert site.query(f"{rows} from pgconductor._private_executions") == [(10, 2, 2, 1, 1, 1)]
+
+
 def test_killed_process_is_rescued_within_fifteen_seconds_by_default(site: Site) -> None:
     """The promise of the default lease."""
     killed = site.start(lease=10.0)

@@ -1,9 +1,9 @@
 """The specification of the verbs as a pure function: `transition(state, event)` gives the next state and the answer.
 
 One database: live and finished executions, orchestrators, registered tasks and queues, the clock. An event is one call
-of a verb, with what only the database can know (new ids) put in; an answer is what the call's decoder gives. Nothing here
-reads a clock, a database or a random number. What concurrency adds (locks, skipped rows) is not here: every verb runs
-alone.
+of a verb, with what only the database can know (new ids) put in; an answer is what the call's decoder gives. Nothing
+here reads a clock, a database or a random number. What concurrency adds (locks, skipped rows) is not here: every verb
+runs alone.
 
 `breaches(before, event, after)` are the invariants I1 to I14 of the specification, as far as the verbs are there.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from pgconductor.db.calls import Claim
-from pgconductor.model import CancelCounts, Cancellation, Claimed, Invoked, Outcome, Signals
+from pgconductor.model import Cancellation, Claimed, Invoked, Outcome, Signals
 
 OVERFLOW = 0  # number of the partition of queues that nobody has registered
 DAY = 86400.0
@@ -140,7 +140,7 @@ class State:
         return (OVERFLOW,) if own is None else (own, OVERFLOW)
 
 
-# --- events ------------------------------------------------------------------------------------------------------------
+# --- events ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ Event: TypeAlias = (
 )
 
 
-def transition(state: State, event: Event) -> tuple[State, object]:
+def transition(state: State, event: Event) -> tuple[State, Any]:
     """What `event` makes of `state`, and what its caller is told."""
     match event:
         case Advance():
@@ -402,7 +402,7 @@ def transition(state: State, event: Event) -> tuple[State, object]:
             return replace(state, finished=kept, orchestrators=alive), None
 
 
-# --- the verbs ----------------------------------------------------------------------------------------------------------
+# --- the verbs ---
 
 
 def _with_orchestrators(state: State, *rows: Orchestrator) -> State:
@@ -681,7 +681,7 @@ def _cancel(state: State, event: Cancel) -> tuple[State, dict[UUID, Cancellation
     return state, answer
 
 
-def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, CancelCounts]:
+def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, tuple[int, int]]:
     found = [
         e.id
         for e in state.live.values()
@@ -694,7 +694,7 @@ def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, Cancel
     ]
     state, answer = _cancel(state, Cancel(tuple(found), event.reason))
     counts = list(answer.values())
-    return state, CancelCounts(counts.count(Cancellation.CANCELLED), counts.count(Cancellation.REQUESTED))
+    return state, (counts.count(Cancellation.CANCELLED), counts.count(Cancellation.REQUESTED))
 
 
 def _signals(state: State, event: ReadSignals) -> Signals:
@@ -756,7 +756,7 @@ def _retry(state: State, executions: tuple[UUID, ...]) -> tuple[State, dict[UUID
     return state, answer
 
 
-# --- the invariants -----------------------------------------------------------------------------------------------------
+# --- the invariants ---
 
 
 _ENDING = (Flush, Recover, ReleaseUnknown, Retire, Succeed, Cancel, CancelMatching)

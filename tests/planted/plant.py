@@ -3,6 +3,7 @@
     python -m tests.planted                    all of them, two at a time
     python -m tests.planted NAME ...           those whose names hold one of the texts
     python -m tests.planted --jobs 1 --list
+    python -m tests.planted --table            the table for tests/README.md
 
 The first failing test is named. Exit status 1 if a bug was not caught, or if its tests fail without it.
 """
@@ -36,6 +37,15 @@ def apply(bug: Bug, root: Path) -> None:
     path.write_text(text.replace(bug.old, bug.new))
 
 
+def table() -> str:
+    """The bugs as tests/README.md lists them."""
+    lines = ["| planted bug | what was taken away | caught by |", "|---|---|---|"]
+    for bug in sorted(BUGS, key=lambda bug: bug.name):
+        tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in bug.caught_by)
+        lines.append(f"| {bug.name} | {bug.guard} | {tests} |")
+    return "\n".join(lines)
+
+
 def run(bug: Bug, *, is_planted: bool = True) -> tuple[bool, str]:
     """Whether its tests fail, and the first that did (or the end of what pytest said)."""
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
@@ -67,7 +77,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="parts of the names of bugs; default all")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default 2)")
     parser.add_argument("--list", action="store_true", help="only say which there are")
+    parser.add_argument("--table", action="store_true", help="print them as tests/README.md lists them")
     options = parser.parse_args()
+    if options.table:
+        print(table())
+        return 0
     chosen = [bug for bug in BUGS if not options.names or any(name in bug.name for name in options.names)]
     if options.list:
         for bug in chosen:

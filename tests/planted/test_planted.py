@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from planted.bugs import BUGS, Bug
-from planted.plant import ROOT, apply
+from planted.plant import ROOT, apply, table
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -27,3 +27,8 @@ def test_planted_bug_still_fits_the_tree(bug: Bug, tmp_path: Path) -> None:
 def test_names_of_planted_bugs_are_distinct() -> None:
     """Two of one name could not be run apart."""
     assert len({bug.name for bug in BUGS}) == len(BUGS)
+
+
+def test_readme_lists_the_planted_bugs() -> None:
+    """Otherwise the list says what nobody planted. `python -m tests.planted --table` prints the table."""
+    assert table() in (ROOT / "tests" / "README.md").read_text()

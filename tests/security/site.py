@@ -55,6 +55,7 @@ class Site:
                 conn.execute("select pgconductor.grant_role(%s, %s)", (kind, self.role(kind)))
         self.clock = DatabaseClock(dsn)
         self.admin = Database(dsn)
+        self.admin.rows("select {s}._private_grant_rights()")  # so that the clock's objects are the owner's too
 
     def _make_role(self, conn: psycopg.Connection[tuple[object, ...]], kind: str) -> str:
         role = self.role(kind)

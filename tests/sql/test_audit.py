@@ -255,7 +255,8 @@ LIVE_PLANTS = {
     "two live ones of one key": (
         "I11",
         "insert into {s}._private_executions"
-        " (queue_no, id, queue, task, state, run_at, created_at, dedupe_key, payload) select 1, gen_random_uuid(), queue, task, 'ready', now(), now(), dedupe_key, payload"
+        " (queue_no, id, queue, task, state, run_at, created_at, dedupe_key, payload)"
+        " select 1, gen_random_uuid(), queue, task, 'ready', now(), now(), dedupe_key, payload"
         " from {s}._private_executions where id = %s",
     ),
     "key lost": ("I11", "delete from {s}._private_dedupe_keys where execution_id = %s"),

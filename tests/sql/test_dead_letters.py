@@ -15,9 +15,9 @@ from client.worker_by_hand import open_worker
 from sql.database import Database, Session, done
 
 from pgconductor import Conductor, ExecutionFailed
-from pgconductor.db.calls import Calls, NewExecution, RetriedMatching
+from pgconductor.db.calls import Calls, NewExecution
 from pgconductor.db.execute import run_sync
-from pgconductor.model import Claimed, DeadLetter, Outcome, Retry, State
+from pgconductor.model import Claimed, DeadLetter, Outcome, Retry, RetryCounts, State
 from pgconductor.testing import DatabaseClock
 
 YEAR = 365 * 86_400.0
@@ -321,7 +321,7 @@ def test_retry_of_what_is_being_removed_finds_it_gone(
     one = expired(db, clock, large(db) if is_large else "{}")
     maintainer, operator = db.session(), db.session(autocommit=True)
     did = maintainer.run(maintainer.calls.maintain())
-    assert did.payloads_removed + did.rows_removed == 1
+    assert did.payloads_removed + did.rows_removed >= 1
     rival = db.start(lambda: retry(operator, one))
     db.wait_blocked(operator, rival)
     maintainer.commit() if commits else maintainer.rollback()
@@ -361,7 +361,7 @@ def test_list_in_pages_has_each_once_the_latest_first(db: Database) -> None:
     assert shown[0] == newest
     assert (newest.attempts, newest.crashes, newest.generation, newest.reason) == (3, 1, 0, "r")
     assert newest.error is not None
-    assert newest.error.startswith('{"type": "E')
+    assert newest.error.type in {"E0", "E1", "E2", "E3"}
     assert newest.expires_at == datetime(2026, 2, 1, tzinfo=UTC)
 
 
@@ -425,21 +425,21 @@ def test_filter_retries_the_oldest_first_in_batches_and_ends(db: Database) -> No
     db.invoke(key="k")
     before = datetime(2027, 1, 1, tzinfo=UTC)
     wanted = partial(db.calls.retry_matching, finished_before=before, limit=5)
-    assert db.run(wanted("q1", "t1", "E1")) == RetriedMatching(3, 0)
-    assert db.run(wanted("q1", "t1", "First")) == RetriedMatching(0, 0)
+    assert db.run(wanted("q1", "t1", "E1")) == RetryCounts(3, 0)
+    assert db.run(wanted("q1", "t1", "First")) == RetryCounts(0, 0)
     second = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=1)
     while db.run(wanted(finished_after=second, finished_before=second + timedelta(seconds=1))).retried:
         pass
     assert db.value(
         "select count(*) from {s}._private_finished where state = 'failed' and finished_at = %s", second
     ) == 0  # fmt: skip
-    counts: list[RetriedMatching] = []
+    counts: list[RetryCounts] = []
     while not counts or counts[-1].retried:
         counts.append(db.run(wanted()))
     left = db.rows("select state::text, count(*) from {s}._private_finished where queue <> 'q' group by 1 order by 1")
     assert left == [("cancelled", 33), ("completed", 20)]
     assert all(count.retried == 5 for count in counts[:-2])
-    assert db.run(wanted(states=[State.CANCELLED])) == RetriedMatching(5, 0)
+    assert db.run(wanted(states=[State.CANCELLED])) == RetryCounts(5, 0)
 
 
 def test_filter_takes_the_oldest(db: Database) -> None:
@@ -453,6 +453,17 @@ def test_filter_takes_the_oldest(db: Database) -> None:
     assert [count for (count,) in db.rows(of_each)] == [before[1] - 1, *before[2:]]
     db.run(db.calls.retry_matching(limit=1000))
     assert db.value("select count(*) from {s}._private_finished where state = 'failed'") == 0
+
+
+def test_filter_passes_over_those_whose_key_is_taken(db: Database) -> None:
+    """As many as one call takes are at the front of the line and cannot go: nobody behind them ever goes."""
+    for _ in range(3):
+        dead(db, key="k")
+    other = dead(db)
+    db.invoke(key="k")
+    assert db.run(db.calls.retry_matching(limit=2)) == RetryCounts(1, 0)
+    assert db.live(other, "state::text") == ("ready",)
+    assert db.run(db.calls.retry_matching(limit=2)) == RetryCounts(0, 0)
 
 
 def test_outcome_of_the_new_life_is_kept_like_any_other(db: Database, clock: DatabaseClock) -> None:

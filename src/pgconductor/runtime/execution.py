@@ -245,6 +245,8 @@ async def attempt(
         error = _as_data(raised)
         if error is None:
             raise
+        if trio.current_effective_deadline() == -math.inf:
+            inner.is_stopping = True  # a scope outside is cancelled
     try:
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
