@@ -133,15 +133,12 @@ begin
     insert into @schema@._private_workers (orchestrator_id, queue, tasks, concurrency)
     select p_new, queue, tasks, concurrency from @schema@._private_workers where orchestrator_id = p_old;
     for v_no in select no from @schema@._private_queues where name = any (v_queues) union all select 0 order by 1 loop
+        -- First the locks, in the order of ids, then a new look: somebody may be asking for a cancellation.
+        execute format('select from @schema@.%I where id = any ($1) and owner = $2 order by id for update', '_private_queue_' || v_no)
+            using p_ids, p_old;
         return query execute format($sql$
-            with held as materialized (
-                select e.ctid from unnest($3, $4) as h (id, claim_no)
-                    cross join lateral (select e.ctid, e.claim_no, e.owner, e.state from @schema@.%1$I e where e.id = h.id offset 0) e
-                where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'
-                order by h.id
-            )
-            update @schema@.%1$I e set owner = $2 from held h
-            where e.ctid = h.ctid and e.owner = $1 and e.state = 'running' returning e.id
+            update @schema@.%I e set owner = $2 from unnest($3, $4) as h (id, claim_no)
+            where e.id = h.id and e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running' returning e.id
             $sql$, '_private_queue_' || v_no) using p_old, p_new, p_ids, p_claim_nos;
     end loop;
     perform @schema@.release_unknown(p_old, q, '{}') from unnest(v_queues) as q;
