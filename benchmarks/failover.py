@@ -45,8 +45,8 @@ def main() -> None:
         resumed = [figures.resumed_after for figures in rounds]
         print(
             f"{kind}: of {sum(each.acknowledged for each in rounds)} acknowledged"
-            f" {sum(each.lost for each in rounds)} lost; the first execution finished {statistics.median(resumed):.2f} s after the crash"
-            f" ({min(resumed):.2f} to {max(resumed):.2f})"
+            f" {sum(each.lost for each in rounds)} lost; the first execution finished"
+            f" {statistics.median(resumed):.2f} s after the crash ({min(resumed):.2f} to {max(resumed):.2f})"
         )
     if options.json:
         document = {kind: [asdict(figures) for figures in rounds] for kind, rounds in results.items()}
