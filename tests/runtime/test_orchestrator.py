@@ -300,7 +300,7 @@ async def test_drain_leaves_what_is_due_beyond_the_horizon(conductor: Conductor,
     async def work() -> None: ...
 
     async with conductor:
-        await work.options(delay=0.3).invoke()
+        await work.options(delay=1.5).invoke()
         await work.options(delay=3600).invoke()
         orchestrator = Orchestrator(conductor, tasks=[work])
         assert (await orchestrator.drain()).completed == 0
