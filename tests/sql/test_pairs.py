@@ -405,6 +405,20 @@ class Stage:
         two.commit()
         return works[0].result(0), works[1].result(0)
 
+    def all_at_once(self, events: list[Event], commits: tuple[int, ...]) -> None:
+        """Each executed as far as it gets while the ones before are open; then committed in an order, as it is possible."""
+        works = list[Future[Any]]()
+        for session, event in zip(self.rivals, events, strict=True):
+            works.append(self.start(session, event))
+            self.db.settle(session, works[-1])
+        left = list(commits)
+        while left:
+            # The first in the wished order that does not wait.
+            n = next(n for n in left if not self.db.settle(self.rivals[n], works[n]))
+            works[n].result(20)
+            self.rivals[n].commit()
+            left.remove(n)
+
     def verdict(self, name: str, first: str, second: str, events: tuple[Event, Event], answers: tuple[Any, Any]) -> str:
         """Empty if it is what one of the two orders gives."""
         scene = self.scenes[name]
@@ -484,3 +498,29 @@ def test_two_verbs_at_once_end_as_one_after_the_other(stage: Stage, name: str, o
             assert stage.verdict(name, first, second, events, answers) == "", f"{first}, then {second}; {way}"
             if waits:
                 break  # so it cannot commit first
+
+
+@pytest.mark.parametrize(
+    ("name", "verbs"),
+    [
+        ("abandoned", ("claim", "recover", "complete")),  # the claim of a rival, the rescue, and the stale flush
+        ("abandoned", ("cancel", "claim", "recover")),
+        ("poisonous", ("cancel", "claim_suspect", "recover")),
+        ("running", ("cancel", "retried", "claim")),
+    ],
+)
+def test_three_verbs_at_once_end_as_one_after_the_other(stage: Stage, name: str, verbs: tuple[str, str, str]) -> None:
+    """A rescue, a claim and a zombie's flush that meet at one row, each in its own transaction, in every order."""
+    for order in itertools.permutations(verbs):
+        for commits in itertools.permutations(range(3)):
+            scene = stage.enter(name)
+            events = [VERBS[verb](scene, side) for side, verb in enumerate(order)]
+            stage.all_at_once(events, commits)
+            assert stage.modelled.audited.check() == [], (order, commits)
+            found = canonical(scene, sweep(stage.modelled.state()))
+            serial = [
+                canonical(scene, sweep(state))
+                for permutation in itertools.permutations(events)
+                for state, _ in outcomes(scene.state, *permutation)
+            ]
+            assert found in serial, (order, commits)

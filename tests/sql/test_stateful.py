@@ -150,6 +150,7 @@ _VERBS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     "release_unknown": (1, {**_K, "queue": ANY_QUEUE}),
     "retire": (1, _K),
     "succeed": (3, {**_K, "restarts": st.booleans(), "wrong": st.sampled_from([0, 0, 1])}),
+    "outage": (1, _K),
     "read_signals": (1, _K),
     "cancel": (2, {"picks": PICKS, "reason": st.sampled_from([None, "no more needed"])}),
     "cancel_held": (3, {**_K, "picks": PICKS}),
@@ -441,7 +442,7 @@ class Stateful(RuleBasedStateMachine):
         self.step(Retire(self.workers.pop(k).owner))
 
     def succeed(self, k: int, restarts: bool, wrong: int) -> None:
-        """The server restarted; the process takes over what it held, of which it has forgotten a part or mistakes it."""
+        """The server restarted; the process takes over what it held, a part forgotten or mistaken."""
         if not self.state.is_alive(self.workers[k].owner):
             self.restart(k, 10.0, ("a", "b"))
             self.claim(k, "a", 50, TASKS)
@@ -455,6 +456,14 @@ class Stateful(RuleBasedStateMachine):
         claims = tuple((i, n - wrong) for i, n in worker.held.items())[: max(1, len(worker.held) - 1)]
         if self.step(Succeed(worker.owner, new, 10.0, claims)) != LEASE_LOST:
             worker.owner = new
+
+    def outage(self, k: int) -> None:
+        """The server restarts, and the process does not come back in time: no crash is charged."""
+        self.claim(k, "a", 50, TASKS)
+        self.workers[k].is_frozen = True
+        self.step(Restart())
+        self.step(Advance(12.0))
+        self.step(Recover("a"))
 
     def read_signals(self, k: int) -> None:
         self.step(ReadSignals(self.workers[k].owner, ("a", "b")))
