@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -84,8 +84,8 @@ def test_schema_of_any_name_has_its_rights(pgconductor_databases: Databases) -> 
         migrate_sync(conn, name)
         schema = sql.Identifier(name)
 
-        def ask(text: str) -> Any:
-            row = conn.execute(sql.SQL(text).format(s=schema)).fetchone()  # type: ignore[arg-type]
+        def ask(text: LiteralString) -> Any:
+            row = conn.execute(sql.SQL(text).format(s=schema)).fetchone()
             assert row is not None
             return row[0]
 
