@@ -209,14 +209,9 @@ class Incarnation:
         )
         failpoint("succeed.answered")
         if is_heir:
-<<<<<<< HEAD
             logger.warning(
                 "the server was restarted or promoted: orchestrator %s goes on as %s", former, self.lease.label
             )
-=======
-            # Not the new one: whoever knows a living owner's id may write in its name.
-            logger.warning("the server was restarted or promoted: orchestrator %s goes on under a new id", former)
->>>>>>> review
         return is_heir
 
     def _replaced(self, former: UUID, handed_over: frozenset[UUID]) -> None:
