@@ -32,17 +32,17 @@ def main() -> None:
     starts = os.open(options.starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     conductor = Conductor(options.dsn)
 
-    @conductor.task(queue=options.queue)
+    @conductor.task(queue=options.queue, keep_completed=None)
     async def noop(n: int = 0) -> None:
         pass
 
-    @conductor.task(queue=options.queue)
+    @conductor.task(queue=options.queue, keep_completed=None)
     async def stamp(n: int, seconds: float = 0.0) -> None:
         os.write(starts, b"%d %d\n" % (n, time.monotonic_ns()))
         if seconds:
             await trio.sleep(seconds)
 
-    @conductor.task(queue=options.queue)
+    @conductor.task(queue=options.queue, keep_completed=None)
     async def hold(until: str) -> None:
         while not await trio.Path(until).exists():  # noqa: ASYNC110  # another process makes it
             await trio.sleep(0.05)

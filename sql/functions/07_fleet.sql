@@ -50,6 +50,8 @@ begin
     if not pg_try_advisory_lock(@schema@._private_key_o(p_id)) then
         return false;  -- the former session has not been missed yet by the server: its lock goes when that one does
     end if;
+    -- As for the heartbeat: a commit that waits for a standby would keep the row, and with it the heartbeat, waiting.
+    perform set_config('synchronous_commit', 'off', true);
     update @schema@._private_orchestrators set has_session = true where id = p_id and died_at is null;
     return found;
 end $$;
@@ -131,15 +133,12 @@ begin
     insert into @schema@._private_workers (orchestrator_id, queue, tasks, concurrency)
     select p_new, queue, tasks, concurrency from @schema@._private_workers where orchestrator_id = p_old;
     for v_no in select no from @schema@._private_queues where name = any (v_queues) union all select 0 order by 1 loop
+        -- First the locks, in the order of ids, then a new look: somebody may be asking for a cancellation.
+        execute format('select from @schema@.%I where id = any ($1) and owner = $2 order by id for update', '_private_queue_' || v_no)
+            using p_ids, p_old;
         return query execute format($sql$
-            with held as materialized (
-                select e.ctid from unnest($3, $4) as h (id, claim_no)
-                    cross join lateral (select e.ctid, e.claim_no, e.owner, e.state from @schema@.%1$I e where e.id = h.id offset 0) e
-                where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'
-                order by h.id
-            )
-            update @schema@.%1$I e set owner = $2 from held h
-            where e.ctid = h.ctid and e.owner = $1 and e.state = 'running' returning e.id
+            update @schema@.%I e set owner = $2 from unnest($3, $4) as h (id, claim_no)
+            where e.id = h.id and e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running' returning e.id
             $sql$, '_private_queue_' || v_no) using p_old, p_new, p_ids, p_claim_nos;
     end loop;
     perform @schema@.release_unknown(p_old, q, '{}') from unnest(v_queues) as q;
@@ -150,7 +149,7 @@ end $$;
 -- crash is charged, the attempt is not. If the server was restarted since the owner registered, it may have lost its lease
 -- without dying: then its claims are released and nothing is charged. Dead is whose lease has ended, or who misses two
 -- heartbeats and whose session is gone. Locks: orchestrators, then executions, skipping those another holds. Dead
--- orchestrators stay as tombstones for a day.
+-- orchestrators stay as tombstones for a day (maintain).
 create or replace function @schema@.recover(p_queue text, p_limit int default 1000)
     returns table (recovered bigint, failed bigint, cancelled bigint)
     language plpgsql volatile
@@ -185,9 +184,6 @@ begin
                 then pg_advisory_unlock(@schema@._private_key_o(o.id)) else false end
             else false end
         order by o.id for update skip locked);
-    delete from @schema@._private_orchestrators
-    where id in (select o.id from @schema@._private_orchestrators o
-        where o.died_at < v_now - interval '1 day' order by o.id for update skip locked);
     select no into v_own from @schema@._private_queues where name = p_queue;
     foreach v_no in array array[v_own, 0] loop
         continue when v_no is null;

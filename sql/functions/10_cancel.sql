@@ -117,13 +117,18 @@ as $$
 declare
     v_ids uuid[];
 begin
-    v_ids := array(
-        select e.id from @schema@._private_executions e
-        where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
-            and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
-            and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
-        limit p_limit);
-    return query
-    select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
-    from @schema@.cancel(v_ids, p_reason) c;
+    loop
+        v_ids := array(
+            select e.id from @schema@._private_executions e
+            where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
+                and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
+                and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
+            limit p_limit);
+        select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
+        into cancelled, requested
+        from @schema@.cancel(v_ids, p_reason) c;
+        -- All that was found may have ended before it was locked, while there is more.
+        exit when v_ids = '{}' or cancelled + requested > 0;
+    end loop;
+    return next;
 end $$;

@@ -58,10 +58,11 @@ begin
     if pg_current_xact_id_if_assigned() is not null then
         perform pg_get_constraintdef(0);
     end if;
-    -- The keys first, before a row is locked: who inserts or ends an execution with one of them is waited for here.
+    -- The keys first, before a row is locked: who inserts or ends an execution with one of them is waited for here. The state
+    -- as text, here and below: else the planner may walk the index of all dead letters.
     with wanted as (
         select distinct f.queue, f.task, f.dedupe_key, f.id from @schema@._private_finished f
-        where f.id = any (p_ids) and f.state <> 'completed' and f.dedupe_key is not null
+        where f.id = any (p_ids) and f.state::text <> 'completed' and f.dedupe_key is not null
     ), taken as (
         insert into @schema@._private_dedupe_keys (queue, task, key, execution_id)
         select w.queue, w.task, w.dedupe_key, w.id from wanted w order by w.queue, w.task, w.dedupe_key, w.id
@@ -74,7 +75,7 @@ begin
 
     v_free := array(
         select f.id from @schema@._private_finished f
-        where f.id = any (p_ids) and f.id <> all (v_held) and f.state <> 'completed'
+        where f.id = any (p_ids) and f.id <> all (v_held) and f.state::text <> 'completed'
         order by f.id for update);
     with gone as (
         delete from @schema@._private_finished f where f.id = any (v_free) returning *

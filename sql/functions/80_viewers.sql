@@ -79,8 +79,7 @@ begin
             order by o.started_at limit 1000) o), '[]');
 
     for v_part in
-        select c.relname, q.name as queue from pg_class c left join @schema@._private_queues q on '_private_queue_' || q.no = c.relname
-        where c.relnamespace = v_schema and c.relkind = 'r' and c.relname ~ '^_private_queue_[0-9]+$' order by q.no nulls first
+        select c.relname from pg_inherits h join pg_class c on c.oid = h.inhrelid where h.inhparent = v_live order by c.relname
     loop
         execute format($sql$
             with recursive owners as (

@@ -112,8 +112,9 @@ declare
 begin
     perform pg_advisory_xact_lock(hashtextextended(@schema_literal@ || ' register_queue', 7263381));
     for v_object in
-        select p.prokind = 'p' as is_procedure, p.oid::regprocedure::text as name, p.prosecdef, p.proowner as owner,
-            coalesce(p.proacl, acldefault('f', p.proowner)) as acl, coalesce(r.kinds, '{}') as kinds, coalesce(r.as_owner, false) as as_owner
+        select p.oid::regprocedure::text as name, p.prosecdef, p.proowner as owner,
+            coalesce(p.proacl, acldefault('f', p.proowner)) as acl, coalesce(r.kinds, '{}') as kinds, coalesce(r.as_owner, false) as as_owner,
+            p.proname ~ '^_private_old_' as is_aside
         from pg_proc p left join @schema@._private_rights() r on r.object = regexp_replace(p.proname, '_[0-9]+$', '_N')
         where p.pronamespace = v_schema and (p.proowner = v_owner or v_is_superuser) and (p_no is null or p.proname ~ ('^_private_.*[^0-9]' || p_no || '$'))
         order by p.proname, p.oid
@@ -121,7 +122,8 @@ begin
         if v_object.owner <> v_owner then
             execute format('alter routine %s owner to %s', v_object.name, v_owner::regrole);
         end if;
-        if v_object.prosecdef <> v_object.as_owner then
+        -- Those set aside (00_set_aside.sql) end as they began, for statements that have found them already.
+        if v_object.prosecdef <> v_object.as_owner and not v_object.is_aside then
             execute format('alter routine %s security %s', v_object.name, case when v_object.as_owner then 'definer' else 'invoker' end);
         end if;
         if exists (select from aclexplode(v_object.acl) a where a.grantee = 0) then

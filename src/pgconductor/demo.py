@@ -34,6 +34,8 @@ from rich.text import Text
 from .conductor import Conductor
 from .context import Context
 from .db.connection import TrioConnection
+from .db.execute import run
+from .db.sql_files import script
 from .model import QueueStatus
 from .retry import Exponential
 from .runtime.orchestrator import Orchestrator
@@ -199,7 +201,7 @@ class _Demo:
             if self._conductor.schema != "pgconductor":
                 with trio.move_on_after(30, shield=True):
                     async with await TrioConnection.connect(self._conductor.conninfo, autocommit=True) as conn:
-                        await conn.execute(f"drop schema if exists {self._conductor.schema} cascade".encode())
+                        await run(conn, script("drop schema if exists @schema@ cascade", self._conductor.schema))
 
     async def _watch_signals(
         self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -113,7 +113,7 @@ class Pair:
 
 
 @contextmanager
-def _standby_of(primary: OwnServer) -> Iterator[OwnServer]:
+def _standby_of(primary: OwnServer, fsync: str) -> Iterator[OwnServer]:
     home = Path(tempfile.mkdtemp(prefix="pgconductor-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -130,17 +130,16 @@ def _standby_of(primary: OwnServer) -> Iterator[OwnServer]:
         options = ["-R", "-X", "stream", "--checkpoint=fast", "--no-sync"]
         _run(home, "pg_basebackup", "-D", str(scratch), "-d", conninfo, *options)
         scratch.rename(home / "data")
-        standby = OwnServer(home, wheel_installation(None), {"fsync": "off", **_SETTINGS})
+        standby = OwnServer(home, wheel_installation(None), {"fsync": fsync, **_SETTINGS})
         stack.enter_context(in_use(home, throwaway=True))
         standby.start()
         yield standby
 
 
 @contextmanager
-def open_pair(*, synchronous: bool) -> Generator[Pair]:
+def open_pair(*, synchronous: bool, fsync: str = "off") -> Generator[Pair]:
     """A pair whose standby streams. `synchronous`: a commit waits until the standby shows it."""
-    settings = {"fsync": "off", **_SETTINGS}
-    with own_server(settings=settings) as primary, _standby_of(primary) as standby:
+    with own_server(settings={"fsync": fsync, **_SETTINGS}) as primary, _standby_of(primary, fsync) as standby:
         if synchronous:
             for setting in (
                 f"synchronous_standby_names = '{_STANDBY}'",

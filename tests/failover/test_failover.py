@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -12,6 +14,9 @@ from failover.cluster import Pair, query, start_as_standby
 from failover.rounds import finished, open_workers, run_round
 
 from pgconductor import Conductor, Orchestrator, Unavailable
+from pgconductor.db.call import Call
+from pgconductor.db.calls import WorkerRow
+from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
 
@@ -58,3 +63,16 @@ def test_worker_waits_while_its_server_is_a_standby_and_goes_on_when_it_is_promo
             query(server.dsn(), INVOKE)
             Pair.until(lambda: len(finished(server.dsn())) == 50)
             workers.end()
+
+
+def test_upkeep_of_an_orchestrators_row_waits_for_no_standby(pgconductor_dsn: str) -> None:
+    """Or a synchronous standby that is away costs every orchestrator its lease, though its server is there."""
+    calls, owner = Conductor(pgconductor_dsn).calls, uuid4()
+    with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
+        run_sync(conn, calls.register_queue("q"))
+        run_sync(conn, calls.register_orchestrator(owner, "me", 60.0, "0", 1, [WorkerRow("q", ["t"], 1)]))
+        upkeep: list[Call[Any]] = [calls.heartbeat(owner, 60.0, ["q"]), calls.hold_session(owner)]
+        for call in upkeep:
+            with conn.transaction():
+                run_sync(conn, call)
+                assert conn.execute("show synchronous_commit").fetchone() == ("off",), call.query

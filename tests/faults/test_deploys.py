@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -23,7 +25,18 @@ from faults.site import LIMIT, until
 from migrations.old_program import source_of, unpack
 
 from pgconductor import Conductor, Orchestrator, SchemaTooNew
-from pgconductor.db.schema import FunctionFile, Migration, SqlSource, load_functions, load_source, migrate_sync
+from pgconductor.db.call import Call
+from pgconductor.db.calls import Heartbeat, WorkerRow
+from pgconductor.db.execute import run_sync
+from pgconductor.db.schema import (
+    FunctionFile,
+    Migration,
+    SqlSource,
+    load_functions,
+    load_source,
+    migrate_gen,
+    migrate_sync,
+)
 
 _PROGRAM = Path(__file__).with_name("deploy_program.py")
 
@@ -205,11 +218,11 @@ class Work:
 
         return count
 
-    def orchestrator(self, **options: Any) -> Orchestrator:
+    def orchestrator(self, *, migrate: bool = False, **options: Any) -> Orchestrator:
         worker = self.conductor.create_worker(
             queue="q", tasks=list(self.tasks.values()), claim_batch=20, flush_batch=20, sweep_interval=0.5
         )
-        return Orchestrator(self.conductor, workers=[worker], migrate=False, **options)
+        return Orchestrator(self.conductor, workers=[worker], migrate=migrate, **options)
 
 
 @pytest.mark.parametrize("threshold", [0, 5], ids=["everything prepared", "as configured"])
@@ -242,6 +255,54 @@ async def test_running_program_works_on_over_one_harmless_migration_after_the_ot
             orchestrator.stop()
     assert work.starts == Counter({("count", n): 1 for n in range(invoked)})
     check_finished(pgconductor_dsn, invoked)
+
+
+def test_call_that_waits_behind_a_migration_is_answered(pgconductor_dsn: str) -> None:
+    """Or a heartbeat that came meanwhile misses the functions that it had looked up, and its worker dies of XX000."""
+    calls, owner = Conductor(pgconductor_dsn).calls, uuid4()
+    (source,) = next_versions(1)
+    answers: list[object] = []
+    with ExitStack() as stack:
+        migrator, worker, observer = (
+            stack.enter_context(psycopg.connect(pgconductor_dsn, autocommit=True)) for _ in range(3)
+        )
+        run_sync(worker, calls.register_queue("q"))
+        run_sync(worker, calls.register_orchestrator(owner, "me", 60.0, "0", 1, [WorkerRow("q", ["t"], 1)]))
+        steps = migrate_gen("pgconductor", source, 60.0, 60.0)
+        call: Call[Any] = next(steps)
+        while call.query != b"commit":
+            call = steps.send(run_sync(migrator, call))
+        beat = calls.heartbeat(owner, 60.0, ["q"])
+        thread = threading.Thread(target=lambda: answers.append(run_sync(worker, beat)), daemon=True)
+        thread.start()
+        waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+        until(lambda: observer.execute(waits, (worker.info.backend_pid,)).fetchone() == (True,))
+        run_sync(migrator, call)
+        thread.join(LIMIT)
+    assert [answer.is_alive for answer in answers if isinstance(answer, Heartbeat)] == [True]
+
+
+async def test_twenty_orchestrators_start_at_once_on_an_empty_database(pgconductor_empty_dsn: str) -> None:
+    """Or of the replicas of a first deploy all but one crash, or a queue is registered twice."""
+    works = [Work(pgconductor_empty_dsn, "count") for _ in range(20)]
+    orchestrators = [work.orchestrator(migrate=True) for work in works]
+    with trio.fail_after(3 * LIMIT):
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as starting:
+                for orchestrator in orchestrators:
+                    starting.start_soon(nursery.start, orchestrator.run)
+            async with works[0].conductor:
+                task = works[0].tasks["count"]
+                handles = await task.invoke_many([task.bind(n) for n in range(100)])
+                assert [await handle.result() for handle in handles] == list(range(100))
+            for orchestrator in orchestrators:
+                orchestrator.stop()
+    starts: Counter[tuple[str, int]] = Counter()
+    for work in works:
+        starts.update(work.starts)
+    assert starts == Counter({("count", n): 1 for n in range(100)})
+    assert query(pgconductor_empty_dsn, "select name from pgconductor._private_queues") == [("q",)]
+    check_finished(pgconductor_empty_dsn, 100)
 
 
 async def test_rolling_deploy_leaves_new_tasks_to_new_programs(pgconductor_dsn: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -454,6 +455,32 @@ def test_migration_behind_a_reader_lets_traffic_through_and_tries_again(
         traffic.execute("select from pgconductor.items")
         other.execute("rollback")
         assert finish(conn, steps, call).applied == (2,)
+
+
+def test_migration_that_loses_a_deadlock_tries_again(conn: Connection, other: Connection) -> None:
+    """Or a deploy fails because a worker took two tables in the other order at that moment."""
+    migrate_sync(conn, source=V1)
+    conn.execute("create table pgconductor.second ()")
+    both = Migration(2, "0002_both.sql", ADD_SIZE.text + "alter table @schema@.second add column x int;")
+    steps = migrate_gen("pgconductor", SqlSource((CREATE_ITEMS, both), FUNCTIONS), 60.0, 1.0)
+    call = next(steps)
+    other.execute("begin; lock table pgconductor.second in access share mode; set local deadlock_timeout = '60s'")
+    rival = threading.Thread(target=lambda: other.execute("select from pgconductor.items"), daemon=True)
+    while b"alter table" not in call.query:
+        call = steps.send(run_sync(conn, call))
+    conn.execute("set local deadlock_timeout = '10ms'; lock table pgconductor.items in access exclusive mode")
+    rival.start()
+    with connect(conn.info.dsn) as observer:
+        waits = "select wait_event_type from pg_stat_activity where pid = %s"
+        while observer.execute(waits, (other.info.backend_pid,)).fetchall() != [("Lock",)]:
+            pass
+    with pytest.raises(psycopg.errors.DeadlockDetected) as lost:
+        run_sync(conn, call)
+    call = steps.throw(lost.value)
+    call = steps.send(run_sync(conn, call))
+    rival.join()
+    other.execute("rollback")
+    assert finish(conn, steps, call).applied == (2,)
 
 
 # --- rights and servers ---

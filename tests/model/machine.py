@@ -616,17 +616,18 @@ def _recover(state: State, queue: str) -> tuple[State, tuple[int, int, int]]:
         owner = orchestrators.get(row.owner)
         if owner is not None and owner.died_at is None:
             continue
-        keep = state.keep_failed(row.task)
+        # An outage of the server is nobody's crash.
+        charge = int(owner is None or owner.epoch == state.epoch)
+        kind, error = ("recovered" if charge else "released"), None
         if row.cancel_requested_at is not None:
-            outcome = Outcome(row.id, row.claim_no, "recovered", keep=keep)
             cancelled += 1
-        elif row.crashes + 1 >= MAX_CRASHES:
-            outcome = Outcome(row.id, row.claim_no, "failed", error="crash_loop", keep=keep)
+        elif row.crashes + charge >= MAX_CRASHES:
+            kind, error = "failed", "crash_loop"
             failed += 1
         else:
-            outcome = Outcome(row.id, row.claim_no, "recovered", keep=keep)
             recovered += 1
-        written = _apply(state, row.owner, outcome, crashes=1)
+        outcome = Outcome(row.id, row.claim_no, kind, error=error, keep=state.keep_failed(row.task))
+        written = _apply(state, row.owner, outcome, crashes=charge)
         assert written is not None
         state = written
     return state, (recovered, failed, cancelled)

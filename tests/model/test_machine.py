@@ -233,8 +233,6 @@ def run(seed: int, events: int) -> Counter[str]:
         assert acknowledged <= {*after.live, *after.finished} | ended
         world.learn(event, answer)
         counts[type(event).__name__] += 1
-        if answer == LEASE_LOST:
-            counts["lease lost"] += 1
         if isinstance(event, Flush):
             counts.update(answer.values())
             again, second = transition(after, event)
@@ -245,6 +243,8 @@ def run(seed: int, events: int) -> Counter[str]:
                 counts[name] += count
         if isinstance(event, Retry):
             counts.update(f"retry: {status}" for status in answer.values())
+        if answer == LEASE_LOST:
+            counts["lease lost"] += 1
         state = after
         if len(state.live) + len(state.finished) > 60:
             state = replace(state, live={}, finished={})

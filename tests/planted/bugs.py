@@ -27,15 +27,15 @@ _FLEET = "sql/functions/07_fleet.sql"
 _CANCEL = "sql/functions/10_cancel.sql"
 _WAKE = "sql/functions/02_wake.sql"
 _INVOKE = "sql/functions/03_invoke.sql"
+_CLAIM = "sql/functions/05_claim.sql"
+_RETENTION = "sql/functions/11_retention.sql"
+_DEAD = "sql/functions/12_dead_letters.sql"
 _LEASE = "src/pgconductor/runtime/lease.py"
 _FLUSHER = "src/pgconductor/runtime/flusher.py"
 _WORKER = "src/pgconductor/runtime/worker.py"
 _LISTENER = "src/pgconductor/runtime/listener.py"
 _SUSPECTS = "src/pgconductor/runtime/suspects.py"
 _LINK = "src/pgconductor/db/link.py"
-_CLAIM = "sql/functions/05_claim.sql"
-_RETENTION = "sql/functions/11_retention.sql"
-_DEAD = "sql/functions/12_dead_letters.sql"
 
 _TOKEN = "(e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')"
 _LOOK_AGAIN = "where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')"
@@ -47,7 +47,7 @@ BUGS = (
         _PARTITIONS,
         _TOKEN,
         "(e.id, e.owner, e.state) is not distinct from (o.id, p_owner, 'running')",
-        ("tests/sql/test_flush.py::test_wrong_token_changes_nothing",),
+        ("tests/sql/test_flush.py",),
         times=2,
     ),
     Bug(
@@ -56,7 +56,7 @@ BUGS = (
         _PARTITIONS,
         _TOKEN,
         "(e.id, e.claim_no, e.state) is not distinct from (o.id, o.claim_no, 'running')",
-        ("tests/sql/test_flush.py::test_wrong_token_changes_nothing",),
+        ("tests/sql/test_flush.py",),
         times=2,
     ),
     Bug(
@@ -65,7 +65,7 @@ BUGS = (
         _PARTITIONS,
         "owner = null, claimed_at = null, outcome = o.outcome",
         "claimed_at = null, outcome = o.outcome",
-        ("tests/sql/test_flush.py::test_claim_that_has_ended_cannot_end_again",),
+        ("tests/sql/test_flush.py",),
     ),
     Bug(
         "flush-gives-up-at-a-changed-row",
@@ -73,7 +73,7 @@ BUGS = (
         _PARTITIONS,
         _LOOK_AGAIN,
         "where false and (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')",
-        ("tests/sql/test_flush.py::test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written",),
+        ("tests/sql/test_flush.py", "tests/sql/test_pairs.py"),
     ),
     Bug(
         "flush-locks-in-the-order-given",
@@ -81,7 +81,7 @@ BUGS = (
         _PARTITIONS,
         "offset 0) row\n                order by o.id\n            ), slots",
         "offset 0) row\n            ), slots",
-        ("tests/sql/test_flush.py::test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock",),
+        ("tests/sql/test_flush.py",),
     ),
     Bug(
         "retry-of-a-cancelled-one",
@@ -89,7 +89,7 @@ BUGS = (
         _PARTITIONS,
         "or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))",
         "or false)",
-        ("tests/sql/test_cancel.py::test_what_was_asked_to_end_never_starts_again",),
+        ("tests/sql/test_cancel.py", "tests/sql/test_flush.py"),
     ),
     Bug(
         "key-kept-after-the-end",
@@ -97,7 +97,7 @@ BUGS = (
         _PARTITIONS,
         "where g.dedupe_key is not null and d.queue",
         "where false and g.dedupe_key is not null and d.queue",
-        ("tests/sql/test_dedupe.py::test_key_is_free_again_after_the_end",),
+        ("tests/sql/test_dedupe.py",),
     ),
     Bug(
         "key-of-another-freed",
@@ -105,7 +105,7 @@ BUGS = (
         _PARTITIONS,
         "and d.key = g.dedupe_key and d.execution_id = g.id",
         "and d.key = g.dedupe_key",
-        ("tests/sql/test_flush.py::test_end_of_one_execution_leaves_the_key_of_another",),
+        ("tests/sql/test_flush.py", "tests/sql/test_dedupe.py"),
     ),
     Bug(
         "crash-charged-to-the-attempts",
@@ -113,7 +113,7 @@ BUGS = (
         _PARTITIONS,
         "attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end",
         "attempt = e.attempt - case when o.outcome in ('retried', 'recovered') then 0 else 1 end",
-        ("tests/sql/test_fleet.py::test_what_a_dead_owner_held_comes_back",),
+        ("tests/sql/test_fleet.py",),
     ),
     Bug(
         "claim-without-k",
@@ -122,7 +122,7 @@ BUGS = (
         "    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));\n"
         "    perform set_config('synchronous_commit', 'off', true);",
         "    perform set_config('synchronous_commit', 'off', true);",
-        ("tests/sql/test_wake.py::test_work_hidden_by_a_claimer_that_dies_is_seen",),
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
     ),
     Bug(
         "claim-by-anybody",
@@ -130,7 +130,7 @@ BUGS = (
         _PARTITIONS,
         "    perform @schema@._private_require_alive(p_owner, v_now);\n\n    -- Not min()",
         "    -- Not min()",
-        ("tests/sql/test_claim.py::test_only_a_living_registered_orchestrator_may_claim",),
+        ("tests/sql/test_claim.py",),
     ),
     Bug(
         "claim-of-any-task",
@@ -138,7 +138,7 @@ BUGS = (
         _PARTITIONS,
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2",
-        ("tests/sql/test_claim.py::test_claim_takes_only_tasks_the_worker_has",),
+        ("tests/sql/test_claim.py",),
     ),
     Bug(
         "suspects-beside-innocents",
@@ -146,7 +146,7 @@ BUGS = (
         _PARTITIONS,
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)",
-        ("tests/sql/test_lives.py::test_execution_on_its_last_life_is_claimed_by_itself_only",),
+        ("tests/sql/test_lives.py",),
     ),
     Bug(
         "claim-waits-for-rivals",
@@ -154,7 +154,7 @@ BUGS = (
         _PARTITIONS,
         "order by priority desc, run_at, id limit p_limit for update skip locked\n        ), claimed as (",
         "order by priority desc, run_at, id limit p_limit for update\n        ), claimed as (",
-        ("tests/sql/test_claim.py::test_claimers_skip_what_a_rival_has_locked",),
+        ("tests/sql/test_claim.py",),
     ),
     Bug(
         "heartbeat-is-an-upsert",
@@ -162,7 +162,7 @@ BUGS = (
         _FLEET,
         "where id = p_id and died_at is null and expires_at > v_now and server_epoch",
         "where id = p_id and server_epoch",
-        ("tests/sql/test_fleet.py::test_heartbeat_never_revives",),
+        ("tests/sql/test_fleet.py",),
     ),
     Bug(
         "heartbeat-outlives-the-server",
@@ -170,7 +170,7 @@ BUGS = (
         _FLEET,
         "and expires_at > v_now and server_epoch = @schema@._private_server_epoch();",
         "and expires_at > v_now;",
-        ("tests/faults/test_guards.py::test_heartbeat_and_claim_are_refused_to_who_registered_with_the_server_before",),
+        ("tests/faults/test_guards.py",),
     ),
     Bug(
         "recovery-from-the-orchestrators",
@@ -178,15 +178,7 @@ BUGS = (
         _FLEET,
         "where w.owner is not null and (o.id is null or o.died_at is not null)",
         "where w.owner is not null and o.died_at is not null",
-        ("tests/sql/test_fleet.py::test_what_a_dead_owner_held_comes_back",),
-    ),
-    Bug(
-        "outage-charged-as-a-crash",
-        "claims that an outage of the server ended are not charged with a crash",
-        _FLEET,
-        "case when o.server_epoch <> @schema@._private_server_epoch() then 0 else 1 end",
-        "1",
-        ("tests/sql/test_fleet.py", "tests/sql/test_lives.py"),
+        ("tests/sql/test_fleet.py",),
     ),
     Bug(
         "recovery-of-the-living",
@@ -194,7 +186,7 @@ BUGS = (
         _FLEET,
         "where o.died_at is null and case\n            when o.expires_at <= v_now then true",
         "where o.died_at is null and case\n            when true then true",
-        ("tests/sql/test_fleet.py::test_heartbeat_keeps_a_lease_alive",),
+        ("tests/sql/test_fleet.py",),
     ),
     Bug(
         "crash-loop-goes-on",
@@ -202,7 +194,7 @@ BUGS = (
         _FLEET,
         "case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'",
         "case when crashes + $4 >= 300 and cancel_requested_at is null then 'failed'",
-        ("tests/sql/test_fleet.py::test_execution_that_brings_down_its_process_three_times_fails",),
+        ("tests/sql/test_fleet.py", "tests/sql/test_lives.py"),
     ),
     Bug(
         "recovery-of-locked-rows",
@@ -210,7 +202,7 @@ BUGS = (
         _FLEET,
         "where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x",
         "where state = 'running' and owner = $1 and queue = $2 limit $3 for update) x",
-        ("tests/sql/test_fleet.py::test_recovery_skips_rows_another_holds",),
+        ("tests/sql/test_fleet.py", "tests/sql/test_pairs.py"),
     ),
     Bug(
         "early-rescue-of-a-living-session",
@@ -218,7 +210,7 @@ BUGS = (
         _FLEET,
         "when o.has_session and o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
         "when o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
-        ("tests/sql/test_lives.py::test_orchestrator_without_a_session_of_its_own_has_its_whole_lease",),
+        ("tests/sql/test_lives.py", "tests/sql/test_fleet.py"),
     ),
     Bug(
         "succession-takes-any-claim",
@@ -226,7 +218,7 @@ BUGS = (
         _FLEET,
         "where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'",
         "where e.owner = $1 and e.state = 'running'",
-        ("tests/faults/test_guards.py::test_succession_takes_no_claim_of_another_number",),
+        ("tests/faults/test_guards.py",),
     ),
     Bug(
         "cancel-without-lock",
@@ -234,7 +226,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) order by id for update) x",
         "where id = any ($1) order by id) x",
-        ("tests/faults/test_guards.py::test_cancel_that_waits_for_a_claim_asks_its_owner",),
+        ("tests/faults/test_guards.py", "tests/sql/test_cancel.py"),
     ),
     Bug(
         "cancel-locks-in-another-order",
@@ -242,7 +234,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) order by id for update) x",
         "where id = any ($1) order by id desc for update) x",
-        ("tests/faults/test_guards.py::test_cancel_and_flush_of_the_same_rows_do_not_deadlock",),
+        ("tests/faults/test_guards.py",),
     ),
     Bug(
         "first-reason-overwritten",
@@ -250,7 +242,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) and state = 'running' and cancel_requested_at is null",
         "where id = any ($1) and state = 'running'",
-        ("tests/sql/test_cancel.py::test_what_runs_is_left_to_its_owner_who_is_told",),
+        ("tests/sql/test_cancel.py",),
     ),
     Bug(
         "cancelled-one-not-told",
@@ -258,7 +250,7 @@ BUGS = (
         _CANCEL,
         "perform @schema@._private_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;",
         "",
-        ("tests/sql/test_cancel.py::test_what_runs_is_left_to_its_owner_who_is_told",),
+        ("tests/sql/test_cancel.py",),
     ),
     Bug(
         "insert-without-k",
@@ -267,7 +259,7 @@ BUGS = (
         "if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
         "            then @schema@._private_nobody_sleeps(p_queue) else false end) then",
         "if @schema@._private_nobody_sleeps(p_queue) then",
-        ("tests/sql/test_wake.py::test_worker_looking_at_this_instant_is_taken_for_asleep",),
+        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
     ),
     Bug(
         "notify-into-a-full-queue",
@@ -275,9 +267,7 @@ BUGS = (
         _WAKE,
         "if pg_notification_queue_usage() < 0.9 then",
         "if true then",
-        (
-            "tests/faults/test_limits_of_the_server.py::test_full_notification_queue_stops_neither_producers_nor_workers",
-        ),
+        ("tests/faults/test_limits_of_the_server.py",),
     ),
     Bug(
         "invoke-acknowledged-too-early",
@@ -285,112 +275,7 @@ BUGS = (
         _INVOKE,
         "perform set_config('synchronous_commit', 'on', true);",
         "perform 1;",
-        ("tests/faults/test_server.py::test_acknowledged_invokes_survive_crashes_of_the_server",),
-    ),
-    Bug(
-        "trust-beyond-the-lease",
-        "a lease is relied on for less than others wait",
-        _LEASE,
-        "return lease - min(1.5, 0.2 * lease)",
-        "return lease + min(1.5, 0.2 * lease)",
-        ("tests/runtime/test_lease.py",),
-    ),
-    Bug(
-        "statement-after-the-lease",
-        "nothing is sent under an id whose lease is over",
-        _LEASE,
-        '        if not self.is_held():\n            raise LeaseLost("the lease is over")\n',
-        "",
-        ("tests/runtime/test_lease.py",),
-    ),
-    Bug(
-        "clock-looked-at-once",
-        "the lease's clock is looked at often, since Trio's stands still while the machine is suspended",
-        _LEASE,
-        "await trio.sleep(min(longest, self._ends_at - self.clock()))",
-        "await trio.sleep(self._ends_at - self.clock())",
-        ("tests/runtime/test_lease.py",),
-    ),
-    Bug(
-        "hand-over-without-waiting",
-        "a new id is taken only when no call under the old one is in flight",
-        _LEASE,
-        "            if self._inside:\n                self._is_empty = trio.Event()",
-        "            if False:\n                self._is_empty = trio.Event()",
-        ("tests/runtime/test_lease.py",),
-    ),
-    Bug(
-        "outcome-forgotten-before-the-answer",
-        "an outcome is kept until the database has answered for it",
-        _FLUSHER,
-        "        if refused is None:\n            return\n        # Whoever",
-        "        refused = refused or {}\n        # Whoever",
-        ("tests/faults/test_ambiguous.py",),
-    ),
-    Bug(
-        "lost-claim-forgotten",
-        "after a claim whose reply was lost, what we do not know of is given back",
-        _WORKER,
-        "self._reconcile_at[:] = [now, now + 31.0]",
-        "self._reconcile_at[:] = [now + 3100.0]",
-        ("tests/faults/test_ambiguous.py",),
-    ),
-    Bug(
-        "stock-kept-at-a-stop",
-        "what was claimed and has not begun goes back at once",
-        _WORKER,
-        "                                self._is_stopping = True\n"
-        "                                self._give_back_stock()",
-        "                                self._is_stopping = False",
-        ("tests/faults/test_processes.py::test_terminated_process_gives_back_what_it_has_not_begun",),
-    ),
-    Bug(
-        "suspect-beside-innocents",
-        "while an execution on its last life runs, nothing else begins in the process",
-        _SUSPECTS,
-        "self._starts.is_held = True",
-        "self._starts.is_held = False",
-        ("tests/faults/test_poison.py",),
-    ),
-    Bug(
-        "listen-after-the-sweep",
-        "after a reconnect: LISTEN first, then one look",
-        _LISTENER,
-        "        await self._listen_to(*self._channels, self._probe_channel)\n"
-        "        # Up first: whoever is woken now, while the next flag is being raised,"
-        " must see that it can be woken again.\n"
-        "        self._is_up = True\n"
-        "        for subscriber in self._subscribers.values():\n"
-        "            await subscriber.on_listening()\n",
-        "        self._is_up = True\n"
-        "        for subscriber in self._subscribers.values():\n"
-        "            await subscriber.on_listening()\n"
-        "        await self._listen_to(*self._channels, self._probe_channel)\n",
-        ("tests/runtime/test_listener.py",),
-    ),
-    Bug(
-        "administrators-isolation",
-        "the engine's transactions are READ COMMITTED whatever the default is",
-        _LINK,
-        '    "default_transaction_isolation": "read committed",\n',
-        "",
-        ("tests/faults/test_settings.py",),
-    ),
-    Bug(
-        "administrators-time-limits",
-        "the engine's sessions have time limits of their own",
-        _LINK,
-        '    "idle_session_timeout": "0",\n',
-        "",
-        ("tests/faults/test_settings.py", "tests/runtime/test_orchestrator.py"),
-    ),
-    Bug(
-        "outage-is-an-error",
-        "a server without room is waited for",
-        _LINK,
-        '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
-        '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
-        ("tests/faults/test_limits_of_the_server.py",),
+        ("tests/faults/test_server.py",),
     ),
     Bug(
         "slot-emptied-unchecked",
@@ -492,9 +377,8 @@ BUGS = (
         "pages-by-time-only",
         "pages of dead letters go on behind the last id of an instant",
         _DEAD,
-        "(f.finished_at, f.id) < (coalesce(p_after_finished_at, 'infinity'),"
-        " coalesce(p_after_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff'))",
-        "f.finished_at < coalesce(p_after_finished_at, 'infinity')",
+        "(f.finished_at, f.id) < (",
+        "(f.finished_at, null::uuid) < (",
         ("tests/sql/test_dead_letters.py",),
     ),
     Bug(
@@ -504,5 +388,108 @@ BUGS = (
         "f.dedupe_key is null or not exists",
         "true or not exists",
         ("tests/sql/test_dead_letters.py",),
+    ),
+    Bug(
+        "trust-beyond-the-lease",
+        "a lease is relied on for less than others wait",
+        _LEASE,
+        "return lease - min(1.5, 0.2 * lease)",
+        "return lease + min(1.5, 0.2 * lease)",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "statement-after-the-lease",
+        "nothing is sent under an id whose lease is over",
+        _LEASE,
+        '        if not self.is_held():\n            raise LeaseLost("the lease is over")\n',
+        "",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "clock-looked-at-once",
+        "the lease's clock is looked at often, since Trio's stands still while the machine is suspended",
+        _LEASE,
+        "await trio.sleep(min(longest, self._ends_at - self.clock()))",
+        "await trio.sleep(self._ends_at - self.clock())",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "hand-over-without-waiting",
+        "a new id is taken only when no call under the old one is in flight",
+        _LEASE,
+        "            if self._inside:\n                self._is_empty = trio.Event()",
+        "            if False:\n                self._is_empty = trio.Event()",
+        ("tests/runtime/test_lease.py",),
+    ),
+    Bug(
+        "outcome-forgotten-before-the-answer",
+        "an outcome is kept until the database has answered for it",
+        _FLUSHER,
+        "        if refused is None:\n            return\n        # Whoever",
+        "        refused = refused or {}\n        # Whoever",
+        ("tests/faults/test_ambiguous.py",),
+    ),
+    Bug(
+        "lost-claim-forgotten",
+        "after a claim whose reply was lost, what we do not know of is given back",
+        _WORKER,
+        "self._reconcile_at[:] = [now, now + 31.0]",
+        "self._reconcile_at[:] = [now + 3100.0]",
+        ("tests/faults/test_ambiguous.py",),
+    ),
+    Bug(
+        "stock-kept-at-a-stop",
+        "what was claimed and has not begun goes back at once",
+        _WORKER,
+        "                                self._is_stopping = True\n                                self._give_back_stock()",
+        "                                self._is_stopping = False",
+        ("tests/faults/test_processes.py::test_terminated_process_gives_back_what_it_has_not_begun",),
+    ),
+    Bug(
+        "suspect-beside-innocents",
+        "while an execution on its last life runs, nothing else begins in the process",
+        _SUSPECTS,
+        "self._starts.is_held = True",
+        "self._starts.is_held = False",
+        ("tests/faults/test_poison.py", "tests/runtime"),
+    ),
+    Bug(
+        "listen-after-the-sweep",
+        "after a reconnect: LISTEN first, then one look",
+        _LISTENER,
+        "        await self._listen_to(*self._channels, self._probe_channel)\n"
+        "        # Up first: whoever is woken now, while the next flag is being raised, must see that it can be woken again.\n"
+        "        self._is_up = True\n"
+        "        for subscriber in self._subscribers.values():\n"
+        "            await subscriber.on_listening()\n",
+        "        self._is_up = True\n"
+        "        for subscriber in self._subscribers.values():\n"
+        "            await subscriber.on_listening()\n"
+        "        await self._listen_to(*self._channels, self._probe_channel)\n",
+        ("tests/runtime/test_listener.py",),
+    ),
+    Bug(
+        "administrators-isolation",
+        "the engine's transactions are READ COMMITTED whatever the default is",
+        _LINK,
+        '    "default_transaction_isolation": "read committed",\n',
+        "",
+        ("tests/faults/test_settings.py",),
+    ),
+    Bug(
+        "administrators-time-limits",
+        "the engine's sessions have time limits of their own",
+        _LINK,
+        '    "idle_session_timeout": "0",\n',
+        "",
+        ("tests/faults/test_settings.py", "tests/runtime/test_orchestrator.py"),
+    ),
+    Bug(
+        "outage-is-an-error",
+        "a server without room is waited for",
+        _LINK,
+        '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
+        '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
+        ("tests/faults/test_limits_of_the_server.py",),
     ),
 )

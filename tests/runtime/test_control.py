@@ -146,6 +146,8 @@ async def test_cancellation_that_overtakes_the_claims_reply_is_heeded(conductor:
         await nursery.start(orchestrator.run)
         await attending(orchestrator)
         (pipeline,) = orchestrator._pipelines
+        # No claim is under way that would not pass the gate.
+        await until(lambda: pipeline.statistics().reactor.is_flag_raised and pipeline.reactor._sleeper is not None)
         lease = pipeline._lease
         attempt = lease.attempt
         reached, resume = trio.Event(), trio.Event()

@@ -300,7 +300,7 @@ async def test_drain_leaves_what_is_due_beyond_the_horizon(conductor: Conductor,
     async def work() -> None: ...
 
     async with conductor:
-        await work.options(delay=0.3).invoke()
+        await work.options(delay=1.5).invoke()
         await work.options(delay=3600).invoke()
         orchestrator = Orchestrator(conductor, tasks=[work])
         assert (await orchestrator.drain()).completed == 0
@@ -408,8 +408,11 @@ async def test_declarations_are_checked() -> None:
         await Orchestrator(conductor, workers=[worker]).drain(horizon=-1)
 
 
-async def test_the_engines_sessions_have_brakes_and_names(conductor: Conductor, pgconductor_dsn: str) -> None:
+async def test_the_engines_sessions_have_brakes_and_names(
+    conductor: Conductor, pgconductor_dsn: str, query: Any
+) -> None:
     """Whatever the administrator's defaults are: READ COMMITTED, bounded statements and locks."""
+    query("select pgconductor.invoke('work')")  # by a client without brakes of its own, before they are set
     with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
         name = conn.info.dbname
         conn.execute(f'alter database "{name}" set default_transaction_isolation = serializable'.encode())
@@ -423,8 +426,9 @@ async def test_the_engines_sessions_have_brakes_and_names(conductor: Conductor, 
     async with conductor, trio.open_nursery() as nursery:
         orchestrator = Orchestrator(conductor, tasks=[work])
         await nursery.start(orchestrator.run)
-        handle = await work.invoke()
-        assert await handle.result(timeout=20) == "done"
+        with trio.fail_after(20):
+            while orchestrator.statistics().workers[0].outcomes != {"completed": 1}:
+                await trio.sleep(0.01)
         with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
             names = {row[0] for row in conn.execute("select application_name from pg_stat_activity")}
         assert {"pgconductor claim", "pgconductor flush", "pgconductor listen", "pgconductor control"} <= names

@@ -55,6 +55,7 @@ class Site:
                 conn.execute("select pgconductor.grant_role(%s, %s)", (kind, self.role(kind)))
         self.clock = DatabaseClock(dsn)
         self.admin = Database(dsn)
+        self.admin.rows("select {s}._private_grant_rights()")  # so that the clock's objects are the owner's too
 
     def _make_role(self, conn: psycopg.Connection[tuple[object, ...]], kind: str) -> str:
         role = self.role(kind)
@@ -75,11 +76,11 @@ class Site:
         """How this login connects."""
         return make_conninfo(self.dsn, user=role, password=self._password)
 
-    def session(self, kind: str, *, autocommit: bool = True) -> Session:
+    def session(self, kind: str, *, autocommit: bool = True) -> Login:
         """A session of the login of a kind."""
         return self.session_of(self.role(kind), autocommit=autocommit)
 
-    def session_of(self, role: str, *, autocommit: bool = True) -> Session:
+    def session_of(self, role: str, *, autocommit: bool = True) -> Login:
         """A session of a login."""
         session = Login(self.dsn_of(role), autocommit=autocommit)
         self._sessions.append(session)

@@ -326,3 +326,13 @@ def test_dump_of_the_rights_is_the_record_of_them(fresh_site: Site) -> None:
         " where c.relnamespace = '{s}'::regnamespace and c.relkind in ('r', 'p') and a.atttypid = 'regrole'::regtype"
     )
     assert tables == []
+
+
+def test_documentation_has_the_same_table() -> None:
+    """An administrator reads that a role may not do what it may."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.MULTILINE)
+    table = {
+        name: {kind for kind, cell in zip(KINDS, cells.split("|"), strict=True) if cell.strip()} for name, cells in rows
+    }
+    assert table == {name: kinds for name, kinds in {**CALLS, **READS}.items() if not name.startswith("_private_kind_")}

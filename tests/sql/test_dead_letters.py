@@ -321,7 +321,7 @@ def test_retry_of_what_is_being_removed_finds_it_gone(
     one = expired(db, clock, large(db) if is_large else "{}")
     maintainer, operator = db.session(), db.session(autocommit=True)
     did = maintainer.run(maintainer.calls.maintain())
-    assert did.payloads_removed + did.rows_removed == 1
+    assert did.payloads_removed + did.rows_removed >= 1
     rival = db.start(lambda: retry(operator, one))
     db.wait_blocked(operator, rival)
     maintainer.commit() if commits else maintainer.rollback()
@@ -361,7 +361,7 @@ def test_list_in_pages_has_each_once_the_latest_first(db: Database) -> None:
     assert shown[0] == newest
     assert (newest.attempts, newest.crashes, newest.generation, newest.reason) == (3, 1, 0, "r")
     assert newest.error is not None
-    assert newest.error.type.startswith("E")
+    assert newest.error.type in {"E0", "E1", "E2", "E3"}
     assert newest.expires_at == datetime(2026, 2, 1, tzinfo=UTC)
 
 
@@ -453,6 +453,17 @@ def test_filter_takes_the_oldest(db: Database) -> None:
     assert [count for (count,) in db.rows(of_each)] == [before[1] - 1, *before[2:]]
     db.run(db.calls.retry_matching(limit=1000))
     assert db.value("select count(*) from {s}._private_finished where state = 'failed'") == 0
+
+
+def test_filter_passes_over_those_whose_key_is_taken(db: Database) -> None:
+    """As many as one call takes are at the front of the line and cannot go: nobody behind them ever goes."""
+    for _ in range(3):
+        dead(db, key="k")
+    other = dead(db)
+    db.invoke(key="k")
+    assert db.run(db.calls.retry_matching(limit=2)) == RetryCounts(1, 0)
+    assert db.live(other, "state::text") == ("ready",)
+    assert db.run(db.calls.retry_matching(limit=2)) == RetryCounts(0, 0)
 
 
 def test_outcome_of_the_new_life_is_kept_like_any_other(db: Database, clock: DatabaseClock) -> None:

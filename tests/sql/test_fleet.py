@@ -253,10 +253,10 @@ def test_dead_stay_as_tombstones_for_a_day(db: Database, clock: DatabaseClock) -
     clock.advance(11)
     db.recover()
     clock.advance(86_000)
-    db.recover()
+    db.run(db.calls.maintain())
     assert db.value("select count(*) from {s}._private_orchestrators") == 2
     clock.advance(500)
-    db.recover()
+    db.run(db.calls.maintain())
     assert db.rows("select id from {s}._private_orchestrators") == [(alive,)]
     assert db.value("select count(*) from {s}._private_workers") == 1
 

@@ -634,10 +634,10 @@ def check_violation() -> psycopg.Error:
     """As the server sends it, in another language."""
     fields = {
         psycopg.pq.DiagnosticField.MESSAGE_PRIMARY: b"verletzt Check-Constraint",
-        psycopg.pq.DiagnosticField.MESSAGE_DETAIL: f"Fehlgeschlagene Zeile enthaelt (-1, {CANARY}).".encode(),
+        psycopg.pq.DiagnosticField.MESSAGE_DETAIL: f"Zeile enthaelt (-1, 'a\n', {CANARY}).".encode(),
         psycopg.pq.DiagnosticField.CONTEXT: f"COPY cards, Zeile 1: {CANARY}".encode(),
     }
-    text = f"verletzt Check-Constraint\nDETAIL?:  Fehlgeschlagene Zeile enthaelt (-1, {CANARY})."
+    text = f"verletzt Check-Constraint\nEinzelheit:  Zeile enthaelt (-1, 'a\n', {CANARY})."
     return psycopg.errors.CheckViolation(text, info=fields)  # type: ignore[arg-type]
 
 
@@ -747,6 +747,7 @@ def test_notes_are_recorded_within_their_share() -> None:
     described = describe_error(caught.value, 1024)
     assert len(msgspec.json.encode(described)) <= 1024
     assert "in fails" in described["traceback"]
+    assert "…\n…" not in described["traceback"]
 
 
 def test_notes_of_grouped_errors_are_recorded() -> None:

@@ -353,3 +353,28 @@ def test_a_verdict_beneath_another_error_says_nothing() -> None:
     error = ValueError()
     error.__cause__ = STOP
     assert verdict_in(error) is None
+
+
+@given(
+    attempt=st.integers(1, 6),
+    max_attempts=st.integers(1, 5),
+    wait=st.floats(0, 100),
+    error=st.sampled_from([ValueError(), STOP, A, B, C, ExceptionGroup("group", [C, ValueError()])]),
+    deadline_in=st.none() | st.floats(-10, 100),
+)
+def test_no_decision_leads_beyond_the_attempts_or_the_deadline(
+    attempt: int, max_attempts: int, wait: float, error: Exception, deadline_in: float | None
+) -> None:
+    """Some combination of attempts, deadline and verdict would let an execution run once more than it may."""
+    decision = decide(attempt, max_attempts, Fixed(wait), random.Random(0), error, deadline_in)
+    if decision.kind != "failed":
+        assert deadline_in is None or decision.delay < deadline_in
+        assert decision.delay == (error.delay if isinstance(error, (RetryAfter, Snooze)) else wait)
+    if decision.kind == "retried":
+        assert attempt < max_attempts
+    assert (decision.kind == "released") <= (error is C)
+    if decision.why == "deadline":
+        assert deadline_in is not None
+        assert decision.delay >= deadline_in
+    if deadline_in is None and attempt < max_attempts:
+        assert (decision.kind == "failed") == (error is STOP)

@@ -123,12 +123,16 @@ def _look(schema: str, number: int) -> Call[list[OlderOrchestrator]]:
 
 
 def _ask_to_stop(schema: str, number: int, *, tell: bool) -> Call[None]:
-    """Ask those who have not been asked; `tell` them at once, where their functions know how."""
+    """Ask those who have not been asked; `tell` them at once, where their functions know how.
+
+    Committed asynchronously: waiting for a standby would keep their rows, and so their heartbeats, waiting.
+    """
     told = "pg_catalog.pg_notify(@schema@._private_control_channel(o.id), '')" if tell else "null"
     return Call(
         render(
             f"""
             update @schema@._private_orchestrators o set stop_requested_at = @schema@._private_clock()
+            from (select pg_catalog.set_config('synchronous_commit', 'off', true) offset 0) s
             where o.id in (select x.id from @schema@._private_orchestrators x
                            where x.schema_version < %s and x.died_at is null and x.stop_requested_at is null
                            order by x.id for update)

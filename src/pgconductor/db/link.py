@@ -80,8 +80,10 @@ def _is_transient(error: psycopg.Error) -> bool:
 
 
 def backoff(failures: int, rng: random.Random, *, initial: float = 0.05, maximum: float = 5.0) -> float:
-    """Seconds to wait after `failures` failures in a row: full jitter, so that a fleet does not return at once."""
-    return rng.uniform(0.0, min(maximum, initial * math.pow(2.0, min(failures, 20))))
+    """Seconds to wait after `failures` failures in a row: soon after the first, for a connection that was lost, and
+    then quickly seldom. Full jitter, so that a fleet does not return at once.
+    """
+    return rng.uniform(0.0, min(maximum, initial * math.pow(2.0, min(2 * failures - 1, 20))))
 
 
 class OutageLog:

@@ -69,18 +69,14 @@ class Control:
     def owner(self) -> UUID:
         return self._lease.owner
 
-    def on_session_asked(self) -> None:
-        self._lease.note_session(is_safe=False)
+    def on_session(self, *, is_held: bool) -> None:
+        self._lease.note_session(is_safe=is_held)
 
-    def on_attending(self, *, holds_session: bool) -> None:
-        self._lease.note_session(is_safe=holds_session)
-        self.look()
+    def on_attending(self) -> None:
+        self._lease.question()  # a heartbeat reads the signals too
 
     def on_signal(self) -> None:
         self.look()
-
-    def on_session_lost(self) -> None:
-        self._lease.note_session(is_safe=False)
 
     # Reading
 

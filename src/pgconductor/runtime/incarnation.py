@@ -37,7 +37,7 @@ from ..failpoints import failpoint
 from ..tasks import Worker
 from .control import Control
 from .housekeeping import keep_house
-from .lease import Lease, heartbeat_interval
+from .lease import Lease, heartbeat_interval, trusted
 from .listener import Listener
 from .suspects import Suspects
 from .worker import Pipeline, Starts, Surroundings, WorkerCounts
@@ -168,6 +168,8 @@ class Incarnation:
         """
         lease, link = self.lease, self._process.control
         interval = heartbeat_interval(lease.seconds)
+        # Long enough for a slow line, and to wait for a reading of signals before it; short enough to try once more.
+        timeout = trusted(lease.seconds) / 2
         failures = 0
         while True:
             lease.doubt = trio.Event()
@@ -175,13 +177,13 @@ class Incarnation:
             beat: Heartbeat | None = None
             failpoint("heartbeat.before")
             try:
-                with trio.move_on_after(interval):
+                with trio.move_on_after(timeout):
                     beat = await link.attempt(self._calls.heartbeat(lease.owner, lease.seconds, self._queues))
             except (Unavailable, SchemaMissing) as error:
                 self._outages.warn("the lease could not be renewed: %s", error)
             if beat is None:
                 failures += 1
-                pause = backoff(failures, self._rng, maximum=min(interval, 2.0))
+                pause = backoff(failures, self._rng, initial=interval / 10, maximum=min(interval, 5.0))
             else:
                 failpoint("heartbeat.answered")
                 failures, pause = 0, interval
@@ -217,7 +219,7 @@ class Incarnation:
             pipeline.succeed(former, handed_over)
         if self._listeners:
             self._listeners[0].renew_control()
-        self._control.look()
+        self._control.look()  # the reading under the former id, if one is under way, tells nothing
         self._process.on_succession(self.lease.owner)
 
     async def _stop_when_done(self) -> None:

@@ -49,14 +49,13 @@ class Control(Protocol):
 
     @property
     def owner(self) -> UUID: ...
-    def on_session_asked(self) -> None:
-        """The session lock is asked for: whether it is held is not known from now on."""
+    def on_session(self, *, is_held: bool) -> None:
+        """The server has answered for the session lock, or the session may be gone, and the lock with it."""
 
-    def on_attending(self, *, holds_session: bool) -> None:
-        """The control channel is listened to."""
+    def on_attending(self) -> None:
+        """The control channel is listened to. What was announced before is not known."""
 
     def on_signal(self) -> None: ...
-    def on_session_lost(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class Listener:
         self._control: Control | None = None
         self._control_channel: str | None = None
         self._wants_control = False  # its owner has changed, or the session lock was not to be had
-        self._holds_session = False
+        self._has_session = False
         self._is_up = False
         self._idle: trio.CancelScope | None = None  # `run` is waiting for notifications inside
         self._requests: deque[_Request] = deque()
@@ -177,9 +176,9 @@ class Listener:
         self._link.drop()
         was_up, self._is_up = self._is_up, False
         self._control_channel = None
-        if self._holds_session and self._control is not None:
-            self._holds_session = False
-            self._control.on_session_lost()
+        if self._has_session and self._control is not None:
+            self._has_session = False
+            self._control.on_session(is_held=False)
         while self._requests:
             self._requests.popleft().is_done.set()
         if was_up:
@@ -200,13 +199,15 @@ class Listener:
     async def _attend(self, control: Control) -> None:
         self._wants_control = False
         owner = control.owner
-        control.on_session_asked()
-        holds = await self.execute(self._calls.hold_session(owner))
-        self._holds_session = bool(holds)
         channel = await self.execute(self._calls.control_channel(owner))
+        # From here on the lock may be ours, and go with the session, before we hear of it.
+        self._has_session = True
+        holds = await self.execute(self._calls.hold_session(owner))
+        self._has_session = bool(holds)
+        control.on_session(is_held=self._has_session)
         await self._listen_to(channel)
         self._control_channel = channel
-        control.on_attending(holds_session=self._holds_session)
+        control.on_attending()
 
     async def _listen_to(self, *channels: str) -> None:
         with trio.move_on_after(_TIMEOUT) as listening:
@@ -228,7 +229,7 @@ class Listener:
                 await self._attend(self._control)
             elif trio.current_time() >= probe_at:
                 await self._probe()
-                self._wants_control = self._wants_control or not self._holds_session
+                self._wants_control = self._wants_control or not self._has_session
                 probe_at = trio.current_time() + self._probe_interval
             else:
                 channels: set[str] = set()
