@@ -9,6 +9,8 @@ declare
     v_function regprocedure;
     v_name text;
 begin
+    -- Whoever registers a queue now makes its functions from the old text: let them end, and others wait.
+    perform pg_advisory_xact_lock(hashtextextended(@schema_literal@ || ' register_queue', 7263381));
     for v_function in select p.oid from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where n.nspname = @schema_literal@ and p.proname ~ '^_private_old_'
     loop

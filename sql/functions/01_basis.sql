@@ -68,10 +68,13 @@ create or replace function @schema@._private_is_large(p_payload jsonb) returns b
     language sql immutable parallel safe strict
     return pg_catalog.pg_column_size(p_payload) > 2000;
 
--- Changes when the server was restarted or another one was promoted: claims committed asynchronously may be lost then.
+-- Changes when the server was restarted, when one of its processes crashed (then all of them begin anew under the same
+-- postmaster, and the statistics are reset), or when another server was promoted: claims committed asynchronously may be lost
+-- then. An administrator who resets the statistics makes orchestrators take new ids, which costs them nothing.
 create or replace function @schema@._private_server_epoch() returns text
     language sql stable
     return pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
+        || coalesce(pg_catalog.date_part('epoch', pg_catalog.pg_stat_get_bgwriter_stat_reset_time()), 0) || ' '
         || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);
 
 -- Seconds to keep a failed or cancelled execution of a task, where no worker says it; a week for a task nobody registered.

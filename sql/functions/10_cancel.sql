@@ -42,7 +42,7 @@ end $$;
 -- A producer cancels what its login role has invoked, operators and the owner cancel anything (90_privileges.sql).
 -- Whoever asks again is answered as the execution then stands; the first reason is kept. Locks: K of the queues, then the
 -- rows, waiting, in the order of partition and id; dedupe keys. Waits for a claim or flush in flight of the same rows, and
--- sees what it did.
+-- sees what it did. Makes the transaction commit durably, as invoke_many.
 create or replace function @schema@.cancel(p_ids uuid[], p_reason text default null) returns table (id uuid, status text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -63,7 +63,10 @@ begin
     if octet_length(p_reason) > 1000 then
         raise exception using errcode = 'PC001', message = 'the reason of a cancellation is at most 1000 bytes long';
     end if;
-    if not @schema@._private_may_cancel_all() then
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'on', true);  -- what was acknowledged is not lost
+    end if;
+    if @schema@._private_may_cancel_all() is not true then
         v_ids := array(
             select e.id from unnest(p_ids) as i join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
             where e.created_by = quote_ident(session_user)::regrole);

@@ -118,11 +118,14 @@ create or replace function @schema@._private_empty_slot(p_no int, p_must_check b
 as $$
 declare
     v_table constant text := format('@schema@._private_finished_%s', p_no);
+    -- Not by the name above: a cast to regclass does not know its escapes.
+    v_oid constant oid := (select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+        where n.nspname = @schema_literal@ and c.relname = '_private_finished_' || p_no);
     v_rows bigint := 0;
     v_last timestamptz;
     v_has_large boolean;
 begin
-    if pg_relation_size(v_table::regclass) > 0 then
+    if pg_relation_size(v_oid) > 0 then
         if p_must_check then
             -- Twice, so that the look below, which delays readers, is taken once in the life of a slot.
             execute format('select max(expires_at) from %s', v_table) into v_last;
@@ -146,7 +149,7 @@ begin
             return null;
         end if;
         select greatest(pg_stat_get_live_tuples(c.oid), c.reltuples::bigint, 1) into v_rows from pg_class c
-        where c.oid = v_table::regclass;
+        where c.oid = v_oid;
         execute format('truncate table only %s', v_table);
     end if;
     update @schema@._private_expiry_slots set expires_upto = '-infinity' where no = p_no;

@@ -54,6 +54,9 @@ declare
     v_free uuid[];
     v_retried uuid[];
 begin
+    if current_setting('synchronous_commit') = 'off' then
+        perform set_config('synchronous_commit', 'on', true);  -- what was acknowledged is not lost
+    end if;
     -- So that partitions attached since this transaction began are known: see invoke_many.
     if pg_current_xact_id_if_assigned() is not null then
         perform pg_get_constraintdef(0);

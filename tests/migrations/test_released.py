@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import psycopg
 import pytest
+from migrations.catalogue import snapshot
 from migrations.old_program import source_of, unpack
 from migrations.release import SCHEMA, type_name
 from migrations.small import connect
@@ -112,3 +113,19 @@ def test_statements_prepared_before_the_migration_work_after_it(pgconductor_empt
         prepare(worker, recorded["life"])
         migrate_sync(migrator)
         live(worker, recorded["life"])
+
+
+def test_upgrade_of_the_first_release_ends_where_a_fresh_install_begins(
+    pgconductor_empty_dsn: str, tmp_path: Path
+) -> None:
+    """Or a database that was upgraded has functions of its own: overloads that nobody calls, or that nobody can."""
+    old = source_of(unpack(tmp_path))
+    with connect(pgconductor_empty_dsn) as conn:
+        migrate_sync(conn, "fresh")
+        migrate_sync(conn, "upgraded", source=old)
+        migrate_sync(conn, "upgraded")
+        fresh, upgraded = (
+            [line for line in snapshot(conn, schema).splitlines() if "_private_old_" not in line]
+            for schema in ("fresh", "upgraded")
+        )
+    assert upgraded == fresh

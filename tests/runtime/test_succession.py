@@ -145,7 +145,8 @@ async def test_claim_that_is_refused_has_the_work_saved_at_once(conductor: Condu
         query(NEW_SERVER)
         work.let_go(1, 2)
         await work.task.invoke(2)
-        await until(lambda: query(FINISHED) == [("completed", 1, 1, 0, 2)])
+        with trio.fail_after(10):  # heartbeats are 15 s apart
+            await until(lambda: query(FINISHED) == [("completed", 1, 1, 0, 2)])
         assert orchestrator.statistics().successions == 1
         assert orchestrator.statistics().fences == 0
         orchestrator.stop()

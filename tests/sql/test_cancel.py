@@ -151,6 +151,20 @@ def test_cancel_that_meets_a_completion_finds_it_finished(db: Database) -> None:
     assert db.finished(one, "state::text") == [("completed",)]
 
 
+def test_acknowledged_cancellation_is_durable_whatever_the_default_is(db: Database) -> None:
+    """A crash of the server forgets it, and what its caller knows to be cancelled runs; so with a retry."""
+    one = db.invoke()
+    session = db.session()
+    for query in ("select {s}.cancel(array[%s::uuid])", "select {s}.retry(array[%s::uuid])"):
+        session.rows("set synchronous_commit = off")
+        session.commit()
+        assert session.value("show synchronous_commit") == "off"
+        session.rows(query, one)
+        assert session.value("show synchronous_commit") == "on"
+        session.commit()
+    assert db.live(one, "state::text") == ("ready",)
+
+
 def test_waiter_for_the_result_is_told(db: Database) -> None:
     """Whoever waits for a cancelled execution waits until it looks by itself."""
     db.register_queue()

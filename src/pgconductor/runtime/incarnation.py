@@ -199,7 +199,7 @@ class Incarnation:
 
     async def _succeed(self) -> bool:
         """Go on under a new id, if the database lets us."""
-        former = self.lease.owner
+        former = self.lease.label
         is_heir = await self.lease.succeed(
             self._process.control,
             lambda old, new, claims: self._calls.succeed_orchestrator(old, new, self.lease.seconds, claims),
@@ -210,7 +210,7 @@ class Incarnation:
         failpoint("succeed.answered")
         if is_heir:
             logger.warning(
-                "the server was restarted or promoted: orchestrator %s goes on as %s", former, self.lease.owner
+                "the server was restarted or promoted: orchestrator %s goes on as %s", former, self.lease.label
             )
         return is_heir
 

@@ -367,7 +367,7 @@ class Orchestrator:
                 break
             self._fences += 1
             logger.warning(
-                "lease of orchestrator %s lost: %s; its executions were cancelled", lease.owner, lease.lost_because
+                "lease of orchestrator %s lost: %s; its executions were cancelled", lease.label, lease.lost_because
             )
             lease = await self._register(process, seconds)
             if lease is not None:
