@@ -76,7 +76,7 @@ def every_kill() -> Iterator[Kill]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kill" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--failpoints")
+        chosen = str(metafunc.config.getoption("--failpoints"))
         kills = (
             SAMPLE
             if chosen == "sample"
