@@ -6,6 +6,7 @@ create or replace function @schema@._private_promote(p_queue text, p_queue_no in
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_count bigint;
@@ -82,6 +83,7 @@ create or replace function @schema@.claim_suspect(p_queue text, p_owner uuid, p_
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 declare

@@ -64,6 +64,7 @@ create or replace function @schema@.signals(p_owner uuid, p_queues text[])
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -111,6 +112,7 @@ create or replace function @schema@.succeed_orchestrator(
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -155,6 +157,7 @@ create or replace function @schema@.recover(p_queue text, p_limit int default 10
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_now constant timestamptz := @schema@._private_clock();
@@ -238,6 +241,7 @@ create or replace function @schema@.release_unknown(p_owner uuid, p_queue text, 
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_no int;

@@ -24,6 +24,7 @@ create or replace function @schema@.results(p_ids uuid[])
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 begin
@@ -102,6 +103,7 @@ create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_h
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_now constant timestamptz := @schema@._private_clock();

@@ -16,6 +16,7 @@ create or replace function @schema@._private_flush_{no}(
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_seqscan = off
+    set jit = off
     set enable_hashjoin = off
     set enable_mergejoin = off
 as $body$
@@ -105,6 +106,7 @@ create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uu
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_seqscan = off
+    set jit = off
     set enable_bitmapscan = off
 as $body$
 #variable_conflict use_column

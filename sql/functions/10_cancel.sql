@@ -7,6 +7,7 @@ create or replace function @schema@._private_end(p_no int, p_ids uuid[], p_state
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 begin
     return query execute format($sql$
@@ -47,6 +48,7 @@ create or replace function @schema@.cancel(p_ids uuid[], p_reason text default n
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 declare

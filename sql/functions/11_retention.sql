@@ -162,6 +162,7 @@ create or replace function @schema@._private_remove_large(p_no int, p_now timest
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_removed bigint;

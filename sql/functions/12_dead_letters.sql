@@ -13,6 +13,7 @@ create or replace function @schema@.dead_letters(
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_custom_plan
     set enable_seqscan = off
+    set jit = off
     set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
@@ -44,6 +45,7 @@ create or replace function @schema@.retry(p_ids uuid[]) returns table (id uuid, 
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -125,6 +127,7 @@ create or replace function @schema@.retry_matching(
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_custom_plan
     set enable_seqscan = off
+    set jit = off
     set enable_bitmapscan = off
 as $$
 #variable_conflict use_column

@@ -18,6 +18,7 @@ create or replace function @schema@._private_doctor() returns jsonb
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_now constant timestamptz := @schema@._private_clock();

@@ -94,6 +94,29 @@ async def test_heartbeat_tells_what_no_notification_told(conductor: Conductor, q
         orchestrator.stop()
 
 
+async def test_cancelled_claim_whose_reply_was_lost_is_ended(conductor: Conductor, query: Any) -> None:
+    """Its owner lives and does not know it, so that nobody recovers it: it stays running for as long as the process."""
+
+    @conductor.task(queue="q")
+    async def never() -> None:
+        raise AssertionError("claimed by a statement whose reply nobody got")
+
+    async with conductor, trio.open_nursery() as nursery:
+        worker = conductor.create_worker(queue="q", tasks=[never], notify="off", sweep_interval=60.0)
+        orchestrator = Orchestrator(conductor, workers=[worker], lease=1.0)
+        await nursery.start(orchestrator.run)
+        owner = orchestrator.statistics().owner
+        query("with i as (select pgconductor.invoke('never', queue => 'other') as id) select count(*) from i")
+        # On another queue, so that nobody has claimed it meanwhile; then as a claim leaves it, and a request.
+        query(
+            "update pgconductor._private_executions set queue = 'q', state = 'running', owner = %s, claim_no = 1, attempt = 1,"
+            " claimed_at = now(), cancel_requested_at = now()",
+            owner,
+        )
+        await until(lambda: query(STATES) == [("cancelled", 0, 0)])
+        orchestrator.stop()
+
+
 async def test_cancelled_in_stock_is_never_started(
     conductor: Conductor, query: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from uuid import UUID
 
 import trio
@@ -61,6 +61,7 @@ class Control:
         self._is_read_wanted = False
         self._overdue: list[tuple[float, int, Held]] = []  # who was told to end, by when it should have
         self._numbers = itertools.count()
+        self._strays: Set[tuple[UUID, int]] = frozenset()
         self.suspects: Suspects | None = None
 
     # For the listener
@@ -112,8 +113,19 @@ class Control:
             for held in pipeline.cancel(signals.cancelled):
                 heapq.heappush(self._overdue, (trio.current_time() + self._grace, next(self._numbers), held))
                 self._woken.set()
+        self._note_strays({(i, no) for i, (no, _) in signals.cancelled.items()})
         if self.suspects is not None:
             self.suspects.note(signals.suspects)
+
+    def _note_strays(self, requested: Set[tuple[UUID, int]]) -> None:
+        """A claim that is to be cancelled and is not here may be on its way. If it is named again, its reply was lost, and
+        `release_unknown` could not have it either, because the request had it locked: nobody else would end it.
+        """
+        strays = {claim for claim in requested if not any(p.holds(*claim) for p in self._pipelines.values())}
+        if strays & self._strays:
+            for pipeline in self._pipelines.values():
+                pipeline.look_for_strays()
+        self._strays = strays
 
     def _log_overdue(self) -> None:
         now = trio.current_time()

@@ -217,6 +217,16 @@ class Pipeline:
                     self._stock.append(held)
         return told
 
+    def holds(self, execution: UUID, claim_no: int) -> bool:
+        """Whether this claim came here and has not been flushed yet."""
+        held = self._held.get(execution)
+        return held is not None and held.claimed.claim_no == claim_no
+
+    def look_for_strays(self) -> None:
+        """Have what the database thinks we hold, and we do not, given back soon."""
+        self._note_lost_claim()
+        self.reactor.wake()
+
     # Succession
 
     def claims(self) -> list[tuple[UUID, int]]:
