@@ -95,10 +95,9 @@ async def test_full_notification_queue_stops_neither_producers_nor_workers(
     async with conductor, trio.open_nursery() as nursery:
         for orchestrator in orchestrators:
             await nursery.start(orchestrator.run)
-        handles = []
         for n in range(5):
-            handles.append(await again.invoke(n=n))
-            assert await handles[-1].result(timeout=20) == n
+            handle = await again.invoke(n=n)
+            assert await handle.result(timeout=20) == n
         nursery.cancel_scope.cancel()
     assert finished(dsn) == 5
     assert query(dsn, "select max(attempt), max(crashes) from pgconductor._private_finished") == [(2, 0)]

@@ -14,7 +14,7 @@ import pytest
 import trio
 from faults.inside import LIMIT, check_once, invoke, query, server_processes, until, work_on
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgconductor import Conductor
 
@@ -133,7 +133,7 @@ def narrow_dsn(pgconductor_dsn: str) -> Iterator[str]:
 
 async def test_limit_of_connections_costs_time_and_no_work(pgconductor_dsn: str, narrow_dsn: str) -> None:
     """Refused with 53300 for a while: each connection comes back by itself. (Catalogue no. 23.)"""
-    role = psycopg.conninfo.conninfo_to_dict(narrow_dsn)["user"]
+    role = conninfo_to_dict(narrow_dsn)["user"]
     query(pgconductor_dsn, "select pgconductor.register_queue('q')")
     work = work_on(narrow_dsn, 0.02)
     orchestrator = work.orchestrator(concurrency=2)

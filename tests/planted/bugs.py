@@ -47,7 +47,7 @@ BUGS = (
         _PARTITIONS,
         _TOKEN,
         "(e.id, e.owner, e.state) is not distinct from (o.id, p_owner, 'running')",
-        ("tests/sql/test_flush.py",),
+        ("tests/sql/test_flush.py::test_wrong_token_changes_nothing",),
         times=2,
     ),
     Bug(
@@ -56,7 +56,7 @@ BUGS = (
         _PARTITIONS,
         _TOKEN,
         "(e.id, e.claim_no, e.state) is not distinct from (o.id, o.claim_no, 'running')",
-        ("tests/sql/test_flush.py",),
+        ("tests/sql/test_flush.py::test_wrong_token_changes_nothing",),
         times=2,
     ),
     Bug(
@@ -65,7 +65,7 @@ BUGS = (
         _PARTITIONS,
         "owner = null, claimed_at = null, outcome = o.outcome",
         "claimed_at = null, outcome = o.outcome",
-        ("tests/sql/test_flush.py",),
+        ("tests/sql/test_flush.py::test_claim_that_has_ended_cannot_end_again",),
     ),
     Bug(
         "flush-gives-up-at-a-changed-row",
@@ -73,7 +73,7 @@ BUGS = (
         _PARTITIONS,
         _LOOK_AGAIN,
         "where false and (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')",
-        ("tests/sql/test_flush.py", "tests/sql/test_pairs.py"),
+        ("tests/sql/test_flush.py::test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written",),
     ),
     Bug(
         "flush-locks-in-the-order-given",
@@ -81,7 +81,7 @@ BUGS = (
         _PARTITIONS,
         "offset 0) row\n                order by o.id\n            ), slots",
         "offset 0) row\n            ), slots",
-        ("tests/sql/test_flush.py",),
+        ("tests/sql/test_flush.py::test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock",),
     ),
     Bug(
         "retry-of-a-cancelled-one",
@@ -89,7 +89,7 @@ BUGS = (
         _PARTITIONS,
         "or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))",
         "or false)",
-        ("tests/sql/test_cancel.py", "tests/sql/test_flush.py"),
+        ("tests/sql/test_cancel.py::test_what_was_asked_to_end_never_starts_again",),
     ),
     Bug(
         "key-kept-after-the-end",
@@ -97,7 +97,7 @@ BUGS = (
         _PARTITIONS,
         "where g.dedupe_key is not null and d.queue",
         "where false and g.dedupe_key is not null and d.queue",
-        ("tests/sql/test_dedupe.py",),
+        ("tests/sql/test_dedupe.py::test_key_is_free_again_after_the_end",),
     ),
     Bug(
         "key-of-another-freed",
@@ -105,7 +105,7 @@ BUGS = (
         _PARTITIONS,
         "and d.key = g.dedupe_key and d.execution_id = g.id",
         "and d.key = g.dedupe_key",
-        ("tests/sql/test_flush.py", "tests/sql/test_dedupe.py"),
+        ("tests/sql/test_flush.py::test_end_of_one_execution_leaves_the_key_of_another",),
     ),
     Bug(
         "crash-charged-to-the-attempts",
@@ -113,7 +113,7 @@ BUGS = (
         _PARTITIONS,
         "attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end",
         "attempt = e.attempt - case when o.outcome in ('retried', 'recovered') then 0 else 1 end",
-        ("tests/sql/test_fleet.py",),
+        ("tests/sql/test_fleet.py::test_what_a_dead_owner_held_comes_back",),
     ),
     Bug(
         "claim-without-k",
@@ -122,7 +122,7 @@ BUGS = (
         "    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));\n"
         "    perform set_config('synchronous_commit', 'off', true);",
         "    perform set_config('synchronous_commit', 'off', true);",
-        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+        ("tests/sql/test_wake.py::test_work_hidden_by_a_claimer_that_dies_is_seen",),
     ),
     Bug(
         "claim-by-anybody",
@@ -130,7 +130,7 @@ BUGS = (
         _PARTITIONS,
         "    perform @schema@._private_require_alive(p_owner, v_now);\n\n    -- Not min()",
         "    -- Not min()",
-        ("tests/sql/test_claim.py",),
+        ("tests/sql/test_claim.py::test_only_a_living_registered_orchestrator_may_claim",),
     ),
     Bug(
         "claim-of-any-task",
@@ -138,7 +138,7 @@ BUGS = (
         _PARTITIONS,
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2",
-        ("tests/sql/test_claim.py",),
+        ("tests/sql/test_claim.py::test_claim_takes_only_tasks_the_worker_has",),
     ),
     Bug(
         "suspects-beside-innocents",
@@ -146,7 +146,7 @@ BUGS = (
         _PARTITIONS,
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)",
-        ("tests/sql/test_lives.py",),
+        ("tests/sql/test_lives.py::test_execution_on_its_last_life_is_claimed_by_itself_only",),
     ),
     Bug(
         "claim-waits-for-rivals",
@@ -154,7 +154,7 @@ BUGS = (
         _PARTITIONS,
         "order by priority desc, run_at, id limit p_limit for update skip locked\n        ), claimed as (",
         "order by priority desc, run_at, id limit p_limit for update\n        ), claimed as (",
-        ("tests/sql/test_claim.py",),
+        ("tests/sql/test_claim.py::test_claimers_skip_what_a_rival_has_locked",),
     ),
     Bug(
         "heartbeat-is-an-upsert",
@@ -162,7 +162,7 @@ BUGS = (
         _FLEET,
         "where id = p_id and died_at is null and expires_at > v_now and server_epoch",
         "where id = p_id and server_epoch",
-        ("tests/sql/test_fleet.py",),
+        ("tests/sql/test_fleet.py::test_heartbeat_never_revives",),
     ),
     Bug(
         "heartbeat-outlives-the-server",
@@ -170,7 +170,7 @@ BUGS = (
         _FLEET,
         "and expires_at > v_now and server_epoch = @schema@._private_server_epoch();",
         "and expires_at > v_now;",
-        ("tests/faults/test_guards.py",),
+        ("tests/faults/test_guards.py::test_heartbeat_and_claim_are_refused_to_who_registered_with_the_server_before",),
     ),
     Bug(
         "recovery-from-the-orchestrators",
@@ -178,7 +178,15 @@ BUGS = (
         _FLEET,
         "where w.owner is not null and (o.id is null or o.died_at is not null)",
         "where w.owner is not null and o.died_at is not null",
-        ("tests/sql/test_fleet.py",),
+        ("tests/sql/test_fleet.py::test_what_a_dead_owner_held_comes_back",),
+    ),
+    Bug(
+        "outage-charged-as-a-crash",
+        "claims that an outage of the server ended are not charged with a crash",
+        _FLEET,
+        "case when o.server_epoch <> @schema@._private_server_epoch() then 0 else 1 end",
+        "1",
+        ("tests/sql/test_lives.py::test_outage_of_the_server_is_no_crash_of_those_who_lost_their_lease_by_it",),
     ),
     Bug(
         "recovery-of-the-living",
@@ -186,7 +194,7 @@ BUGS = (
         _FLEET,
         "where o.died_at is null and case\n            when o.expires_at <= v_now then true",
         "where o.died_at is null and case\n            when true then true",
-        ("tests/sql/test_fleet.py",),
+        ("tests/sql/test_fleet.py::test_heartbeat_keeps_a_lease_alive",),
     ),
     Bug(
         "crash-loop-goes-on",
@@ -194,7 +202,7 @@ BUGS = (
         _FLEET,
         "case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'",
         "case when crashes + $4 >= 300 and cancel_requested_at is null then 'failed'",
-        ("tests/sql/test_fleet.py", "tests/sql/test_lives.py"),
+        ("tests/sql/test_fleet.py::test_execution_that_brings_down_its_process_three_times_fails",),
     ),
     Bug(
         "recovery-of-locked-rows",
@@ -202,7 +210,7 @@ BUGS = (
         _FLEET,
         "where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x",
         "where state = 'running' and owner = $1 and queue = $2 limit $3 for update) x",
-        ("tests/sql/test_fleet.py", "tests/sql/test_pairs.py"),
+        ("tests/sql/test_fleet.py::test_recovery_skips_rows_another_holds",),
     ),
     Bug(
         "early-rescue-of-a-living-session",
@@ -210,15 +218,15 @@ BUGS = (
         _FLEET,
         "when o.has_session and o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
         "when o.heartbeat_at < v_now - (o.expires_at - o.heartbeat_at) / 2",
-        ("tests/sql/test_lives.py", "tests/sql/test_fleet.py"),
+        ("tests/sql/test_lives.py::test_orchestrator_without_a_session_of_its_own_has_its_whole_lease",),
     ),
     Bug(
         "succession-takes-any-claim",
         "after a restart only claims that are still there are handed over",
         _FLEET,
-        "where e.claim_no = h.claim_no and e.owner = $1 and e.state = 'running'",
-        "where e.owner = $1 and e.state = 'running'",
-        ("tests/faults/test_guards.py",),
+        "where e.id = h.id and e.claim_no = h.claim_no and e.owner = $1",
+        "where e.id = h.id and e.owner = $1",
+        ("tests/faults/test_guards.py::test_succession_takes_no_claim_of_another_number",),
     ),
     Bug(
         "cancel-without-lock",
@@ -226,7 +234,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) order by id for update) x",
         "where id = any ($1) order by id) x",
-        ("tests/faults/test_guards.py", "tests/sql/test_cancel.py"),
+        ("tests/faults/test_guards.py::test_cancel_that_waits_for_a_claim_asks_its_owner",),
     ),
     Bug(
         "cancel-locks-in-another-order",
@@ -234,7 +242,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) order by id for update) x",
         "where id = any ($1) order by id desc for update) x",
-        ("tests/faults/test_guards.py",),
+        ("tests/faults/test_guards.py::test_cancel_and_flush_of_the_same_rows_do_not_deadlock",),
     ),
     Bug(
         "first-reason-overwritten",
@@ -242,7 +250,7 @@ BUGS = (
         _CANCEL,
         "where id = any ($1) and state = 'running' and cancel_requested_at is null",
         "where id = any ($1) and state = 'running'",
-        ("tests/sql/test_cancel.py",),
+        ("tests/sql/test_cancel.py::test_what_runs_is_left_to_its_owner_who_is_told",),
     ),
     Bug(
         "cancelled-one-not-told",
@@ -250,7 +258,7 @@ BUGS = (
         _CANCEL,
         "perform @schema@._private_notify(@schema@._private_control_channel(o), '') from unnest(v_owners) as o;",
         "",
-        ("tests/sql/test_cancel.py",),
+        ("tests/sql/test_cancel.py::test_what_runs_is_left_to_its_owner_who_is_told",),
     ),
     Bug(
         "insert-without-k",
@@ -259,7 +267,7 @@ BUGS = (
         "if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
         "            then @schema@._private_nobody_sleeps(p_queue) else false end) then",
         "if @schema@._private_nobody_sleeps(p_queue) then",
-        ("tests/sql/test_wake.py", "tests/runtime/test_reactor.py"),
+        ("tests/sql/test_wake.py::test_worker_looking_at_this_instant_is_taken_for_asleep",),
     ),
     Bug(
         "notify-into-a-full-queue",
@@ -267,7 +275,9 @@ BUGS = (
         _WAKE,
         "if pg_notification_queue_usage() < 0.9 then",
         "if true then",
-        ("tests/faults/test_limits_of_the_server.py",),
+        (
+            "tests/faults/test_limits_of_the_server.py::test_full_notification_queue_stops_neither_producers_nor_workers",
+        ),
     ),
     Bug(
         "invoke-acknowledged-too-early",
@@ -275,7 +285,7 @@ BUGS = (
         _INVOKE,
         "perform set_config('synchronous_commit', 'on', true);",
         "perform 1;",
-        ("tests/faults/test_server.py",),
+        ("tests/faults/test_server.py::test_acknowledged_invokes_survive_crashes_of_the_server",),
     ),
     Bug(
         "slot-emptied-unchecked",
@@ -395,7 +405,7 @@ BUGS = (
         _LEASE,
         "return lease - min(1.5, 0.2 * lease)",
         "return lease + min(1.5, 0.2 * lease)",
-        ("tests/runtime/test_lease.py",),
+        ("tests/runtime/test_lease.py::test_trust_ends_before_others_may_take_over",),
     ),
     Bug(
         "statement-after-the-lease",
@@ -403,7 +413,7 @@ BUGS = (
         _LEASE,
         '        if not self.is_held():\n            raise LeaseLost("the lease is over")\n',
         "",
-        ("tests/runtime/test_lease.py",),
+        ("tests/runtime/test_lease.py::test_lease_that_is_over_sends_nothing",),
     ),
     Bug(
         "clock-looked-at-once",
@@ -411,7 +421,7 @@ BUGS = (
         _LEASE,
         "await trio.sleep(min(longest, self._ends_at - self.clock()))",
         "await trio.sleep(self._ends_at - self.clock())",
-        ("tests/runtime/test_lease.py",),
+        ("tests/runtime/test_lease.py::test_suspended_machine_finds_its_lease_over_though_trio_slept_no_longer",),
     ),
     Bug(
         "hand-over-without-waiting",
@@ -419,7 +429,7 @@ BUGS = (
         _LEASE,
         "            if self._inside:\n                self._is_empty = trio.Event()",
         "            if False:\n                self._is_empty = trio.Event()",
-        ("tests/runtime/test_lease.py",),
+        ("tests/runtime/test_lease.py::test_hand_over_waits_for_the_replies_of_calls_in_flight",),
     ),
     Bug(
         "outcome-forgotten-before-the-answer",
@@ -427,7 +437,7 @@ BUGS = (
         _FLUSHER,
         "        if refused is None:\n            return\n        # Whoever",
         "        refused = refused or {}\n        # Whoever",
-        ("tests/faults/test_ambiguous.py",),
+        ("tests/faults/test_ambiguous.py::test_lost_flush_or_claim_costs_no_run_and_no_second_end",),
     ),
     Bug(
         "lost-claim-forgotten",
@@ -435,7 +445,7 @@ BUGS = (
         _WORKER,
         "self._reconcile_at[:] = [now, now + 31.0]",
         "self._reconcile_at[:] = [now + 3100.0]",
-        ("tests/faults/test_ambiguous.py",),
+        ("tests/faults/test_ambiguous.py::test_lost_flush_or_claim_costs_no_run_and_no_second_end",),
     ),
     Bug(
         "stock-kept-at-a-stop",
@@ -451,7 +461,7 @@ BUGS = (
         _SUSPECTS,
         "self._starts.is_held = True",
         "self._starts.is_held = False",
-        ("tests/faults/test_poison.py", "tests/runtime"),
+        ("tests/faults/test_guards.py::test_nothing_begins_beside_an_execution_on_its_last_life",),
     ),
     Bug(
         "listen-after-the-sweep",
@@ -466,7 +476,7 @@ BUGS = (
         "        for subscriber in self._subscribers.values():\n"
         "            await subscriber.on_listening()\n"
         "        await self._listen_to(*self._channels, self._probe_channel)\n",
-        ("tests/runtime/test_listener.py",),
+        ("tests/faults/test_guards.py::test_notification_sent_while_the_queues_look_once_is_heard",),
     ),
     Bug(
         "administrators-isolation",
@@ -474,7 +484,7 @@ BUGS = (
         _LINK,
         '    "default_transaction_isolation": "read committed",\n',
         "",
-        ("tests/faults/test_settings.py",),
+        ("tests/faults/test_settings.py::test_default_isolation_level_of_the_database_changes_nothing",),
     ),
     Bug(
         "administrators-time-limits",
@@ -482,7 +492,7 @@ BUGS = (
         _LINK,
         '    "idle_session_timeout": "0",\n',
         "",
-        ("tests/faults/test_settings.py", "tests/runtime/test_orchestrator.py"),
+        ("tests/faults/test_settings.py::test_time_limits_of_the_administrator_do_not_reach_the_engine",),
     ),
     Bug(
         "outage-is-an-error",
@@ -490,6 +500,6 @@ BUGS = (
         _LINK,
         '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
         '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
-        ("tests/faults/test_limits_of_the_server.py",),
+        ("tests/faults/test_limits_of_the_server.py::test_full_disk_costs_time_and_no_finished_result",),
     ),
 )

@@ -164,7 +164,7 @@ class ChaosProxy:
         self._upstream = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
         self._upstream_dsn = dsn
         self.host = "127.0.0.1"
-        self.port = 0
+        self.port: int = 0
         self.links: set[Link] = set()
         self.accepted = 0
         self.cuts = 0
