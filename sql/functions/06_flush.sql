@@ -68,7 +68,9 @@ declare
     v_requeued text[];
     v_index int[];
 begin
-    v_nos := array(select distinct @schema@._private_queue_no(i) from unnest(p_ids) as i order by 1);
+    -- An id that was made up may name a partition that is not there.
+    v_nos := array(select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n
+        where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1);
     foreach v_no in array v_nos loop
         if cardinality(v_nos) = 1 then
             select coalesce(array_agg(f.id), '{}'), coalesce(array_agg(f.id) filter (where f.requeued_queue is null), '{}'),

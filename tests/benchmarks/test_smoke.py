@@ -23,7 +23,7 @@ _TINY: dict[str, tuple[str, ...]] = {
     "wakeup": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1"),
 }
 
-_ELSEWHERE = {"failover"}  # the code of tests/failover
+_ELSEWHERE = {"failover", "chaos"}  # the code of tests/failover; below
 
 
 def _run(name: str, *arguments: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
@@ -63,3 +63,17 @@ def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path
     assert document["settings"]["fsync"] == document["settings"]["synchronous_commit"] == "on"
     counted = document["facts"]["statements while idle"]
     assert {"heartbeat"} <= counted.keys() <= {"heartbeat", "pg_notify"}
+
+
+def test_soak_in_small_breaks_nothing(tmp_path: Path) -> None:
+    """The soak cannot run any more, or finds what it is there to find."""
+    path = tmp_path / "figures.json"
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.chaos", "--executions=400", "--minutes=0.15", "--workers=2", "--seed=5",
+         "--poisons=0", f"--json={path}"],
+        cwd=_ROOT, capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["executions acknowledged"] > 350
+    assert figures["faults"]

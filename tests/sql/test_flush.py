@@ -114,10 +114,11 @@ def test_late_result_of_a_crash_loop_is_fenced(db: Database, clock: DatabaseCloc
     assert db.dump() == before
 
 
-def test_unknown_execution_is_fenced(db: Database) -> None:
+@pytest.mark.parametrize("partition", [0, 1, 77])
+def test_unknown_execution_is_gone(db: Database, partition: int) -> None:
     """An outcome of an execution that is not there fails the whole batch of others."""
     one = run_one(db)
-    stranger = one.ended("completed")._replace(id=db.value("select {s}._private_new_id(0, now())"))
+    stranger = one.ended("completed")._replace(id=db.value("select {s}._private_new_id(%s, now())", partition))
     assert db.flush(one.owner, stranger, one.ended("completed")) == {stranger.id: "gone"}
     assert db.finished(one.id) == [("completed", 1, 0, 1)]
 

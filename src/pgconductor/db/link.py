@@ -74,6 +74,8 @@ def _is_transient(error: psycopg.Error) -> bool:
     state = error.sqlstate
     if state == "54000" and error.diag.source_function in ("PreCommit_Notify", "asyncQueueAddEntries"):
         return True  # the notification queue is full: nothing of the statement counts, and nothing is wrong with it
+    if state == "XX000" and (error.diag.message_primary or "").startswith("cache lookup failed"):
+        return True  # what the statement was planned with was replaced while it waited
     if state is None:  # raised by the client: the connection broke, or could not be made
         return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError))
     return state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES
