@@ -45,6 +45,8 @@ end $$;
 -- claim did it: the reply was lost), "fenced" (the claim is no longer the caller's), or "gone" (there is no row of it:
 -- this outcome was written and is not kept, or the claim was lost and whoever had it next ended it so). Sending a flush twice changes
 -- nothing the second time. Holds K and announces for every queue on which something was made ready again.
+-- Fails with 55P03, as a whole, if a row stays locked for a second: somebody's open transaction has asked for its
+-- cancellation. Send the others without it.
 create or replace function @schema@.flush(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[]
@@ -53,6 +55,7 @@ create or replace function @schema@.flush(
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
     set jit = off
+    set lock_timeout = '1s'
 as $$
 #variable_conflict use_column
 declare

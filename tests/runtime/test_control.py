@@ -106,14 +106,14 @@ async def test_cancelled_claim_whose_reply_was_lost_is_ended(conductor: Conducto
         orchestrator = Orchestrator(conductor, workers=[worker], lease=1.0)
         await nursery.start(orchestrator.run)
         owner = orchestrator.statistics().owner
-        query("with i as (select pgconductor.invoke('never', queue => 'other') as id) select count(*) from i")
         # On another queue, so that nobody has claimed it meanwhile; then as a claim leaves it, and a request.
+        query("select pgconductor.invoke('never', queue => 'other')")
         query(
-            "update pgconductor._private_executions set queue = 'q', state = 'running', owner = %s, claim_no = 1, attempt = 1,"
-            " claimed_at = now(), cancel_requested_at = now()",
+            "update pgconductor._private_executions set queue = 'q', state = 'running', owner = %s, claim_no = 1,"
+            " attempt = 1, claimed_at = now(), cancel_requested_at = now()",
             owner,
         )
-        await until(lambda: query(STATES) == [("cancelled", 0, 0)])
+        await until(lambda: query(STATES) == [("cancelled", 1, 0)])
         orchestrator.stop()
 
 
@@ -427,4 +427,33 @@ async def test_trust_is_short_from_the_loss_of_the_session_until_it_is_held_agai
         # The lock is free again: the next try has it.
         await until(lambda: lease._is_session_safe)
         assert orchestrator.statistics().owner == owner
+        orchestrator.stop()
+
+
+async def test_open_cancellation_of_one_execution_keeps_no_other_result_waiting(
+    conductor: Conductor, pgconductor_dsn: str, query: Any
+) -> None:
+    """A producer's transaction that has asked for a cancellation locks that row for as long as it is open.
+
+    Its worker's flush waits for it in vain; what else has ended must be written meanwhile, and is not to be sent again
+    and again behind that one.
+    """
+    gate = trio.Event()
+
+    @conductor.task(queue="q")
+    async def hold(n: int) -> None:
+        await gate.wait()
+
+    async with conductor, trio.open_nursery() as nursery:
+        worker = conductor.create_worker(queue="q", tasks=[hold], concurrency=20)
+        orchestrator = Orchestrator(conductor, workers=[worker])
+        await nursery.start(orchestrator.run)
+        handles = await hold.invoke_many([hold.bind(n=n) for n in range(20)])
+        await until(lambda: orchestrator.statistics().workers[0].running == 20)
+        with psycopg.connect(pgconductor_dsn) as producer:
+            producer.execute("select pgconductor.cancel(%s::uuid[])", [[handles[7].id]])
+            gate.set()
+            await until(lambda: query("select count(*) from pgconductor._private_finished") == [(19,)])
+            producer.rollback()
+        assert await handles[7].result(timeout=LIMIT) is None
         orchestrator.stop()

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
+from uuid import uuid4
 
 import psycopg
 import pytest
 import trio
+import trio.lowlevel
 
 from pgconductor import (
     Conductor,
@@ -432,4 +434,28 @@ async def test_the_engines_sessions_have_brakes_and_names(
         with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
             names = {row[0] for row in conn.execute("select application_name from pg_stat_activity")}
         assert {"pgconductor claim", "pgconductor flush", "pgconductor listen", "pgconductor control"} <= names
+        orchestrator.stop()
+
+
+async def test_all_that_a_dead_process_held_is_rescued_without_waiting_for_more_heartbeats(
+    conductor: Conductor, query: Any
+) -> None:
+    """A thousand at each heartbeat would take a full process's work far beyond the promised seconds."""
+
+    @conductor.task(queue="q")
+    async def work() -> None:
+        await trio.lowlevel.checkpoint()
+
+    query("select pgconductor.register_queue('q')")
+    query("select pgconductor.invoke('work', queue => 'q') from generate_series(1, 2500)")
+    query(
+        "update pgconductor._private_executions set state = 'running', owner = %s, claim_no = 1, attempt = 1", uuid4()
+    )
+    async with conductor, trio.open_nursery() as nursery:
+        worker = conductor.create_worker(queue="q", tasks=[work], notify="off", sweep_interval=60.0)
+        orchestrator = Orchestrator(conductor, workers=[worker], lease=3600.0)
+        await nursery.start(orchestrator.run)
+        with trio.fail_after(12):  # the next heartbeat is 15 s away
+            while orchestrator.statistics().recovered < 2500:
+                await trio.sleep(0.05)
         orchestrator.stop()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 import trio
+import trio.testing
 
 from pgconductor import Conductor, Orchestrator
 
@@ -207,3 +209,37 @@ async def test_stop_gives_back_a_suspect_that_has_not_begun(conductor: Conductor
     assert query("select state::text, attempt, crashes, owner from pgconductor._private_executions") == [
         ("ready", 0, 2, None)
     ]
+
+
+async def test_suspect_waits_for_the_claims_of_other_queues_that_are_in_flight(
+    conductor: Conductor, query: Any, pgconductor_dsn: str
+) -> None:
+    """What such a claim brings is held by this process too: it would be charged with the suspect's crash."""
+    floor = Floor(conductor)
+    told: list[str] = []
+
+    @conductor.task(queue="other")
+    async def innocent() -> None:
+        told.append("innocent")
+
+    async with conductor, trio.open_nursery() as nursery:
+        other = conductor.create_worker(queue="other", tasks=[innocent], sweep_interval=0.1)
+        orchestrator = Orchestrator(conductor, workers=[*floor.orchestrator().workers, other], lease=2.0)
+        await nursery.start(orchestrator.run)
+        with psycopg.connect(pgconductor_dsn, autocommit=True) as gate:
+            # Whoever claims from the queue has to wait for K.
+            gate.execute("select pg_advisory_lock(pgconductor._private_key_k('other'))")
+            query("select pgconductor.invoke('innocent', queue => 'other')")
+            waits = "select count(*) > 0 from pg_locks where locktype = 'advisory' and not granted"
+            await until(lambda: query(waits) == [(True,)])
+            invoke_suspect(query, 1)
+            await until(lambda: query("select state::text from pgconductor._private_executions where crashes = 2")
+                        == [("running",)])  # fmt: skip
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert floor.began == [], "it began, while a claim was in flight"
+        await until(lambda: floor.began == [1])
+        assert told == []
+        assert query("select state::text from pgconductor._private_executions where crashes = 0") == [("ready",)]
+        floor.let_go(1)
+        await until(lambda: told == ["innocent"])
+        orchestrator.stop()

@@ -118,8 +118,8 @@ class Control:
             self.suspects.note(signals.suspects)
 
     def _note_strays(self, requested: Set[tuple[UUID, int]]) -> None:
-        """A claim that is to be cancelled and is not here may be on its way. If it is named again, its reply was lost, and
-        `release_unknown` could not have it either, because the request had it locked: nobody else would end it.
+        """A claim that is to be cancelled and is not here may be on its way. If it is named again, its reply was lost,
+        and `release_unknown` could not have it either, because the request had it locked: nobody else would end it.
         """
         strays = {claim for claim in requested if not any(p.holds(*claim) for p in self._pipelines.values())}
         if strays & self._strays:

@@ -12,6 +12,9 @@ ended and deleted, which is fenced too.
 A succession (`lease.py`) sorts the outcomes: those of claims that were handed over are sent under the new id, the
 others once more under the old one, only to learn whether they had been written.
 
+A row that somebody has locked (a producer that asked for its cancellation, and has not committed) cannot be written:
+the database gives up after a second, and the batch is halved and goes behind the others, until that one waits alone.
+
 Cancellation: `run` and `write` leave what was not answered in `outcomes`.
 """
 
@@ -102,7 +105,7 @@ class Flusher:
         self._in_doubt: set[UUID] = set()  # sent, not answered
         self._replaced: set[UUID] = set()  # by the failure to store them
         self._given_up: list[UUID] = []
-        self._size = self._max_batch  # of the next batch: less while one is looked for that cannot be stored
+        self._size = self._max_batch  # of the next batch: less while one is looked for that cannot be written
         self._failures = 0
         self._oldest_at = 0.0
         self._wanted = trio.Event()
@@ -215,7 +218,7 @@ class Flusher:
             self._count(stray, refused)
 
     async def _send(self, link: Link, batch: list[Outcome], former: UUID | None) -> dict[UUID, str] | None:
-        """Send once; return what the database did not write now, and None if it has to be sent again."""
+        """Send once; return what the database did not write now, and None if it has to be sent again, later then."""
         failpoint("flush.before")
         try:
             refused = await self._lease.attempt(link, lambda owner: self._calls.flush(former or owner, batch))
@@ -229,12 +232,21 @@ class Flusher:
             # A missing schema: a server that is being restored or migrated; not the caller's fault, nor for ever.
             self._in_doubt.update(outcome.id for outcome in batch)
             self._failures += 1
+            if former is None:
+                self._set_back(batch)
             self._outages.warn("%s; trying again", error)
             await trio.sleep(backoff(self._failures, self._rng))
             return None
         failpoint("flush.answered")
         self._failures = 0
         return refused
+
+    def _set_back(self, batch: list[Outcome]) -> None:
+        """Others first, and fewer at once: whatever kept these from being written, a row that somebody's open
+        transaction has locked or a time limit, must not keep back all that comes after.
+        """
+        self.outcomes = [*self.outcomes[len(batch) :], *batch]
+        self._size = max(1, len(batch) // 2)
 
     def _count(self, batch: list[Outcome], refused: Mapping[UUID, str]) -> None:
         counts = self._counts.outcomes

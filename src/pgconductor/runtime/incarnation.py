@@ -44,6 +44,8 @@ from .worker import Pipeline, Starts, Surroundings, WorkerCounts
 
 logger = logging.getLogger("pgconductor.orchestrator")
 
+_RESCUED_AT_ONCE = 1000  # executions that one call of `recover` takes, of an owner and partition
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -190,6 +192,8 @@ class Incarnation:
                 if beat.is_alive:
                     lease.renewed(sent_at)
                     self._process.on_rescue(beat)
+                    if beat.recovered + beat.failed + beat.cancelled >= _RESCUED_AT_ONCE:
+                        pause = 0.0  # the dead held more, which is not to wait for the next heartbeat
                     self._control.apply(beat.signals)
                 elif not await self._succeed():
                     lease.lose("the database says that it has ended")

@@ -153,6 +153,8 @@ class Pipeline:
         self._running = 0
         self._requested: Mapping[UUID, tuple[int, str | None]] = {}
         self._claims: Link | None = None
+        self._claim_ended = trio.Event()  # of the loop's latest claim
+        self._claim_ended.set()
         self._claiming = trio.Lock()  # of whoever else claims, or looks for what we do not know of
         self._reconcile_at: list[float] = []
         self._is_stopping = False
@@ -276,7 +278,8 @@ class Pipeline:
         return held
 
     async def clear_stock(self) -> None:
-        """Give back what has not begun, and wait until the database has it."""
+        """Give back what has not begun, with what a claim in flight brings, and wait until the database has it."""
+        await self._claim_ended.wait()
         self._give_back_stock()
         await self._flusher.until_empty()
 
@@ -365,6 +368,7 @@ class Pipeline:
                 if self._reconcile_at and trio.current_time() >= self._reconcile_at[0]:
                     del self._reconcile_at[0]
                     await self._reconcile(link)
+                    continue
                 drained, due_in = await self._claim(link)
                 failures = 0
                 if drained:
@@ -401,6 +405,13 @@ class Pipeline:
 
     async def _claim(self, link: Link) -> tuple[bool, float | None]:
         """Claim once. Returns whether the queue has no more for now, and when the next is due."""
+        self._claim_ended = trio.Event()
+        try:
+            return await self._claim_once(link)
+        finally:
+            self._claim_ended.set()
+
+    async def _claim_once(self, link: Link) -> tuple[bool, float | None]:
         room = self.worker.concurrency - self._running + self._prefetch.size - len(self._stock)
         limit = max(1, min(room, self._max_claim))
         self.reactor.clear()
@@ -454,6 +465,8 @@ class Pipeline:
         nap = 0.002
         while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
+            if not self._wants_more():
+                return
             before = self._counts.claimed
             drained, due_in = await self._claim(link)
             if self._counts.claimed > before:
