@@ -12,12 +12,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import trio
 
-from pgconductor import Conductor, Unavailable
+from pgconductor import Conductor, Task, Unavailable
+from pgconductor.tasks import Invocation, TaskCall
 
 from ._chaos_worker import QUEUES, Witness, declare
 
@@ -91,7 +92,9 @@ class Producer:
         self._ledger = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._rng = rng
         witness = Witness(Path(os.devnull))
-        self._tasks = {task.name: task for queue in QUEUES for task in declare(conductor, queue, witness)}
+        self._tasks: dict[str, Task[..., Any]] = {
+            task.name: task for queue in QUEUES for task in declare(conductor, queue, witness)
+        }
 
     def _note(self, line: str) -> None:
         os.write(self._ledger, f"{line}\n".encode())
@@ -139,7 +142,7 @@ class Producer:
                     handle = await self._other.invoke(items[0].task, items[0].payload, queue=task.queue)
                     invoked = [handle.id]
                 else:
-                    calls = [task.options(**item.options).bind(**item.payload) for item in items]
+                    calls = [self._call(task, item) for item in items]
                     invoked = [handle.id for handle in await task.invoke_many(calls)]
             except Unavailable:
                 await trio.sleep(self._rng.uniform(0.05, 0.5))
@@ -147,6 +150,10 @@ class Producer:
             for item, execution in zip(items, invoked, strict=True):
                 self._note(f"ack {item.key} {execution}")
             return invoked
+
+    def _call(self, task: Task[..., Any], item: Item) -> Invocation[Any]:
+        target = cast("TaskCall[..., Any]", cast("Any", task).options(**item.options))
+        return target.bind(**item.payload)
 
     async def _cancel(self, execution: UUID, after: float) -> None:
         await trio.sleep(after)

@@ -607,7 +607,6 @@ def _recover(state: State, queue: str) -> tuple[State, tuple[int, int, int]]:
         i: replace(row, died_at=state.now) if row.died_at is None and _is_dead(state, row) else row
         for i, row in state.orchestrators.items()
     }
-    orchestrators = {i: row for i, row in orchestrators.items() if not _is_forgotten(row, state.now)}
     state = replace(state, orchestrators=orchestrators)
     recovered = failed = cancelled = 0
     for row in list(state.live.values()):

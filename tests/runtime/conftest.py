@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from runtime.pooled import CHOSEN, MISSING, Pooler, is_asked_for, lead_through, open_pooler
+from runtime.pooled import CHOSEN, MISSING, NOT_POOLED, Pooler, is_asked_for, lead_through, open_pooler
 
 from pgconductor import Conductor
 from pgconductor.testing import DatabaseServer
@@ -44,8 +44,8 @@ def pooler(pgconductor_server: DatabaseServer) -> Iterator[Pooler]:
 def through_pooler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lead a test through it, or not."""
     if getattr(request, "param", is_asked_for(request.config)):
-        if MISSING:
-            pytest.skip(MISSING)
+        if reason := MISSING or NOT_POOLED.get(request.node.name):
+            pytest.skip(reason)
         lead_through(request.getfixturevalue("pooler"), monkeypatch)
 
 

@@ -41,6 +41,10 @@ CHOSEN = frozenset(
     }
 )
 
+NOT_POOLED = {
+    "test_the_engines_sessions_have_brakes_and_names": "a pooled session keeps the administrator's settings",
+}
+
 _PORT = "6432"
 
 

@@ -172,7 +172,8 @@ async def test_suspect_waits_for_a_free_runner(conductor: Conductor, query: Any)
         for _ in range(2):
             ((last,),) = query(heartbeats)
             await until(lambda last=last: query(heartbeats) > [(last,)])  # type: ignore[misc]
-        assert query("select state::text from pgconductor._private_executions where crashes = 2") == [("ready",)]
+        standing = "select state::text, claim_no from pgconductor._private_executions where crashes = 2"
+        assert query(standing) == [("ready", 2)], "it was claimed, whatever became of it then"
         floor.let_go(1, 2)
         await until(lambda: len(query(FINISHED)) == 2)
         orchestrator.stop()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import psycopg
@@ -324,7 +324,7 @@ def told(scene: Scene, answer: Any) -> str:
     """An answer in words, without ids that were made in the run."""
     known = set(scene.ids)
     if isinstance(answer, list):
-        items: list[Invoked] = answer
+        items = cast("list[Invoked]", answer)
         return repr([(i.id if i.id in known else NOBODY, i.created) for i in items])
     if isinstance(answer, Claim):
         return repr(sorted((c.id if c.id in known else NOBODY, c.claim_no, c.attempt) for c in answer.claimed))
@@ -406,7 +406,7 @@ class Stage:
         return works[0].result(0), works[1].result(0)
 
     def all_at_once(self, events: list[Event], commits: tuple[int, ...]) -> None:
-        """Each executed as far as it gets while the ones before are open; then committed in an order, as it is possible."""
+        """Each executed as far as it gets beside those before; then committed in this order, as far as possible."""
         works = list[Future[Any]]()
         for session, event in zip(self.rivals, events, strict=True):
             works.append(self.start(session, event))
