@@ -21,7 +21,7 @@ async def test_random_backends_terminated_during_a_drain_cost_nothing_but_time(p
     """Claim, flush, heartbeat, rescue and LISTEN each come back, whatever they were doing. (Catalogue no. 27.)"""
     rng = random.Random()
     work = work_on(pgconductor_dsn, 0.01)
-    invoke(pgconductor_dsn, 2000)
+    invoke(pgconductor_dsn, 1000)
     killed: Counter[str] = Counter()
 
     async def kill() -> None:
@@ -45,7 +45,7 @@ async def test_random_backends_terminated_during_a_drain_cost_nothing_but_time(p
     print(f"terminated: {dict(killed)}; {drained}")
     assert killed["pgconductor claim"] > 0
     assert killed["pgconductor flush"] > 0
-    check_once(pgconductor_dsn, work, 2000)
+    check_once(pgconductor_dsn, work, 1000)
     assert drained.fenced == 0
 
 
