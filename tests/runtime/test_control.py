@@ -455,5 +455,5 @@ async def test_open_cancellation_of_one_execution_keeps_no_other_result_waiting(
             gate.set()
             await until(lambda: query("select count(*) from pgconductor._private_finished") == [(19,)])
             producer.rollback()
-        assert await handles[7].result(timeout=LIMIT) is None
+        await handles[7].result(timeout=LIMIT)
         orchestrator.stop()
