@@ -121,19 +121,25 @@ as $$
 #variable_conflict use_column
 declare
     v_ids uuid[];
+    v_before uuid[];
 begin
     loop
-        v_ids := array(
-            select e.id from @schema@._private_executions e
-            where (p_queue is null or e.queue = p_queue) and (p_task is null or e.task = p_task)
-                and (p_states is null or e.state::text = any (p_states)) and (p_tags is null or e.tags @> p_tags)
-                and (p_created_before is null or e.created_at < p_created_before) and e.cancel_requested_at is null
-            limit p_limit);
+        -- A queue is two partitions, its own and the overflow.
+        execute format($sql$
+            select array(
+                select e.id from @schema@._private_executions e
+                where %s and ($2 is null or e.task = $2) and ($3 is null or e.state::text = any ($3))
+                    and ($4 is null or e.tags @> $4) and ($5 is null or e.created_at < $5) and e.cancel_requested_at is null
+                limit $6)
+            $sql$, case when p_queue is null then 'true' else format('e.queue = $1 and e.queue_no in (0, %s)',
+                coalesce((select q.no from @schema@._private_queues q where q.name = p_queue), 0)) end)
+        into v_ids using p_queue, p_task, p_states, p_tags, p_created_before, p_limit;
         select count(*) filter (where c.status = 'cancelled'), count(*) filter (where c.status = 'requested')
         into cancelled, requested
         from @schema@.cancel(v_ids, p_reason) c;
-        -- All that was found may have ended before it was locked, while there is more.
-        exit when v_ids = '{}' or cancelled + requested > 0;
+        -- All that was found may have ended before it was locked, while there is more. The same again: it is not ours.
+        exit when v_ids = '{}' or cancelled + requested > 0 or v_ids = v_before;
+        v_before := v_ids;
     end loop;
     return next;
 end $$;

@@ -1,4 +1,4 @@
--- What may be seen by those who may not see payloads, results and errors.
+-- What may be seen by those who may not see payloads and results.
 
 -- Executions, live and finished, without what they carry: of an error only its type.
 create or replace view @schema@.execution_status as

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psycopg
 import trio
@@ -141,23 +141,33 @@ class Link:
 
         Raises `Unstorable` if a value cannot be stored; what else goes wrong is an error of ours and passes as it is.
         """
-        with self._errors():
-            return await run(await self._open(), call)
+        conn: TrioConnection[TupleRow] | None = None
+        try:
+            conn = await self._open()
+            return await run(conn, call)
+        except psycopg.Error as error:
+            self._explain(error, conn)
 
     async def listen(self, channels: Iterable[str]) -> None:
         """Listen to more channels; for a link made with `listens`. Raises `Unavailable`."""
-        with self._errors():
+        conn: TrioConnection[TupleRow] | None = None
+        try:
             conn = await self._open()
             for channel in channels:
                 await conn.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        except psycopg.Error as error:
+            self._explain(error, conn)
 
     async def receive(self) -> set[str]:
         """Wait until somebody notified; return the channels. Cancelling it loses nothing. Raises `Unavailable`."""
-        with self._errors():
+        conn = self._conn
+        try:
             # Not reopened here: a new connection would listen to nothing.
-            if self._conn is None:
+            if conn is None:
                 raise psycopg.OperationalError("the connection is closed")
-            return {notify.channel for notify in await self._conn.receive_notifies()}
+            return {notify.channel for notify in await conn.receive_notifies()}
+        except psycopg.Error as error:
+            self._explain(error, conn)
 
     async def _open(self) -> TrioConnection[TupleRow]:
         conn = self._conn
@@ -168,18 +178,20 @@ class Link:
                     conn = self._conn = await _open_session(self._conninfo, self._role, self._prepare_threshold)
         return conn
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except psycopg.Error as error:
-            if _is_transient(error):
-                self.drop()
-                raise Unavailable(f"{self._role}: {_first_line(error)}") from error
-            if (error.sqlstate or "").startswith(_DATA_CLASSES):
-                # The driver's text may quote the value; its class says what is wrong.
-                raise Unstorable(f"{type(error).__name__}, SQLSTATE {error.sqlstate}") from error
-            raise
+    def _explain(self, error: psycopg.Error, conn: TrioConnection[TupleRow] | None) -> NoReturn:
+        """Raise ours for one of the driver's. A connection that it may have broken is dropped, and no other: tasks
+        share a link, and one may hear late of what another has replaced.
+        """
+        if _is_transient(error):
+            if conn is not None:
+                conn.drop()
+            if conn is self._conn:
+                self._conn = None
+            raise Unavailable(f"{self._role}: {_first_line(error)}") from error
+        if (error.sqlstate or "").startswith(_DATA_CLASSES):
+            # The driver's text may quote the value; its class says what is wrong.
+            raise Unstorable(f"{type(error).__name__}, SQLSTATE {error.sqlstate}") from error
+        raise error
 
     async def insist(self, call: Call[T]) -> T:
         """Execute until the database has answered. Only for calls that may be carried out twice."""

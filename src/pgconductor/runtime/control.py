@@ -26,7 +26,7 @@ from ..db.link import Link, OutageLog
 from ..errors import SchemaMissing, Unavailable
 from ..model import Signals
 from .flusher import Held
-from .lease import Lease
+from .lease import Lease, heartbeat_interval
 from .suspects import Suspects
 from .worker import Pipeline
 
@@ -100,8 +100,10 @@ class Control:
     async def _read(self) -> None:
         call = self._calls.signals(self._lease.owner, list(self._pipelines))
         try:
-            with trio.move_on_after(_TIMEOUT):
+            with trio.move_on_after(min(_TIMEOUT, heartbeat_interval(self._lease.seconds))) as reading:
                 self.apply(await self._link.attempt(call))
+            if reading.cancelled_caught:
+                self._link.drop()  # the heartbeat uses it too, and must not wait for a connection that is half open
         except (Unavailable, SchemaMissing) as error:
             self._outages.warn("the signals could not be read, the heartbeat will: %s", error)
 

@@ -262,7 +262,7 @@ class Flusher:
 
     def _replace_unstorable(self, outcome: Outcome, error: Unstorable) -> None:
         """One that the database cannot store fails its execution, with the reason. If not even that can be stored,
-        it is nothing that this process could mend: the claim is kept, for another to try when it has lapsed.
+        it is nothing that this process could mend: the claim is kept for as long as the process lives.
         """
         held = self.held[outcome.id]
         task = self._tasks[held.claimed.task]

@@ -52,7 +52,8 @@ logger = logging.getLogger("pgconductor.worker")
 _MAX_CLAIM = 1000
 _MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
-_CLAIM_TIMEOUT = 10.0
+_CLAIM_TIMEOUT = 5.0
+_LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ class Pipeline:
         self._claim_ended.set()
         self._claiming = trio.Lock()  # of whoever else claims, or looks for what we do not know of
         self._reconcile_at: list[float] = []
+        self._locked_nap = _LOCKED / 4
         self._is_stopping = False
         self.has_abandoned = False  # a handler's thread runs on: its claim may only lapse
         self.unwritten: list[UUID] = []
@@ -447,7 +449,7 @@ class Pipeline:
     async def _doze(self, link: Link, due_in: float | None) -> None:
         """The queue had no more. Look on for a while if it is busy, else go to sleep by the reactor's protocol."""
         if not self.reactor.can_be_woken:
-            await self.reactor.sleep(due_in)
+            await self.reactor.sleep(self._until_due(due_in))
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
@@ -472,10 +474,20 @@ class Pipeline:
             if self._counts.claimed > before:
                 return
             if is_quiet:
-                await self.reactor.sleep(due_in)
+                await self.reactor.sleep(self._until_due(due_in))
                 return
             await self.reactor.sleep(due_in, at_most=nap)
             nap = min(2 * nap, 0.25)
+
+    def _until_due(self, due_in: float | None) -> float | None:
+        """How long to sleep. Rows that somebody has locked ask us back in 10 ms; those that stay locked, by an open
+        transaction of the user's, later and later.
+        """
+        if due_in is None or due_in > _LOCKED:
+            self._locked_nap = _LOCKED / 4
+            return due_in
+        self._locked_nap = min(2 * self._locked_nap, 0.25)
+        return max(due_in, self._locked_nap)
 
     async def _reconcile(self, link: Link) -> None:
         """Give back what the database thinks we hold and we never heard of."""
