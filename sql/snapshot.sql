@@ -1,7 +1,7 @@
 -- A fresh install, as the database describes it. Not to be run; a test compares it with the migrations and functions.
 -- To write it anew: PGCONDUCTOR_WRITE_SNAPSHOT=1 python -m pytest tests/migrations/test_snapshot.py
 
-type _private_invoke_options as (max_attempts integer, timeout interval, deadline_at timestamp with time zone, tags text[])
+type _private_invoke_options as (max_attempts integer, timeout interval, deadline_at timestamp with time zone, tags text[], backoff jsonb)
 
 type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'completed', 'failed', 'cancelled')
 
@@ -50,6 +50,7 @@ table _private_executions partition by LIST (queue_no)
     tags text[]
     headers jsonb
     created_by oid
+    backoff jsonb
     constraint _private_executions_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 10000)))
     constraint counts CHECK (((0 <= attempt) AND (attempt <= claim_no) AND (0 <= crashes)))
     constraint deadline_at_range CHECK (((deadline_at >= '0001-01-02 00:00:00+00'::timestamp with time zone) AND (deadline_at <= '9999-01-01 00:00:00+00'::timestamp with time zone)))
@@ -110,6 +111,7 @@ table _private_finished partition by LIST (slot)
     tags text[]
     headers jsonb
     timeout interval
+    backoff jsonb
     constraint finished CHECK ((state = ANY (ARRAY['completed'::execution_state, 'failed'::execution_state, 'cancelled'::execution_state])))
     constraint result_of_completed CHECK (((result IS NULL) OR (state = 'completed'::execution_state)))
     partition _private_finished_0 FOR VALUES IN (0)
@@ -463,8 +465,8 @@ function _private_server_epoch() returns text language sql stable
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function execution_errors(p_id uuid) returns jsonb language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
@@ -473,7 +475,7 @@ function grant_role(p_kind text, p_role text) returns void language plpgsql set 
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function hold_session(p_id uuid) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[]) returns uuid language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[], backoff jsonb DEFAULT NULL::jsonb) returns uuid language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp

@@ -7,7 +7,7 @@ create or replace function @schema@._private_options(p_options jsonb, p_now time
 as $$
 declare
     v_unknown constant text := (select string_agg(quote_literal(k), ', ') from jsonb_object_keys(p_options) as k
-        where k not in ('timeout', 'deadline_at', 'deadline_in', 'max_attempts', 'tags'));
+        where k not in ('timeout', 'deadline_at', 'deadline_in', 'max_attempts', 'tags', 'backoff'));
 begin
     if v_unknown is not null then
         raise exception using errcode = 'PC001', message = format('unknown options: %s', v_unknown);
@@ -16,7 +16,8 @@ begin
         (p_options ->> 'max_attempts')::int,
         make_interval(secs => (p_options ->> 'timeout')::float8),
         coalesce((p_options ->> 'deadline_at')::timestamptz, p_now + make_interval(secs => (p_options ->> 'deadline_in')::float8)),
-        case when p_options ? 'tags' then array(select jsonb_array_elements_text(p_options -> 'tags')) end
+        case when p_options ? 'tags' then array(select jsonb_array_elements_text(p_options -> 'tags')) end,
+        p_options -> 'backoff'
     )::@schema@._private_invoke_options;
 end $$;
 
@@ -34,7 +35,8 @@ create or replace function @schema@.invoke_many(
     p_delays double precision[] default null,   -- seconds from now, where no run_at is given
     p_dedupe_keys text[] default null,
     p_options jsonb[] default null          -- an object or null per position, with any of: timeout, deadline_in (seconds),
-                                            -- deadline_at (an instant with its zone), max_attempts, tags (texts)
+                                            -- deadline_at (an instant with its zone), max_attempts, tags (texts), backoff
+                                            -- (an object, e.g. {"kind": "fixed", "seconds": 5})
 ) returns table ("position" int, id uuid, created boolean)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -80,11 +82,12 @@ begin
             v_options := @schema@._private_options(p_options[1], v_now);
         end if;
         insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-            payload, max_attempts, timeout, deadline_at, tags)
+            payload, max_attempts, timeout, deadline_at, tags, backoff)
         values (coalesce(v_no, 0), v_id, v_queue, p_tasks[1],
             (case when v_run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
             coalesce(p_priorities[1], 0), v_run_at, v_now, v_me, case when not v_large then p_payloads[1] end,
-            (v_options).max_attempts, (v_options).timeout, (v_options).deadline_at, (v_options).tags);
+            (v_options).max_attempts, (v_options).timeout, (v_options).deadline_at, (v_options).tags,
+            (v_options).backoff);
         if v_large then
             insert into @schema@._private_payloads (execution_id, payload) values (v_id, p_payloads[1]);
         end if;
@@ -105,11 +108,11 @@ begin
                 left join @schema@._private_queues q on q.name = r.queue
         ), inserted as (
             insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-                payload, max_attempts, timeout, deadline_at, tags)
+                payload, max_attempts, timeout, deadline_at, tags, backoff)
             select queue_no, id, queue, task,
                 (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
                 priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end,
-                o.max_attempts, o.timeout, o.deadline_at, o.tags
+                o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff
             from item left join lateral @schema@._private_options(options, v_now) o on options is not null
         ), large as (
             insert into @schema@._private_payloads (execution_id, payload)
@@ -161,11 +164,11 @@ begin
             with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, options, n)
     ), inserted as (
         insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-            payload, dedupe_key, max_attempts, timeout, deadline_at, tags)
+            payload, dedupe_key, max_attempts, timeout, deadline_at, tags, backoff)
         select queue_no, id, queue, task,
             (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
             priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end, key,
-            o.max_attempts, o.timeout, o.deadline_at, o.tags
+            o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff
         from item left join lateral @schema@._private_options(options, v_now) o on options is not null
         where id = holder
     ), large as (
@@ -189,13 +192,15 @@ create or replace function @schema@.invoke(
     timeout interval default null,
     deadline timestamptz default null,
     max_attempts int default null,
-    tags text[] default null
+    tags text[] default null,
+    backoff jsonb default null
 ) returns uuid
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
     select id from @schema@.invoke_many(array[task], array[payload], array[queue], array[priority], array[run_at],
         array[extract(epoch from delay)::double precision], array[dedupe_key],
-        array[case when num_nonnulls(timeout, deadline, max_attempts, tags) > 0 then jsonb_strip_nulls(jsonb_build_object(
-            'timeout', extract(epoch from timeout), 'deadline_at', deadline, 'max_attempts', max_attempts, 'tags', tags)) end])
+        array[case when num_nonnulls(timeout, deadline, max_attempts, tags, backoff) > 0 then jsonb_strip_nulls(jsonb_build_object(
+            'timeout', extract(epoch from timeout), 'deadline_at', deadline, 'max_attempts', max_attempts, 'tags', tags,
+            'backoff', backoff)) end])
 $$;

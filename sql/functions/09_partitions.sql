@@ -50,13 +50,13 @@ begin
             ), kept as (
                 insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
                     claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout)
+                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
                 select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
                     g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
                     v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
                     case when g.new_state <> 'cancelled' then g.result end,
                     @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout
+                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
                 from gone g
                     join slots s on s.keep is not distinct from g.keep
                 where s.slot is not null
@@ -100,7 +100,7 @@ end $body$
 create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, due_in double precision
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -158,7 +158,7 @@ begin
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), null::float8
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8
         from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
         v_found := found;
     else
@@ -173,7 +173,7 @@ begin
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), null::float8
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8
         from claimed order by priority desc, run_at, id;
         v_found := found;
     end if;
@@ -187,7 +187,7 @@ begin
             v_due := least(v_due, v_now + interval '10 ms');
         end if;
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            null::float8, null::float8, case when least(v_due, v_due_0) is not null
+            null::float8, null::float8, null::text, case when least(v_due, v_due_0) is not null
                 then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
     end if;
 end $body$

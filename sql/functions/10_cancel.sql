@@ -19,11 +19,11 @@ begin
         ), kept as (
             insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
                 claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout)
+                cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
             select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
                 $2::@schema@.execution_state, g.id, null, g.claim_no, g.run_at, g.created_at, g.claimed_at, $4,
                 $4 + make_interval(secs => s.keep), g.queue, g.task, g.dedupe_key, g.payload, null, g.errors,
-                $3, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout
+                $3, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
             from gone g join slots s on s.id = g.id where s.slot is not null
         ), keys as (
             delete from @schema@._private_dedupe_keys d using gone g

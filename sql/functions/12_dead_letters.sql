@@ -87,10 +87,10 @@ begin
     ), again as (
         -- outcome: so that a flush whose reply was lost is still told that it was written.
         insert into @schema@._private_executions (queue_no, priority, max_attempts, attempt, crashes, generation, depth, state, id,
-            claim_no, outcome, outcome_claim, run_at, created_at, timeout, queue, task, dedupe_key, payload, errors, parent_id,
+            claim_no, outcome, outcome_claim, run_at, created_at, timeout, backoff, queue, task, dedupe_key, payload, errors, parent_id,
             root_id, limit_key, version, tags, headers, created_by)
         select @schema@._private_queue_no(g.id), g.priority, g.max_attempts, 0, 0, g.generation + 1, g.depth, 'ready', g.id,
-            g.claim_no, g.state::text, g.claim_no, v_now, g.created_at, g.timeout, g.queue, g.task, g.dedupe_key, g.payload, g.errors,
+            g.claim_no, g.state::text, g.claim_no, v_now, g.created_at, g.timeout, g.backoff, g.queue, g.task, g.dedupe_key, g.payload, g.errors,
             g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, v_me
         from gone g
         order by g.finished_at, g.id

@@ -13,12 +13,14 @@ alter table @schema@._private_tasks
 
 alter table @schema@._private_executions
     add column created_by oid,          -- the login role that invoked it
+    add column backoff jsonb,           -- instead of the task's, as data: {"kind": "exponential", ...}
     add constraint options check (timeout > interval '0' and cardinality(tags) <= 64 and octet_length(cancel_reason) <= 1000),
     add constraint deadline_at_range check (deadline_at between '0001-01-02 00:00:00+00' and '9999-01-01 00:00:00+00');
 
-alter table @schema@._private_finished add column timeout interval;
+alter table @schema@._private_finished add column timeout interval, add column backoff jsonb;
 
-create type @schema@._private_invoke_options as (max_attempts int, timeout interval, deadline_at timestamptz, tags text[]);
+create type @schema@._private_invoke_options as (max_attempts int, timeout interval, deadline_at timestamptz, tags text[],
+    backoff jsonb);
 
 do $$
 declare

@@ -47,6 +47,7 @@ from .model import (
 from .options import checked_int
 from .polling import PollSchedule
 from .results import Results
+from .retry import BackoffLike
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
 from .verbs import Request, Verbs, follow
@@ -254,6 +255,7 @@ class Conductor(Tasks):
         timeout: float | timedelta | None = None,
         deadline: datetime | float | timedelta | None = None,
         max_attempts: int | None = None,
+        backoff: BackoffLike | None = None,
         tags: Iterable[str] = (),
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> Handle[Any]:
@@ -275,6 +277,7 @@ class Conductor(Tasks):
             timeout=timeout,
             deadline=deadline,
             max_attempts=max_attempts,
+            backoff=backoff,
             tags=tags,
             limits=self.limits,
         )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Final, cast
 
 from .codec import printable
 from .db.calls import NewExecution
 from .errors import InvalidPayload, Misuse
-from .options import checked_text
+from .options import LATEST, checked_text
 from .tasks import DEFAULT_OPTIONS, Invocation, InvokeOptions, Task, Tasks
 
 # PostgreSQL takes a message of up to 1 GB; this leaves room for what the driver adds.
@@ -28,7 +29,7 @@ def new_executions(calls: Sequence[Invocation[Any]]) -> list[NewExecution]:
             f"the payloads of {len(calls):,} calls are {total:,} characters long together; at most {MAX_CALL_BYTES:,} "
             f"go into one statement: split them, within one transaction if they belong together (options(conn=...))"
         )
-    return [_row(call.task.name, call.payload, call.options, call.task.queue) for call in calls]
+    return [_row(call.task.name, call.payload, call.options, call.task) for call in calls]
 
 
 class InvocationByName:
@@ -50,7 +51,7 @@ class InvocationByName:
         declared = self._tasks.registry.get(name)
         task = declared or self._elsewhere(name)
         text = task.payload.encode((), _parameters(name, payload))
-        return task, _row(task.name, text, options, None if declared is None else declared.queue)
+        return task, _row(task.name, text, options, declared)
 
     def _stand_in(self, name: str) -> Task[..., Any]:
         async def elsewhere(**payload: Any) -> Any:
@@ -82,30 +83,41 @@ def _parameters(name: str, payload: object) -> dict[str, Any]:
     return cast("dict[str, Any]", parameters)
 
 
-def _row(name: str, payload: str, options: InvokeOptions, queue: str | None) -> NewExecution:
+def _row(name: str, payload: str, options: InvokeOptions, declared: Task[..., Any] | None) -> NewExecution:
+    deadline = None if declared is None else declared.deadline
     return NewExecution(
         name,
         payload,
-        options.queue or queue,
+        options.queue or (None if declared is None else declared.queue),
         options.priority,
         options.run_at,
         options.delay,
         options.dedupe_key,
-        None if options is DEFAULT_OPTIONS else options_json(options),
+        None if options is DEFAULT_OPTIONS and deadline is None else options_json(options, deadline),
     )
 
 
-def options_json(options: InvokeOptions) -> str | None:
-    """Return the options that have no column of their own in `invoke_many` as a JSON object, None if none is given."""
+def options_json(options: InvokeOptions, deadline: float | None = None) -> str | None:
+    """Return the options that have no column of their own in `invoke_many` as a JSON object, None if none is given.
+
+    `deadline`: the task's, for an invocation without one: seconds from when it is due.
+    """
     given: dict[str, object] = {}
     if options.timeout is not None:
         given["timeout"] = options.timeout
     if options.deadline_at is not None:
         given["deadline_at"] = options.deadline_at.isoformat()
-    if options.deadline_in is not None:
+    elif options.deadline_in is not None:
         given["deadline_in"] = options.deadline_in
+    elif deadline is not None and options.run_at is not None:
+        until = options.run_at + min(timedelta(seconds=deadline), LATEST - options.run_at - timedelta(seconds=1))
+        given["deadline_at"] = until.isoformat()
+    elif deadline is not None:
+        given["deadline_in"] = (options.delay or 0.0) + deadline
     if options.max_attempts is not None:
         given["max_attempts"] = options.max_attempts
+    if options.backoff is not None:
+        given["backoff"] = options.backoff
     if options.tags:
         given["tags"] = options.tags
     return json.dumps(given) if given else None

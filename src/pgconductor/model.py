@@ -40,6 +40,7 @@ class Claimed(NamedTuple):
     waited: float  # seconds between its due time and the claim, by the database's clock
     timeout: float | None = None  # seconds for this attempt, as its invocation says; None: the task's
     deadline_in: float | None = None  # seconds left to it at the claim, perhaps negative; None: no deadline
+    backoff: str | None = None  # JSON text, as its invocation says; None: the task's
 
 
 class Outcome(NamedTuple):

@@ -16,7 +16,7 @@ from .errors import InvalidOption
 MAX_DELAY: Final = 100 * 365.25 * 86_400.0  # a century: far beyond use, far within what an interval holds
 # A day within what Python can hold, so that no session's time zone leads outside; the schema's CHECK is the same.
 _EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
-_LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
+LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
 INT4_MIN: Final = -(2**31)
 INT4_MAX: Final = 2**31 - 1
 
@@ -88,6 +88,6 @@ def checked_instant(what: str, value: object) -> datetime:
         instant = value.astimezone(UTC)
     except OverflowError:
         raise InvalidOption(f"{what} is outside the years 1 to 9998 in UTC") from None
-    if not _EARLIEST <= instant < _LATEST:
+    if not _EARLIEST <= instant < LATEST:
         raise InvalidOption(f"{what} is outside the years 1 to 9998 in UTC")
     return instant

@@ -9,12 +9,14 @@ delays, so that tests and simulations repeat. Must not sleep, log or import anyt
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 from .errors import InvalidOption, NoRetry, RetryAfter, Snooze, leaves
 from .options import MAX_DELAY, checked_number, checked_seconds
@@ -216,6 +218,50 @@ def checked_backoff(what: str, value: object) -> Backoff:
         f"{what} must be seconds, a list of seconds, a function (attempt, error) -> seconds, or have a method "
         f"delay(attempt, rng), as Exponential(initial=1.0) has; {type(value).__name__} is none of these"
     )
+
+
+_KINDS: Final[Mapping[str, type[Exponential | Linear | Fixed | Delays]]] = {
+    "exponential": Exponential,
+    "linear": Linear,
+    "fixed": Fixed,
+    "delays": Delays,
+}
+_MAX_DATA_BYTES: Final = 4096
+
+
+def backoff_as_data(what: str, value: object) -> dict[str, object]:
+    """Return a back-off as the JSON object that is stored with an invocation, for whichever worker will need it.
+
+    `value`: as for `checked_backoff`, but a function, or an object of one's own, cannot be stored. `what` names it in
+    the message of `InvalidOption`.
+    """
+    backoff = checked_backoff(what, value)
+    for kind, shape in _KINDS.items():
+        if type(backoff) is shape:
+            data = {"kind": kind, **{field.name: getattr(backoff, field.name) for field in fields(shape)}}
+            if len(json.dumps(data)) > _MAX_DATA_BYTES:
+                raise InvalidOption(f"{what} is longer than {_MAX_DATA_BYTES:,} bytes as JSON; give fewer delays")
+            return data
+    raise InvalidOption(
+        f"{what} must be data, since another process may use it: seconds, a list of seconds, Exponential, Linear, "
+        f"Fixed or Delays; a function is for the task"
+    )
+
+
+@lru_cache(maxsize=256)
+def backoff_from_data(text: str) -> Backoff:
+    """Return what `backoff_as_data` stored, from its JSON text. Raises `InvalidOption` for anything else."""
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise InvalidOption("the invocation's backoff is not a JSON object")
+    given = cast("dict[str, Any]", data)
+    shape = _KINDS.get(str(given.pop("kind", None)))
+    if shape is None:
+        raise InvalidOption(f"the invocation's backoff must have a kind, one of {', '.join(_KINDS)}")
+    try:
+        return shape(**given)
+    except TypeError as error:
+        raise InvalidOption(f"the invocation's backoff does not fit its kind: {error}") from None
 
 
 # --- the decision ----------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from .model import (
 )
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
+from .retry import BackoffLike
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
 from .verbs import Request, Verbs, follow_sync
 
@@ -156,6 +157,7 @@ class SyncClient:
         timeout: float | timedelta | None = None,
         deadline: datetime | float | timedelta | None = None,
         max_attempts: int | None = None,
+        backoff: BackoffLike | None = None,
         tags: Iterable[str] = (),
         conn: psycopg.Connection[Any] | None = None,
     ) -> SyncHandle[Any]: ...

@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import (
@@ -42,7 +42,7 @@ from .codec import Limits, PayloadCodec, ResultCodec, printable
 from .context import Context
 from .errors import InvalidOption, InvalidTask, Misuse
 from .options import INT4_MAX, INT4_MIN, checked_instant, checked_int, checked_seconds, checked_text
-from .retry import DEFAULT_BACKOFF, Backoff, BackoffLike, checked_backoff
+from .retry import DEFAULT_BACKOFF, Backoff, BackoffLike, backoff_as_data, checked_backoff
 
 if TYPE_CHECKING:
     import psycopg
@@ -75,7 +75,8 @@ class InvokeOptions:
     `queue`: None for the task's own. `priority`: higher runs first. `run_at`: an instant in UTC, None for now.
     `delay`: seconds after the database's now, instead of `run_at`. `dedupe_key`: at most one live execution has it.
     `timeout`: seconds per attempt, `max_attempts`: starts in all, None for the task's. `deadline_at`: an instant in UTC
-    after which nothing of it runs, or `deadline_in`: seconds from the database's now. `tags`: to find it by.
+    after which nothing of it runs, or `deadline_in`: seconds from the database's now; neither: the task's. `backoff`:
+    as data, None for the task's. `tags`: to find it by.
     """
 
     queue: str | None = None
@@ -86,6 +87,7 @@ class InvokeOptions:
     timeout: float | None = None
     deadline_at: datetime | None = None
     deadline_in: float | None = None
+    backoff: Mapping[str, object] | None = None
     max_attempts: int | None = None
     tags: tuple[str, ...] = ()
 
@@ -215,7 +217,8 @@ class Task(Invocable[P, R]):
     """A handler with a name, made by `Conductor.task`.
 
     `name`, `queue`: as registered. `max_attempts`: how often it is started at most, failures of the handler counted.
-    `backoff`: the wait between attempts. `timeout`: seconds that an attempt may take, None without end.
+    `backoff`: the wait between attempts. `timeout`: seconds that an attempt may take, `deadline`: seconds from its due
+    time in which an execution has to finish, both None without end.
     `keep_completed`, `keep_failed`: seconds for which finished executions are kept, None for ever, 0 not at all.
     `handler`: the function itself, to be called in tests. `is_async`: whether it is a coroutine function (a plain
     ``def`` runs in a thread).
@@ -224,6 +227,7 @@ class Task(Invocable[P, R]):
     __slots__ = (
         "_shape",
         "backoff",
+        "deadline",
         "handler",
         "invoker",
         "is_async",
@@ -246,6 +250,7 @@ class Task(Invocable[P, R]):
         max_attempts: int = 3,
         backoff: BackoffLike = DEFAULT_BACKOFF,
         timeout: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
         limits: Limits | None = None,
@@ -262,6 +267,7 @@ class Task(Invocable[P, R]):
         )
         self.backoff: Backoff = checked_backoff(f"backoff of task {self.name!r}", backoff)
         self.timeout = _checked_timeout(f"timeout of task {self.name!r}", timeout)
+        self.deadline = _checked_timeout(f"deadline of task {self.name!r}", deadline)
         self.keep_completed = _checked_keep(f"keep_completed of task {self.name!r}", keep_completed)
         self.keep_failed = _checked_keep(f"keep_failed of task {self.name!r}", keep_failed)
         self.handler = handler
@@ -341,6 +347,7 @@ class Task(Invocable[P, R]):
         timeout: float | timedelta | None = None,
         deadline: datetime | float | timedelta | None = None,
         max_attempts: int | None = None,
+        backoff: BackoffLike | None = None,
         tags: Iterable[str] = (),
         conn: psycopg.Connection[Any],
     ) -> SyncTaskCall[P, R]: ...
@@ -356,6 +363,7 @@ class Task(Invocable[P, R]):
         timeout: float | timedelta | None = None,
         deadline: datetime | float | timedelta | None = None,
         max_attempts: int | None = None,
+        backoff: BackoffLike | None = None,
         tags: Iterable[str] = (),
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> TaskCall[P, R]: ...
@@ -370,6 +378,7 @@ class Task(Invocable[P, R]):
         timeout: float | timedelta | None = None,
         deadline: datetime | float | timedelta | None = None,
         max_attempts: int | None = None,
+        backoff: BackoffLike | None = None,
         tags: Iterable[str] = (),
         conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any] | None = None,
     ) -> TaskCall[P, R] | SyncTaskCall[P, R]:
@@ -381,8 +390,9 @@ class Task(Invocable[P, R]):
         while an execution with this key is live on the same queue and task, invoking returns it instead.
         `timeout`: instead of the task's, seconds per attempt, more than 0. `deadline`: an aware datetime, or seconds
         (or a `timedelta`) from the database's now, after which it is not started, ended if it runs, and has failed,
-        whatever attempts remain. `max_attempts`: instead of the task's, 1 to 10,000. `tags`: up to 16 different texts
-        of 1 to 128 bytes, to find and cancel it by.
+        whatever attempts remain. `max_attempts`: instead of the task's, 1 to 10,000. `backoff`: instead of the task's,
+        as there, but no function: it is stored. `tags`: up to 16 different texts of 1 to 128 bytes, to find and cancel
+        it by.
 
         `conn`: the caller's psycopg connection, sync or Trio; the execution is part of its transaction. With a sync one
         the methods of the result block instead of being awaited. Raises `InvalidOption` outside these ranges.
@@ -396,6 +406,7 @@ class Task(Invocable[P, R]):
             timeout=timeout,
             deadline=deadline,
             max_attempts=max_attempts,
+            backoff=backoff,
             tags=tags,
             limits=self.limits,
         )
@@ -445,6 +456,7 @@ def checked_options(
     timeout: float | timedelta | None = None,
     deadline: datetime | float | timedelta | None = None,
     max_attempts: int | None = None,
+    backoff: BackoffLike | None = None,
     tags: Iterable[str] = (),
     limits: Limits | None = None,
 ) -> InvokeOptions:
@@ -472,6 +484,7 @@ def checked_options(
         timeout=_checked_timeout("timeout", timeout),
         deadline_at=deadline_at,
         deadline_in=deadline_in,
+        backoff=None if backoff is None else backoff_as_data("backoff", backoff),
         max_attempts=None
         if max_attempts is None
         else checked_int("max_attempts", max_attempts, minimum=1, maximum=MAX_ATTEMPTS),
@@ -771,6 +784,7 @@ class Tasks(Invoker):
         max_attempts: int = 3,
         backoff: BackoffLike = DEFAULT_BACKOFF,
         timeout: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
     ) -> TaskDecorator: ...
@@ -784,6 +798,7 @@ class Tasks(Invoker):
         max_attempts: int = 3,
         backoff: BackoffLike = DEFAULT_BACKOFF,
         timeout: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
     ) -> Any:
@@ -796,9 +811,10 @@ class Tasks(Invoker):
         queue it runs on, 1 to 128 bytes. `max_attempts`: starts in all, 1 to 10,000. `backoff`: the wait between them:
         `Exponential`, `Linear`, `Fixed` or seconds, `Delays` or a list of seconds, a function of the failed attempt's
         number and its error, or any `Backoff`. `timeout`: seconds (or a `timedelta`) that an attempt may take, more
-        than 0 and up to a century; None without end. `keep_completed`, `keep_failed`: for how long finished executions
-        are kept, in seconds (or a `timedelta`, up to a century), None for ever, 0 not at all; `keep_failed` is for
-        cancelled ones too.
+        than 0 and up to a century; None without end. `deadline`: the same for an execution with all its attempts, from
+        when it is due; past it, it is not started, is ended if it runs, and has failed. `keep_completed`,
+        `keep_failed`: for how long finished executions are kept, in seconds (or a `timedelta`, up to a century), None
+        for ever, 0 not at all; `keep_failed` is for cancelled ones too.
 
         Returns the `Task` in the function's place. Raises `InvalidTask` for what cannot be a task or is registered
         already, `InvalidOption` outside these ranges.
@@ -813,6 +829,7 @@ class Tasks(Invoker):
                 max_attempts=max_attempts,
                 backoff=backoff,
                 timeout=timeout,
+                deadline=deadline,
                 keep_completed=keep_completed,
                 keep_failed=keep_failed,
                 limits=self.limits,

@@ -100,6 +100,27 @@ async def test_verdicts_of_handlers_are_obeyed(
     ) == [("no retry", "failed", 1, 1), ("retry after", "completed", 2, 1), ("snooze", "completed", 1, 0)]
 
 
+async def test_backoff_and_deadline_of_an_invocation_and_of_a_task(conductor: Conductor, query: Any) -> None:
+    """What one invocation asks for is forgotten by the worker, or a deadline of the task by the producer."""
+
+    @conductor.task(backoff=3600, deadline=1800)
+    async def fail() -> None:
+        raise ValueError
+
+    async with conductor:
+        late = await fail.invoke()  # its next attempt would begin after the deadline
+        soon = await fail.options(backoff=[7, 8], deadline=timedelta(hours=2)).invoke()
+        broken = query("select pgconductor.invoke('fail', backoff => '{\"kind\": \"odd\"}')")[0][0]
+        await Orchestrator(conductor, tasks=[fail]).drain()
+    found = query("select id, state::text, errors -> -1 ->> 'type' from pgconductor.executions")
+    rows = {row[0]: row[1:] for row in found}
+    assert rows[late.id] == ("failed", "deadline")
+    assert rows[soon.id] == ("scheduled", "ValueError")
+    assert rows[broken] == ("failed", "pgconductor.errors.InvalidOption")
+    ((wait,),) = query("select run_at - now() from pgconductor.executions where id = %s", soon.id)
+    assert timedelta() < wait < timedelta(seconds=8)
+
+
 async def test_rows_are_kept_as_long_as_their_task_says(conductor: Conductor, query: Any) -> None:
     """A day's worth would be kept for ever, or what must be kept would be gone."""
 

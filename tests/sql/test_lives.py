@@ -198,10 +198,11 @@ def test_options_reach_the_claim(db: Database) -> None:
     owner = db.register_orchestrator()
     db.value(
         "select {s}.invoke('t', '{}', 'q', timeout => '1.5 s', deadline => {s}._private_clock() + interval '1 h',"
-        " max_attempts => 7, tags => array['x'])"
+        ' max_attempts => 7, tags => array[\'x\'], backoff => \'{"kind": "fixed", "seconds": 3}\')'
     )
     (claimed,) = db.claim(owner)
     assert (claimed.timeout, claimed.max_attempts) == (1.5, 7)
+    assert claimed.backoff == '{"kind": "fixed", "seconds": 3}'
     assert claimed.deadline_in is not None
     assert 3500 < claimed.deadline_in <= 3600
     assert db.live(claimed.id, "tags") == (["x"],)

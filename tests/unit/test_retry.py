@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from pgconductor.retry import (
     Exponential,
     Fixed,
     Linear,
+    backoff_as_data,
+    backoff_from_data,
     checked_backoff,
     decide,
     verdict_in,
@@ -378,3 +381,29 @@ def test_no_decision_leads_beyond_the_attempts_or_the_deadline(
         assert decision.delay >= deadline_in
     if deadline_in is None and attempt < max_attempts:
         assert (decision.kind == "failed") == (error is STOP)
+
+
+@pytest.mark.parametrize(
+    "backoff", [Exponential(2, 3, 40, 0.25), Linear(1, 2, 30, 0.5), Fixed(timedelta(minutes=1)), Delays([1, 2, 3])]
+)
+def test_stored_backoff_is_the_one_that_was_given(backoff: Backoff) -> None:
+    """An invocation waits otherwise than it was asked to."""
+    assert backoff_from_data(json.dumps(backoff_as_data("backoff", backoff))) == backoff
+
+
+@pytest.mark.parametrize(
+    "unfit", [lambda attempt, error: 1.0, Delays([1.5] * 2000), "soon"], ids=["function", "long", "text"]
+)
+def test_backoff_that_cannot_be_stored_is_refused(unfit: object) -> None:
+    """It fails at the worker, or in a CHECK."""
+    with pytest.raises(InvalidOption, match="the backoff"):
+        backoff_as_data("the backoff", unfit)
+
+
+@pytest.mark.parametrize(
+    "text", ["1", "{}", '{"kind": "odd"}', '{"kind": "fixed"}', '{"kind": "fixed", "seconds": -1}']
+)
+def test_stored_backoff_that_is_none_is_refused(text: str) -> None:
+    """SQL may send any JSON: it ends the worker."""
+    with pytest.raises(InvalidOption):
+        backoff_from_data(text)

@@ -76,8 +76,8 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][9])
-    return Claim([Claimed._make(row[:9]) for row in rows], None)
+        return Claim([], rows[0][10])
+    return Claim([Claimed._make(row[:10]) for row in rows], None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
@@ -85,7 +85,7 @@ def _last_as_tuple(row: Row) -> list[Any]:
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
-    return Claimed._make(rows[0][:9]) if rows else None
+    return Claimed._make(rows[0][:10]) if rows else None
 
 
 def _signals(row: Sequence[Any]) -> Signals:
@@ -148,10 +148,10 @@ def _optional_boolean(rows: list[Row]) -> bool | None:
 _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
-    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, due_in"
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff, due_in"
     " from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
-    "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, due_in"
-    " from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
+    "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
+    " due_in from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[]) /*flush*/",

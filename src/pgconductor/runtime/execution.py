@@ -31,7 +31,7 @@ from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
 from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
 from ..model import Claimed, Outcome
-from ..retry import decide, verdict_in
+from ..retry import backoff_from_data, decide, verdict_in
 from ..tasks import Task
 
 logger = logging.getLogger("pgconductor.worker")
@@ -361,14 +361,14 @@ def retried_or_failed(
     rng: random.Random,
     deadline_in: float | None = None,
 ) -> Outcome:
-    """The outcome of an attempt that raised `error`: what the handler says by it, or the task's attempts and back-off.
+    """The outcome of an attempt that raised `error`: what the handler says by it, or the attempts and the
+    back-off of the invocation or the task.
 
     `deadline_in`: seconds until the execution's deadline.
     """
     try:
-        decision = decide(
-            claimed.attempt, claimed.max_attempts or task.max_attempts, task.backoff, rng, error, deadline_in
-        )
+        backoff = task.backoff if claimed.backoff is None else backoff_from_data(claimed.backoff)
+        decision = decide(claimed.attempt, claimed.max_attempts or task.max_attempts, backoff, rng, error, deadline_in)
     except (Exception, SystemExit) as broken:  # noqa: BLE001  # the user's back-off is user code too
         with contextlib.suppress(TypeError):  # its notes are the user's as well
             broken.add_note(f"raised by the back-off of task {task.name!r}, asked after: {described_type(error)}")
