@@ -57,6 +57,7 @@ declare
     v_ids uuid[];
     v_holders uuid[];
     v_lost boolean;
+    v_published int;
 begin
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'on', true);
@@ -65,16 +66,16 @@ begin
         raise exception using errcode = 'PC001',
             message = 'the payload must be a JSON object: the handler''s parameters by name';
     end if;
-    -- A transaction that has produced before holds all locks it needs, and without taking a lock a session does not
-    -- learn of partitions attached since: the insert would find none for a queue registered meanwhile. Opening any
-    -- catalogue makes it learn.
-    if pg_current_xact_id_if_assigned() is not null then
-        perform pg_get_constraintdef(0);
-    end if;
+    -- First a look at the queues, then word of tables, then the insert: so the partition of a published queue is known, see
+    -- publish_queues. Taking a lock brings word of tables. A transaction that has produced before holds all the locks
+    -- it needs, and opens a catalogue instead.
     if not v_deduped and cardinality(p_tasks) = 1 then
         -- One row, the common case, in statements that are cheap to start (benchmarks/notify_tax.py).
         v_queue := coalesce(p_queues[1], (select t.queue from @schema@._private_tasks t where t.name = p_tasks[1]), 'default');
-        select q.no into v_no from @schema@._private_queues q where q.name = v_queue;
+        select q.no into v_no from @schema@._private_queues q where q.name = v_queue and q.published is not null;
+        if pg_current_xact_id_if_assigned() is not null then
+            perform pg_get_constraintdef(0);
+        end if;
         v_id := @schema@._private_new_id(coalesce(v_no, 0), v_now);
         v_run_at := coalesce(p_run_ats[1], v_now + make_interval(secs => p_delays[1]), v_now);
         v_large := @schema@._private_is_large(p_payloads[1]);
@@ -94,7 +95,11 @@ begin
         return query select 1, v_id, true;
         return;
     end if;
+    v_published := coalesce((select max(q.published) from @schema@._private_queues q), 0);
     if not v_deduped then
+        if pg_current_xact_id_if_assigned() is not null then
+            perform pg_get_constraintdef(0);
+        end if;
         return query
         with item as materialized (
             select i.ordinality::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
@@ -105,7 +110,7 @@ begin
                     with ordinality as i (task, payload, queue, priority, run_at, delay, options, ordinality)
                 left join @schema@._private_tasks t on i.queue is null and t.name = i.task
                 cross join lateral (select coalesce(i.queue, t.queue, 'default') as queue) r
-                left join @schema@._private_queues q on q.name = r.queue
+                left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published
         ), inserted as (
             insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
                 payload, max_attempts, timeout, deadline_at, tags, backoff)
@@ -130,7 +135,7 @@ begin
     from rows from (unnest(p_tasks), unnest(p_queues)) with ordinality as i (task, queue, n)
         left join @schema@._private_tasks t on i.queue is null and t.name = i.task
         cross join lateral (select coalesce(i.queue, t.queue, 'default') as queue) r
-        left join @schema@._private_queues q on q.name = r.queue;
+        left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published;
     for v_try in 1..100 loop
         insert into @schema@._private_dedupe_keys (queue, task, key, execution_id)
         select distinct on (i.queue, i.task, i.key) i.queue, i.task, i.key, i.id
@@ -154,6 +159,7 @@ begin
     if v_lost then
         raise exception using errcode = 'PC002', message = 'a dedupe key changed hands 100 times during one call; invoke again';
     end if;
+    perform pg_get_constraintdef(0);
     return query
     with item as materialized (
         select i.n::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,

@@ -3,7 +3,7 @@
 -- Register a queue, or find it registered; returns its number. To be called in a transaction of its own: the DDL
 -- locks the parent against other DDL only (SHARE UPDATE EXCLUSIVE), so open readers and producers delay nobody and
 -- are delayed by nobody. Fails with 55P03 (lock_not_available) when other DDL is in the way for a second; call it
--- again.
+-- again. Work goes into the partition once publish_queues has published the queue.
 create or replace function @schema@.register_queue(p_queue text) returns int
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -41,6 +41,48 @@ begin
     perform @schema@._private_define_partition(v_no);
     perform @schema@._private_grant_rights(v_no);
     return v_no;
+end $$;
+
+-- Let producers use the partitions of queues whose registration is over; returns how many queues are not published yet. To be
+-- called in a transaction of its own, a few times: a call goes one step further. Until then work goes into the overflow
+-- partition, so nobody needs to wait for it. Locks: that of register_queue, then against other DDL of the parent; 55P03 after
+-- a second of waiting for it.
+--
+-- A session that inserts must know the partition. But a session that reads the list of partitions while one is attached may
+-- hear of the change before it has put its old list in place, and then keeps that: PostgreSQL prevents it by locks on the
+-- table, and ATTACH takes none against inserts. So, once the registration is over, (1) note who holds any lock of the parent:
+-- nobody else can be reading an old list; (2) when all of them have ended, change the parent, and every session discards
+-- its list; (3) publish, in a later transaction, since one is seen an instant before the others are told what it changed. Who
+-- sees the queue as published and then hears what was changed knows the partition (tests/sql/test_register_queue.py).
+create or replace function @schema@.publish_queues() returns int
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set lock_timeout = '1s'
+as $$
+declare
+    v_holders text[];
+    v_last int;
+begin
+    if not exists (select from @schema@._private_queues where published is null) then
+        return 0;
+    end if;
+    -- Taken only after a registration's other locks have gone, and with them its word to the others has arrived.
+    perform pg_advisory_xact_lock(hashtextextended(@schema_literal@ || ' register_queue', 7263381));
+    v_last := (select coalesce(max(published), 0) from @schema@._private_queues);
+    -- In the order of commits: an insert looks for the last number, then for queues up to it.
+    update @schema@._private_queues q set published = v_last + n.n
+    from (select no, row_number() over (order by no) as n from @schema@._private_queues where published is null and is_announced) n
+    where q.no = n.no;
+    v_holders := array(select virtualtransaction from pg_locks
+        where locktype = 'relation' and relation = format('%I._private_executions', @schema_literal@)::regclass and pid <> pg_backend_pid()
+            and database = (select oid from pg_database where datname = current_database()));
+    update @schema@._private_queues set is_announced = true
+    where published is null and not is_announced and not holders && v_holders;
+    if found then
+        alter table only @schema@._private_executions alter column queue set statistics -1;
+    end if;
+    update @schema@._private_queues set holders = v_holders where published is null and holders is null;
+    return (select count(*) from @schema@._private_queues where published is null);
 end $$;
 
 -- What the running programs have, and how many seconds executions that no worker ends are kept: null is for ever, and no

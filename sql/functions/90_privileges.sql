@@ -25,6 +25,7 @@ as $$
         ('execution_errors', '{producer,worker,viewer,operator}', true),
         -- Run orchestrators.
         ('register_queue', '{worker}', true),
+        ('publish_queues', '{worker}', true),
         ('register_tasks', '{worker}', true),
         ('register_orchestrator', '{worker}', true),
         ('hold_session', '{worker}', true),

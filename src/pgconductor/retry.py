@@ -238,7 +238,8 @@ def backoff_as_data(what: str, value: object) -> dict[str, object]:
     backoff = checked_backoff(what, value)
     for kind, shape in _KINDS.items():
         if type(backoff) is shape:
-            data = {"kind": kind, **{field.name: getattr(backoff, field.name) for field in fields(shape)}}
+            data: dict[str, object] = {"kind": kind}
+            data.update({field.name: getattr(backoff, field.name) for field in fields(shape)})
             if len(json.dumps(data)) > _MAX_DATA_BYTES:
                 raise InvalidOption(f"{what} is longer than {_MAX_DATA_BYTES:,} bytes as JSON; give fewer delays")
             return data

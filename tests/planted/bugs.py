@@ -28,6 +28,7 @@ _CANCEL = "sql/functions/10_cancel.sql"
 _WAKE = "sql/functions/02_wake.sql"
 _INVOKE = "sql/functions/03_invoke.sql"
 _CLAIM = "sql/functions/05_claim.sql"
+_QUEUES = "sql/functions/04_queues.sql"
 _RETENTION = "sql/functions/11_retention.sql"
 _DEAD = "sql/functions/12_dead_letters.sql"
 _LEASE = "src/pgconductor/runtime/lease.py"
@@ -501,5 +502,30 @@ BUGS = (
         '_TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")',
         '_TRANSIENT_CLASSES = ("08", "40", "57", "58")',
         ("tests/faults/test_limits_of_the_server.py::test_full_disk_costs_time_and_no_finished_result",),
+    ),
+    Bug(
+        "publish-beside-holders",
+        "a queue is published when nobody can have an old list of partitions",
+        _QUEUES,
+        " and not holders && v_holders",
+        " and holders is not null",
+        ("tests/sql/test_register_queue.py::test_queue_is_published_when_nobody_can_have_an_old_list",),
+    ),
+    Bug(
+        "batch-into-unpublished",
+        "a batch goes into the partitions of published queues only",
+        _INVOKE,
+        " and q.published <= v_published",
+        "",
+        ("tests/sql/test_register_queue.py::test_queue_is_published_when_nobody_can_have_an_old_list",),
+        times=2,
+    ),
+    Bug(
+        "invoke-into-unpublished",
+        "an execution goes into the partition of a published queue only",
+        _INVOKE,
+        " and q.published is not null",
+        "",
+        ("tests/sql/test_register_queue.py::test_queue_is_published_when_nobody_can_have_an_old_list",),
     ),
 )

@@ -19,6 +19,7 @@ CALLS: dict[str, set[str]] = {
     "_private_results_channel": {P, W},
     "_private_key_w": {P, W},
     "register_queue": {W},
+    "publish_queues": {W},
     "register_tasks": {W},
     "register_orchestrator": {W},
     "hold_session": {W},

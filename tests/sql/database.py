@@ -98,7 +98,12 @@ class Session:
     # --- the verbs, with what most tests want as defaults ---
 
     def register_queue(self, queue: str = "q") -> int:
-        return self.run(self.calls.register_queue(queue))
+        """Where each statement is a transaction, published too, as soon as nobody is in the way."""
+        no = self.run(self.calls.register_queue(queue))
+        for _ in range(50 if self.conn.autocommit else 0):
+            if self.run(self.calls.publish_queues()) == 0:
+                break
+        return no
 
     def register_orchestrator(self, queue: str = "q", *, lease: float = LONG, tasks: Sequence[str] = ("t",)) -> UUID:
         owner = uuid4()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from threading import Barrier
+from threading import Barrier, Event
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -29,6 +30,16 @@ def register_together(db: Database, names: list[str]) -> list[int]:
     sessions = [db.session(autocommit=True) for _ in names]
     work = [db.start(partial(register, session, name)) for session, name in zip(sessions, names, strict=True)]
     return [each.result(60) for each in work]
+
+
+def unkeyed(queue: str) -> NewExecution:
+    return NewExecution("t", "{}", queue, 0, None, None, None)
+
+
+def in_all_ways(db: Database, queue: str) -> set[int]:
+    """Invoke alone, in a batch, with a key; the numbers of the partitions."""
+    ids = [db.invoke(queue), db.invoke(queue, key=str(uuid4())), *(i.id for i in db.invoke_many(*[unkeyed(queue)] * 2))]
+    return {db.live_row(i, "queue_no")[0] for i in ids}
 
 
 def test_same_queue_registered_by_many_at_once_is_one(db: Database) -> None:
@@ -148,9 +159,13 @@ def test_producer_goes_on_across_a_registration(db: Database, isolation: str, ke
         text = f"{key}{n}" if key else None
         return producer.invoke_many(NewExecution("t", "{}", "new", 0, None, None, text))[0].id
 
+    # The registration is over, and nobody can have an old list any more: nothing need wait for the producer.
+    registrar = db.session(autocommit=True)
+    no = registrar.run(registrar.calls.register_queue("new"))
+    assert registrar.run(registrar.calls.publish_queues()) == 1
     for n in range(12):  # beyond the five executions after which plans are kept
         produce(n)
-    no = db.register_queue("new")
+    assert [registrar.run(registrar.calls.publish_queues()) for _ in range(2)] == [1, 0]
     ids = [produce(n) for n in range(12, 24)]
     producer.commit()
     ids += [produce(24)]
@@ -158,3 +173,43 @@ def test_producer_goes_on_across_a_registration(db: Database, isolation: str, ke
     numbers = [db.value("select queue_no from {s}._private_executions where id = %s", i) for i in ids]
     assert numbers == [no if isolation == "read committed" else 0] * 12 + [no]
     assert len(db.claim(db.register_orchestrator(), "new")) == 25
+
+
+@pytest.mark.parametrize("holder", ["insert", "read"])
+def test_queue_is_published_when_nobody_can_have_an_old_list(db: Database, holder: str) -> None:
+    """A session that read the partitions at that instant keeps its list, and cannot invoke into the queue any more."""
+    registrar, other = db.session(autocommit=True), db.session()
+    registrar.run(registrar.calls.register_queue("new"))
+    if holder == "insert":
+        other.invoke("elsewhere")
+    else:
+        other.rows("select from {s}.executions")
+    steps = [registrar.run(registrar.calls.publish_queues()) for _ in range(5)]
+    assert steps == [1] * 5
+    assert in_all_ways(db, "new") == {0}
+    other.commit()
+    assert registrar.run(registrar.calls.publish_queues()) == 1, "the others have not been told yet"
+    assert db.live_row(db.invoke("new"), "queue_no") == (0,)
+    assert registrar.run(registrar.calls.publish_queues()) == 0
+    no = registrar.run(registrar.calls.register_queue("new"))
+    assert in_all_ways(db, "new") == {no}
+
+
+def test_producers_go_on_while_queues_are_registered(db: Database) -> None:
+    """A session sees the queue before it hears of the partition: it fails, once or until it is closed."""
+    stop = Event()
+    names = ["q0"]
+
+    def produce(session: Session) -> None:
+        while not stop.is_set():
+            session.invoke_many(*[unkeyed(names[-1])] * 2)
+            session.invoke(names[-1])
+            session.invoke(names[-1], key="k")
+
+    producing = [db.start(partial(produce, db.session(autocommit=True))) for _ in range(8)]
+    for n in range(1, 30):
+        names.append(f"q{n}")
+        db.register_queue(names[-1])
+    stop.set()
+    for each in producing:
+        each.result(30)

@@ -391,9 +391,11 @@ def test_stored_backoff_is_the_one_that_was_given(backoff: Backoff) -> None:
     assert backoff_from_data(json.dumps(backoff_as_data("backoff", backoff))) == backoff
 
 
-@pytest.mark.parametrize(
-    "unfit", [lambda attempt, error: 1.0, Delays([1.5] * 2000), "soon"], ids=["function", "long", "text"]
-)
+def _after_a_second(attempt: int, error: BaseException) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("unfit", [_after_a_second, Delays([1.5] * 2000), "soon"], ids=["function", "long", "text"])
 def test_backoff_that_cannot_be_stored_is_refused(unfit: object) -> None:
     """It fails at the worker, or in a CHECK."""
     with pytest.raises(InvalidOption, match="the backoff"):

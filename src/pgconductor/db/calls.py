@@ -159,6 +159,7 @@ _QUERIES = {
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
     "register_queue": "select {s}.register_queue(%s)",
+    "publish_queues": "select {s}.publish_queues()",
     "register_tasks": "select {s}.register_tasks(%s::text[], %s, %s::float8[], %s::float8[])",
     "register_orchestrator": "select {s}.register_orchestrator(%s, %s, %s, %s, %s, %s::text[], %s::jsonb[], %s::int[])",
     # The lease first, then the rescue of others' work and what we are asked to do, in one statement: an idle process
@@ -250,6 +251,10 @@ class Calls:
 
     def register_queue(self, queue: str) -> Call[int]:
         return Call(self._query["register_queue"], (queue,), _count)
+
+    def publish_queues(self) -> Call[int]:
+        """How many queues are still to be published."""
+        return Call(self._query["publish_queues"], (), _count)
 
     def register_tasks(
         self,

@@ -36,6 +36,8 @@ logger = logging.getLogger("pgconductor.runtime")
 # lock_not_available; a stale plan.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "58")
 _TRANSIENT_STATES = ("25006", "25P03", "25P04", "55000", "55006", "55P03", "0A000", "26000")
+# Of these, what says nothing against the session: others were in the way.
+_OF_OTHERS = ("40001", "40P01", "54000", "55P03")
 # Data exception, integrity constraint violation, program limit exceeded: this value will never be stored.
 _DATA_CLASSES = ("22", "23", "54")
 
@@ -183,10 +185,11 @@ class Link:
         share a link, and one may hear late of what another has replaced.
         """
         if _is_transient(error):
-            if conn is not None:
-                conn.drop()
-            if conn is self._conn:
-                self._conn = None
+            if error.sqlstate not in _OF_OTHERS:
+                if conn is not None:
+                    conn.drop()
+                if conn is self._conn:
+                    self._conn = None
             raise Unavailable(f"{self._role}: {_first_line(error)}") from error
         if (error.sqlstate or "").startswith(_DATA_CLASSES):
             # The driver's text may quote the value; its class says what is wrong.

@@ -30,6 +30,7 @@ async def keep_house(shared: Surroundings, *, interval: float = _INTERVAL) -> No
         async with open_link(shared.target, "maintain", shared.outages, shared.rng) as link:
             try:
                 with trio.move_on_after(_TIMEOUT):
+                    await link.attempt(shared.calls.publish_queues())
                     has_more = True
                     while has_more:
                         has_more = (await link.attempt(shared.calls.maintain())).more

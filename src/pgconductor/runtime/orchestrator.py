@@ -22,7 +22,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +59,7 @@ logger = logging.getLogger("pgconductor.orchestrator")
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
 _SHOWN_IDS = 100
+_PUBLISHING_STEPS, _PUBLISHING_PAUSE = 15, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +314,12 @@ class Orchestrator:
                 [task.keep_failed for task in worker.tasks],
             )
             await control.attempt(call)
+        # A long transaction may be in the way: then producers use the overflow partition until it has ended.
+        with suppress(Unavailable):
+            for _ in range(_PUBLISHING_STEPS):
+                if await control.attempt(conductor.calls.publish_queues()) == 0:
+                    break
+                await trio.sleep(_PUBLISHING_PAUSE)
         return numbers
 
     @asynccontextmanager
