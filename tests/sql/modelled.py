@@ -162,7 +162,7 @@ class Modelled:
                 self.holder().rows("select pg_advisory_unlock_all()")
                 db.rows("update {s}._test_world set epoch = epoch + 1")
             case RegisterQueue():
-                return db.run(calls.register_queue(event.queue))
+                return db.register_queue(event.queue)
             case RegisterTasks():
                 completed = None if event.keep_completed is None else list(event.keep_completed)
                 failed = None if event.keep_failed is None else list(event.keep_failed)

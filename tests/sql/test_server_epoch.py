@@ -34,6 +34,7 @@ def test_crash_of_one_server_process_ends_the_trust_in_claims_made_before() -> N
             assert [item.claim_no for item in claimed] == [1]
             with psycopg.connect(server.dsn(), autocommit=True) as victim:
                 os.kill(victim.info.backend_pid, signal.SIGKILL)
+            wait_cut(conn)
         conn = reconnect(server.dsn())
         with conn:
             ((claim_no,),) = conn.execute("select claim_no from pgconductor.executions").fetchall()
@@ -41,6 +42,13 @@ def test_crash_of_one_server_process_ends_the_trust_in_claims_made_before() -> N
             with pytest.raises(LeaseLost):
                 run_sync(conn, calls.claim("q", owner, ["t"], 1))
             assert not run_sync(conn, calls.heartbeat(owner, 1000.0, ["q"])).is_alive
+
+
+def wait_cut(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+    """Until the postmaster has ended this session with all others: from then on it lets nobody in before the recovery."""
+    with pytest.raises(psycopg.OperationalError):
+        while True:
+            conn.execute("select pg_sleep(0.01)")
 
 
 def reconnect(dsn: str) -> psycopg.Connection[tuple[object, ...]]:
