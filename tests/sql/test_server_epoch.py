@@ -46,7 +46,7 @@ def test_crash_of_one_server_process_ends_the_trust_in_claims_made_before() -> N
 
 
 def wait_cut(conn: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Until the postmaster has ended this session with all others: from then on it lets nobody in before it is ready."""
+    """Until the postmaster has ended this session with all others: then it lets nobody in before it is ready."""
     until = time.monotonic() + 60
     while not conn.closed:
         assert time.monotonic() < until
