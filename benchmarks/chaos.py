@@ -540,8 +540,8 @@ class Report:
 
     def _check_bodies(self) -> None:
         """I2 and I7 from what the handlers themselves wrote."""
-        # Claims commit asynchronously: a crash of the server forgets the last ones, and with them their lines in the audit.
-        # What began by such a claim was fenced off when its process heard of the crash.
+        # Claims commit asynchronously: a crash of the server forgets the last ones, and their lines in the audit. What
+        # began by such a claim was fenced off when its process heard of the crash.
         claims = dict(self._rows("select execution, max(claim_no) from pgconductor._test_audit group by 1"))
         surplus = {
             i: len(bodies) - claims.get(i, 0) for i, bodies in self.bodies.items() if len(bodies) > claims.get(i, 0)
@@ -574,8 +574,8 @@ class Report:
         self._require("two bodies at once without a revocation", overlaps)
 
     def _is_near_crash(self, body: list[Any]) -> bool:
-        """Whether it began by a claim that a crash of the server may have forgotten: committed less than three rounds of
-        the WAL writer (200 ms each) before it.
+        """Whether a crash of the server may have forgotten the claim it began by: one that was committed less than
+        three rounds of the WAL writer (200 ms each) before.
         """
         return any(began - _FORGOTTEN <= body[0] <= ended + _FORGOTTEN for began, ended in self.run.restarts)
 
