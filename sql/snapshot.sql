@@ -7,6 +7,12 @@ type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'compl
 
 sequence _private_queues_no_seq as integer
 
+table _private_closings
+    execution_id uuid not null
+    reason text not null
+    created_at timestamp with time zone not null
+    constraint _private_closings_pkey PRIMARY KEY (execution_id)
+
 table _private_dedupe_keys
     queue text not null
     task text not null
@@ -51,6 +57,8 @@ table _private_executions partition by LIST (queue_no)
     headers jsonb
     created_by oid
     backoff jsonb
+    is_durable boolean not null default false
+    progress jsonb
     constraint _private_executions_max_attempts_check CHECK (((max_attempts >= 1) AND (max_attempts <= 10000)))
     constraint counts CHECK (((0 <= attempt) AND (attempt <= claim_no) AND (0 <= crashes)))
     constraint deadline_at_range CHECK (((deadline_at >= '0001-01-02 00:00:00+00'::timestamp with time zone) AND (deadline_at <= '9999-01-01 00:00:00+00'::timestamp with time zone)))
@@ -112,6 +120,7 @@ table _private_finished partition by LIST (slot)
     headers jsonb
     timeout interval
     backoff jsonb
+    progress jsonb
     constraint finished CHECK ((state = ANY (ARRAY['completed'::execution_state, 'failed'::execution_state, 'cancelled'::execution_state])))
     constraint result_of_completed CHECK (((result IS NULL) OR (state = 'completed'::execution_state)))
     partition _private_finished_0 FOR VALUES IN (0)
@@ -339,6 +348,9 @@ table _private_steps
     created_at timestamp with time zone not null
     value jsonb
     error jsonb
+    attempt integer not null default 1
+    outcome text
+    target text
     constraint _private_steps_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_steps_pkey PRIMARY KEY (execution_id, name)
 
@@ -363,9 +375,19 @@ table _private_waits
     resolved_at timestamp with time zone
     value jsonb
     error jsonb
+    position integer not null default 0
+    claim_no bigint not null default 0
+    attempt integer not null default 1
+    outcome text
+    is_seen boolean not null default false
+    on_close text
     constraint _private_waits_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_waits_on_close_check CHECK ((on_close = ANY (ARRAY['cancel'::text, 'abandon'::text])))
     constraint _private_waits_pkey PRIMARY KEY (execution_id, name)
+    constraint resolved_by CHECK (((resolved_at IS NULL) = (outcome IS NULL)))
+    CREATE INDEX _private_waits_open ON _private_waits USING btree (execution_id, scope) WHERE (resolved_at IS NULL)
     CREATE INDEX _private_waits_target ON _private_waits USING btree (kind, target) WHERE (resolved_at IS NULL)
+    CREATE INDEX _private_waits_unseen ON _private_waits USING btree (execution_id) WHERE ((resolved_at IS NOT NULL) AND (NOT is_seen))
 
 table _private_workers
     orchestrator_id uuid not null
@@ -427,6 +449,7 @@ function _private_add_error(p_errors jsonb, p_error jsonb, p_attempt integer, p_
 function _private_advance_slots(p_now timestamp with time zone) returns integer language plpgsql set search_path=pg_catalog, pg_temp
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_cancel(p_ids uuid[], p_reason text) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
 function _private_check_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_check_version(p_schema_version integer) returns void language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=2s
@@ -435,12 +458,17 @@ function _private_control_channel(p_owner uuid) returns text language sql immuta
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
-function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns SETOF uuid language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
-function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
-function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, requeued_queue text) language plpgsql set search_path=pg_catalog, pg_temp
+function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
+function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp
+function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
+function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp
+function _private_hold_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
+function _private_is_resumable(p_id uuid) returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
 function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
@@ -452,6 +480,7 @@ function _private_kind_operator() returns text language sql immutable
 function _private_kind_producer() returns text language sql immutable
 function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
+function _private_lock_family(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_may_cancel_all() returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
@@ -466,21 +495,26 @@ function _private_require_alive(p_owner uuid, p_now timestamp with time zone) re
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_rights() returns TABLE(object text, kinds text[], as_owner boolean) language sql immutable set search_path=pg_catalog, pg_temp
 function _private_server_epoch() returns text language sql stable
+function _private_settle(p_id uuid, p_now timestamp with time zone) returns void language sql set search_path=pg_catalog, pg_temp
+function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function _private_wake(p_ids uuid[]) returns text[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function close_children(p_limit integer DEFAULT 200) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set lock_timeout=1s
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function execution_errors(p_id uuid) returns jsonb language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
+function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_family boolean DEFAULT true) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function hold_session(p_id uuid) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[], backoff jsonb DEFAULT NULL::jsonb) returns uuid language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function load_history(p_owner uuid, p_id uuid, p_claim_no bigint) returns TABLE(name text, kind text, "position" integer, attempt integer, outcome text, target text, scope text, value text, error text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function maintain() returns TABLE(lock_held boolean, slots_emptied integer, rows_removed_estimate bigint, payloads_removed bigint, slots_made integer, slots_busy integer, tombstones integer, more boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
@@ -488,16 +522,20 @@ function orchestrator_status() returns TABLE(id uuid, name text, program_version
 function publish_queues() returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function read_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(execution_id uuid, name text, outcome text, value text, error text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function recover(p_queue text, p_limit integer DEFAULT 1000) returns TABLE(recovered bigint, failed bigint, cancelled bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function register_orchestrator(p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version integer, p_queues text[], p_tasks jsonb[], p_concurrencies integer[]) returns void language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function register_queue(p_queue text) returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
 function register_tasks(p_names text[], p_queue text, p_keep_completed double precision[] DEFAULT NULL::double precision[], p_keep_failed double precision[] DEFAULT NULL::double precision[]) returns void language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function request_close(p_owner uuid, p_id uuid, p_claim_no bigint, p_names text[], p_reason text) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
 function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off
 function retire_orchestrator(p_id uuid) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function retry(p_ids uuid[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function retry_matching(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_error_type text DEFAULT NULL::text, p_finished_after timestamp with time zone DEFAULT NULL::timestamp with time zone, p_finished_before timestamp with time zone DEFAULT NULL::timestamp with time zone, p_limit integer DEFAULT 1000, p_states text[] DEFAULT '{failed}'::text[]) returns TABLE(retried bigint, duplicates bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function revoke_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
-function signals(p_owner uuid, p_queues text[]) returns TABLE(stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[]) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function save_steps(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_names text[], p_kinds text[], p_positions integer[], p_values jsonb[], p_errors jsonb[]) returns TABLE(n integer, status text, value text, error text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function signals(p_owner uuid, p_queues text[]) returns TABLE(stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[], errands boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function standing(p_ids uuid[]) returns TABLE(id uuid, state text, task text, queue text, live_workers bigint, due_in double precision) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function start_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_waits jsonb[]) returns TABLE(n integer, status text, outcome text, value text, error text, due_in double precision, target text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function succeed_orchestrator(p_old uuid, p_new uuid, p_lease double precision, p_ids uuid[], p_claim_nos bigint[]) returns SETOF uuid language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

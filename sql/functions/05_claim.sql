@@ -1,7 +1,7 @@
 -- pending → running.
 
--- Make due scheduled executions of a queue ready, at most p_limit of them (T2's first half). They are promoted before
--- a claim, so that priorities hold between them and those that were ready. Locks: rows, skipping those another holds.
+-- Make due scheduled executions of a queue ready, at most p_limit of them (T2's first half), and waiting ones of which a
+-- wait is due (T9): which one, their next owner finds out (load_history). They are promoted before a claim, so that priorities hold between them and those that were ready. Locks: rows, skipping those another holds.
 create or replace function @schema@._private_promote(p_queue text, p_queue_no int, p_now timestamptz, p_limit int) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -14,7 +14,7 @@ begin
     execute format($sql$
         with due as materialized (
             select ctid from @schema@.%1$I
-            where state = 'scheduled' and run_at <= $1 %2$s
+            where state in ('scheduled', 'waiting') and run_at <= $1 %2$s
             order by run_at limit $2 for update skip locked
         )
         update @schema@.%1$I e set state = 'ready' from due where e.ctid = due.ctid
@@ -49,8 +49,8 @@ end $$;
 -- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim,
 -- a single row with id null and due_in: seconds until the next one is due, null if none is; 0.01 at most if there are
 -- ready ones that another claim in flight has locked. `waited`: seconds it has been due. `timeout`: seconds for this
--- attempt; `deadline_in`: seconds left to the execution, which may be negative; `backoff`: instead of the task's; null for
--- none. Executions on their last
+-- attempt; `deadline_in`: seconds left to the execution, which may be negative; `backoff`: instead of the task's; `parent_id`:
+-- of a child; null for none. Executions on their last
 -- life (two crashes) are left to claim_suspect. Holds the queue's K until it commits: what it locks is hidden from other
 -- claimers and would be seen by nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
 -- fits nothing (an orchestrator takes a new id after a restart). The work is done by the partition's own function
@@ -58,7 +58,7 @@ end $$;
 create or replace function @schema@.claim(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -79,7 +79,7 @@ end $$;
 create or replace function @schema@.claim_suspect(p_queue text, p_owner uuid, p_tasks text[])
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -106,7 +106,7 @@ begin
                 claimed_at = $4
             from picked p where e.ctid = p.ctid
             returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', $4 - e.run_at),
-                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - $4), e.backoff::text, null::float8
+                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - $4), e.backoff::text, null::float8, e.parent_id
             $sql$, '_private_queue_' || v_no) using p_queue, p_tasks, p_owner, v_now;
         get diagnostics v_claimed = row_count;
         exit when v_claimed > 0;

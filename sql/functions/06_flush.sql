@@ -22,17 +22,18 @@ end $$;
 
 -- Write the outcomes of claims of one orchestrator, all of one partition. Arrays of one length:
 --   p_outcomes: completed | failed | cancelled | retried (after p_delays seconds) | released (the attempt is given back;
--- also after p_delays). A row whose cancellation was requested ends as cancelled instead of being retried or released; a
--- completion or failure that comes with a valid token counts.
+-- also after p_delays) | waiting (for its waits; the attempt is given back). A row whose cancellation was requested ends as
+-- cancelled instead of being retried, released or parked; a completion or failure that comes with a valid token counts.
 --   p_keeps: seconds to keep the finished row, should it end; null for ever, 0 not at all
 -- Each row is written whole if its token (id, claim_no, owner, running) holds, or not at all; a row whose token does
--- not hold changes nothing. Returns the ids that were written now. Locks: the rows (owned by the caller, so nobody
--- else waits for them but recovery, which skips), their dedupe keys. The work is done by the partition's own function
--- (09_partitions.sql).
+-- not hold changes nothing. Returns the ids that were written now, and rows without id that only name a queue on which
+-- something was made ready. The end of a child resolves its parent's wait, whose row the caller has locked: pass the
+-- parents to _private_wake. Locks: the rows (owned by the caller, so nobody else waits for them but recovery, which
+-- skips), their dedupe keys. The work is done by the partition's own function (09_partitions.sql).
 create or replace function @schema@._private_flush_partition(
     p_queue_no int, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_crashes int
-) returns table (id uuid, requeued_queue text)
+) returns table (id uuid, is_ended boolean, requeued_queue text, parent_id uuid)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $$
@@ -46,10 +47,11 @@ end $$;
 -- this outcome was written and is not kept, or the claim was lost and whoever had it next ended it so). Sending a flush twice changes
 -- nothing the second time. Holds K and announces for every queue on which something was made ready again.
 -- Fails with 55P03, as a whole, if a row stays locked for a second: somebody's open transaction has asked for its
--- cancellation. Send the others without it.
+-- cancellation. Send the others without it. p_family: some of them may have parents, which are locked with them, in the order
+-- of partition and id; false spares looking.
 create or replace function @schema@.flush(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
-    p_delays double precision[], p_keeps double precision[]
+    p_delays double precision[], p_keeps double precision[], p_family boolean default true
 ) returns table (id uuid, status text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -68,21 +70,28 @@ declare
     v_ended_ids uuid[];
     v_requeued text[];
     v_index int[];
+    v_parents uuid[];
+    v_woken uuid[] := '{}';
 begin
+    if p_family then
+        perform @schema@._private_lock_family(p_ids);
+    end if;
     -- An id that was made up may name a partition that is not there.
     v_nos := array(select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n
         where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1);
     foreach v_no in array v_nos loop
         if cardinality(v_nos) = 1 then
-            select coalesce(array_agg(f.id), '{}'), coalesce(array_agg(f.id) filter (where f.requeued_queue is null), '{}'),
-                coalesce(array_agg(distinct f.requeued_queue) filter (where f.requeued_queue is not null), '{}')
-            into v_ids, v_ended_ids, v_requeued
+            select coalesce(array_agg(f.id) filter (where f.id is not null), '{}'), coalesce(array_agg(f.id) filter (where f.is_ended), '{}'),
+                coalesce(array_agg(distinct f.requeued_queue) filter (where f.requeued_queue is not null), '{}'),
+                coalesce(array_agg(f.parent_id) filter (where f.parent_id is not null), '{}')
+            into v_ids, v_ended_ids, v_requeued, v_parents
             from @schema@._private_flush_partition(v_no, p_owner, p_ids, p_claim_nos, p_outcomes, p_results, p_errors, p_delays, p_keeps, 0) f;
         else
             v_index := array(select n from generate_subscripts(p_ids, 1) as n where @schema@._private_queue_no(p_ids[n]) = v_no order by n);
-            select coalesce(array_agg(f.id), '{}'), coalesce(array_agg(f.id) filter (where f.requeued_queue is null), '{}'),
-                coalesce(array_agg(distinct f.requeued_queue) filter (where f.requeued_queue is not null), '{}')
-            into v_ids, v_ended_ids, v_requeued
+            select coalesce(array_agg(f.id) filter (where f.id is not null), '{}'), coalesce(array_agg(f.id) filter (where f.is_ended), '{}'),
+                coalesce(array_agg(distinct f.requeued_queue) filter (where f.requeued_queue is not null), '{}'),
+                coalesce(array_agg(f.parent_id) filter (where f.parent_id is not null), '{}')
+            into v_ids, v_ended_ids, v_requeued, v_parents
             from @schema@._private_flush_partition(v_no, p_owner,
                 array(select p_ids[n] from unnest(v_index) n), array(select p_claim_nos[n] from unnest(v_index) n),
                 array(select p_outcomes[n] from unnest(v_index) n), array(select p_results[n] from unnest(v_index) n),
@@ -92,7 +101,11 @@ begin
         v_written := v_written || v_ids;
         v_ended := v_ended || v_ended_ids;
         v_queues := v_queues || v_requeued;
+        v_woken := v_woken || v_parents;
     end loop;
+    if v_woken <> '{}' then
+        v_queues := v_queues || @schema@._private_wake(v_woken);
+    end if;
     perform @schema@._private_announce(q) from (select distinct q from unnest(v_queues) as q order by q) x;
     if v_ended <> '{}' then
         perform @schema@._private_notify_results(v_ended);

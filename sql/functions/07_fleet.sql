@@ -57,10 +57,10 @@ begin
 end $$;
 
 -- What an orchestrator is to know and do: stop; cancel executions it runs, with the claims that are meant; run those that
--- are on their last life, on the queues named. Exactly one row. Reads only; a signal stays until it is acted upon (the
+-- are on their last life, on the queues named; run the errands of all (15_history.sql). Exactly one row. Reads only; a signal stays until it is acted upon (the
 -- execution ends, the orchestrator retires), so a lost reply loses nothing.
 create or replace function @schema@.signals(p_owner uuid, p_queues text[])
-    returns table (stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[])
+    returns table (stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[], errands boolean)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -80,6 +80,7 @@ begin
     cancelled_claim_nos := '{}';
     reasons := '{}';
     suspects := '{}';
+    errands := exists (select from @schema@._private_closings);
     for v_no, v_queue in select q.no, q.name from @schema@._private_queues q where q.name = any (p_queues) union all select 0, null loop
         execute format($sql$
             select coalesce(array_agg(id), '{}'), coalesce(array_agg(claim_no), '{}'), coalesce(array_agg(cancel_reason), '{}')
@@ -172,6 +173,8 @@ declare
     v_cancelled bigint;
     v_requeued bigint;
     v_crashes int;
+    v_parents uuid[];
+    v_woken uuid[] := '{}';
 begin
     recovered := 0;
     failed := 0;
@@ -209,12 +212,15 @@ begin
                         when $4 = 0 then 'released' else 'recovered' end),
                     array_agg(@schema@._private_keep_failed(task)), count(*) filter (where cancel_requested_at is not null)
                 from (
-                    select id, claim_no, crashes, task, cancel_requested_at from @schema@.%1$I
+                    select id, claim_no, crashes, task, cancel_requested_at, parent_id from @schema@.%1$I
                     where state = 'running' and owner = $1 and queue = $2 limit $3 for update skip locked) x
+                -- Who ends resolves a wait of its parent's, which is locked for that, or left for the next sweep.
+                where parent_id is null or (crashes + $4 < 3 and cancel_requested_at is null) or @schema@._private_try_lock(parent_id)
                 $sql$, '_private_queue_' || v_no)
             into v_ids, v_claim_nos, v_outcomes, v_keeps, v_cancelled using v_owner, p_queue, p_limit, v_crashes;
             continue when v_ids is null;
-            select array_agg(f.id) filter (where f.requeued_queue is null), count(f.requeued_queue) into v_ended, v_requeued
+            select array_agg(f.id) filter (where f.is_ended), count(f.requeued_queue), array_agg(f.parent_id) filter (where f.parent_id is not null)
+            into v_ended, v_requeued, v_parents
             from @schema@._private_flush_partition(v_no, v_owner, v_ids, v_claim_nos, v_outcomes,
                 array_fill(null::jsonb, array[cardinality(v_ids)]),
                 array(select case when o = 'failed' then jsonb_build_object('type', 'crash_loop', 'message',
@@ -227,8 +233,13 @@ begin
             if v_ended is not null then
                 perform @schema@._private_notify_results(v_ended);
             end if;
+            v_woken := v_woken || v_parents;
         end loop;
     end loop;
+    if v_woken <> '{}' then
+        perform @schema@._private_announce(q) from (
+            select distinct q from unnest(@schema@._private_wake(v_woken)) as q order by q) x;
+    end if;
     if recovered > 0 then
         perform @schema@._private_announce(p_queue);
     end if;
@@ -249,20 +260,27 @@ declare
     v_claim_nos bigint[];
     v_keeps double precision[];
     v_ended uuid[];
+    v_parents uuid[];
     v_released bigint := 0;
 begin
     for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
         execute format('select array_agg(id), array_agg(claim_no), array_agg(@schema@._private_keep_failed(task))
-                from (select id, claim_no, task from @schema@.%I
-                where state = ''running'' and owner = $1 and queue = $2 and id <> all ($3) for update skip locked) x',
+                from (select id, claim_no, task, parent_id, cancel_requested_at from @schema@.%I
+                where state = ''running'' and owner = $1 and queue = $2 and id <> all ($3) for update skip locked) x
+                where parent_id is null or cancel_requested_at is null or @schema@._private_try_lock(parent_id)',
                 '_private_queue_' || v_no)
             into v_ids, v_claim_nos, v_keeps using p_owner, p_queue, p_known;
         continue when v_ids is null;
-        select array_agg(f.id) filter (where f.requeued_queue is null) into v_ended from @schema@._private_flush_partition(v_no, p_owner, v_ids, v_claim_nos,
+        select array_agg(f.id) filter (where f.is_ended), array_agg(f.parent_id) filter (where f.parent_id is not null)
+        into v_ended, v_parents from @schema@._private_flush_partition(v_no, p_owner, v_ids, v_claim_nos,
             array_fill('released'::text, array[cardinality(v_ids)]), array_fill(null::jsonb, array[cardinality(v_ids)]),
             array_fill(null::jsonb, array[cardinality(v_ids)]), array_fill(0::float8, array[cardinality(v_ids)]), v_keeps, 0) f;
         if v_ended is not null then
             perform @schema@._private_notify_results(v_ended);
+        end if;
+        if v_parents is not null then
+            perform @schema@._private_announce(q) from (
+                select distinct q from unnest(@schema@._private_wake(v_parents)) as q order by q) x;
         end if;
         v_released := v_released + cardinality(v_ids);
     end loop;

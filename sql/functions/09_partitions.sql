@@ -11,7 +11,7 @@ begin
 create or replace function @schema@._private_flush_{no}(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_crashes int
-) returns table (id uuid, requeued_queue text)
+) returns table (id uuid, is_ended boolean, requeued_queue text, parent_id uuid)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set plan_cache_mode = force_generic_plan
@@ -44,19 +44,19 @@ begin
                 delete from @schema@._private_queue_{no} e using o
                 where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
                     and (o.outcome in ('completed', 'failed', 'cancelled')
-                        or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered'))
+                        or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered', 'waiting'))
                 returning e.*, case when o.outcome in ('completed', 'failed') then o.outcome else 'cancelled' end as new_state,
                     o.result, o.error, o.keep
             ), kept as (
                 insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
                     claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                    cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
+                    steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
                 select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
                     g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
                     v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
                     case when g.new_state <> 'cancelled' then g.result end,
                     @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-                    g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
+                    case when g.is_durable then @schema@._private_history(g.id) end, g.progress, g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
                 from gone g
                     join slots s on s.keep is not distinct from g.keep
                 where s.slot is not null
@@ -65,20 +65,41 @@ begin
                 where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
             ), payloads as (
                 delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
+            ), steps as (
+                delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+            ), waits as (
+                delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id = g.id
+                returning w.target, w.on_close, w.resolved_at, g.new_state
+            ), closings as (
+                insert into @schema@._private_closings (execution_id, reason, created_at)
+                select w.target::uuid, 'its parent has ended: ' || w.new_state, v_now from waits w
+                where w.on_close = 'cancel' and w.resolved_at is null
+                on conflict do nothing
+            ), resolved as (
+                update @schema@._private_waits w set resolved_at = v_now, outcome = g.new_state,
+                    value = case when g.new_state = 'completed' then g.result end,
+                    error = case g.new_state when 'failed' then coalesce(g.error, g.errors -> -1)
+                        when 'cancelled' then jsonb_build_object('reason', g.cancel_reason) end
+                from gone g
+                where g.parent_id is not null and w.execution_id = g.parent_id and w.name = g.wait_name
+                    and w.target = g.id::text and w.resolved_at is null
             ), again as (
                 update @schema@._private_queue_{no} e set
-                    state = (case when o.delay > 0 then 'scheduled' else 'ready' end)::@schema@.execution_state,
-                    run_at = case when o.outcome = 'retried' or o.delay > 0 then v_now + make_interval(secs => o.delay) else e.run_at end,
+                    state = (case when o.outcome = 'waiting' then 'waiting' when o.delay > 0 then 'scheduled' else 'ready' end)::@schema@.execution_state,
+                    run_at = case when o.outcome = 'waiting' then least(e.deadline_at, (select min(w.due_at) from @schema@._private_waits w
+                            where w.execution_id = e.id and w.resolved_at is null))
+                        when o.outcome = 'retried' or o.delay > 0 then v_now + make_interval(secs => o.delay) else e.run_at end,
                     attempt = e.attempt - case when o.outcome = 'retried' then 0 else 1 end,
                     crashes = e.crashes + p_crashes,
                     owner = null, claimed_at = null, outcome = o.outcome, outcome_claim = e.claim_no,
                     errors = @schema@._private_add_error(e.errors, o.error, e.attempt, v_now)
                 from o
                 where e.ctid = o.tid and (e.id, e.claim_no, e.owner, e.state) is not distinct from (o.id, o.claim_no, p_owner, 'running')
-                    and e.cancel_requested_at is null and o.outcome in ('retried', 'released', 'recovered')
-                returning e.id, e.queue
+                    and e.cancel_requested_at is null and o.outcome in ('retried', 'released', 'recovered', 'waiting')
+                -- Who waits has a place in the sleepers' timers only if it is due before their next look.
+                returning e.id, case when e.state <> 'waiting' or e.run_at < v_now + interval '61 s' then e.queue end as queue
             )
-            select g.id, null::text from gone g union all select a.id, a.queue from again a;
+            select g.id, true, null::text, g.parent_id from gone g union all select a.id, false, a.queue, null::uuid from again a;
         get diagnostics v_written = row_count;
         v_left := v_left - v_written;
         exit when v_left = 0;
@@ -88,9 +109,51 @@ begin
             from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome) cross join lateral (
                 select e.claim_no, e.owner, e.state from @schema@._private_queue_{no} e where e.id = o.id offset 0) row
             where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running')
-                and o.outcome in ('completed', 'failed', 'cancelled', 'retried', 'released', 'recovered') limit 1;
+                and o.outcome in ('completed', 'failed', 'cancelled', 'retried', 'released', 'recovered', 'waiting') limit 1;
         exit when not found;
     end loop;
+    if 'waiting' = any (p_outcomes) then
+        -- What was resolved before we had the rows' locks: nobody else tells them (the resolver's side: _private_wake).
+        return query
+            update @schema@._private_queue_{no} e set state = 'ready', run_at = v_now
+            from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome)
+            where o.outcome = 'waiting' and e.id = o.id and e.state = 'waiting' and e.outcome_claim = o.claim_no
+                and @schema@._private_is_resumable(e.id)
+            returning null::uuid, false, e.queue, null::uuid;
+    end if;
+    if 'retried' = any (p_outcomes) then
+        perform @schema@._private_forget_failures(array(
+            select e.id from unnest(p_ids, p_outcomes) as o (id, outcome) join @schema@._private_queue_{no} e on e.id = o.id
+            where o.outcome = 'retried' and e.is_durable and e.state <> 'running'));
+    end if;
+end $body$
+    $template$, '{no}', p_no::text);
+    execute replace($template$
+-- Of these claims those that hold: locked, in the order of ids, and marked as having a history.
+create or replace function @schema@._private_hold_{no}(p_owner uuid, p_ids uuid[], p_claim_nos bigint[])
+    returns table (id uuid, attempt int, depth int, root_id uuid, deadline_at timestamptz)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+    set jit = off
+    set enable_hashjoin = off
+    set enable_mergejoin = off
+as $body$
+#variable_conflict use_column
+begin
+    return query
+        with o as materialized (
+            select distinct o.id, o.claim_no from unnest(p_ids, p_claim_nos) as o (id, claim_no) order by o.id
+        ), held as materialized (
+            select row.* from o cross join lateral (
+                select e.ctid as tid, e.id, e.attempt, e.depth, e.root_id, e.deadline_at, e.is_durable from @schema@._private_queue_{no} e
+                where e.id = o.id and e.claim_no = o.claim_no and e.owner = p_owner and e.state = 'running' offset 0
+                for no key update) row
+        ), marked as (
+            update @schema@._private_queue_{no} e set is_durable = true from held h where e.ctid = h.tid and not h.is_durable
+        )
+        select h.id, h.attempt, h.depth, h.root_id, h.deadline_at from held h;
 end $body$
     $template$, '{no}', p_no::text);
     if p_no = 0 then
@@ -100,7 +163,7 @@ end $body$
 create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -158,7 +221,7 @@ begin
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id
         from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
         v_found := found;
     else
@@ -173,7 +236,7 @@ begin
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id
         from claimed order by priority desc, run_at, id;
         v_found := found;
     end if;
@@ -188,7 +251,7 @@ begin
         end if;
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
             null::float8, null::float8, null::text, case when least(v_due, v_due_0) is not null
-                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end;
+                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid;
     end if;
 end $body$
     $template$, '{no}', p_no::text);

@@ -1,9 +1,10 @@
 -- → cancelled (T11, T12).
 
 -- End executions that nobody runs, of one partition, in the given state: rows that are running, or gone, are left alone. The
--- caller holds their locks and has raised K. Returns the ids that were ended now.
+-- caller holds their locks and their parents' and has raised K. Returns the ids that were ended now; of children the
+-- parent, whose wait is resolved, is to be passed to _private_wake.
 create or replace function @schema@._private_end(p_no int, p_ids uuid[], p_state text, p_reason text, p_now timestamptz)
-    returns setof uuid
+    returns table (id uuid, parent_id uuid)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -19,19 +20,34 @@ begin
         ), kept as (
             insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
                 claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
+                steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
             select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
                 $2::@schema@.execution_state, g.id, null, g.claim_no, g.run_at, g.created_at, g.claimed_at, $4,
                 $4 + make_interval(secs => s.keep), g.queue, g.task, g.dedupe_key, g.payload, null, g.errors,
-                $3, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
+                case when g.is_durable then @schema@._private_history(g.id) end, g.progress, $3, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
             from gone g join slots s on s.id = g.id where s.slot is not null
         ), keys as (
             delete from @schema@._private_dedupe_keys d using gone g
             where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
         ), payloads as (
             delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id = s.id
+        ), steps as (
+            delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+        ), waits as (
+            delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id = g.id
+            returning w.target, w.on_close, w.resolved_at
+        ), closings as (
+            insert into @schema@._private_closings (execution_id, reason, created_at)
+            select w.target::uuid, 'its parent has ended: ' || $2, $4 from waits w
+            where w.on_close = 'cancel' and w.resolved_at is null
+            on conflict do nothing
+        ), resolved as (
+            update @schema@._private_waits w set resolved_at = $4, outcome = $2, error = jsonb_build_object('reason', $3)
+            from gone g
+            where g.parent_id is not null and w.execution_id = g.parent_id and w.name = g.wait_name and w.target = g.id::text
+                and w.resolved_at is null
         )
-        select id from gone
+        select id, parent_id from gone
         $sql$, '_private_queue_' || p_no) using p_ids, p_state, p_reason, p_now;
 end $$;
 
@@ -52,15 +68,9 @@ create or replace function @schema@.cancel(p_ids uuid[], p_reason text default n
 as $$
 #variable_conflict use_column
 declare
-    v_now constant timestamptz := @schema@._private_clock();
     v_ids uuid[] := p_ids;
-    v_no int;
-    v_idle uuid[];
-    v_running uuid[];
-    v_cancelled uuid[] := '{}';
-    v_requested uuid[] := '{}';
-    v_ended uuid[];
-    v_owners uuid[];
+    v_cancelled uuid[];
+    v_requested uuid[];
 begin
     if octet_length(p_reason) > 1000 then
         raise exception using errcode = 'PC001', message = 'the reason of a cancellation is at most 1000 bytes long';
@@ -73,21 +83,54 @@ begin
             select e.id from unnest(p_ids) as i join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
             where e.created_by = quote_ident(session_user)::regrole);
     end if;
+    select coalesce(array_agg(c.id) filter (where c.status = 'cancelled'), '{}'), coalesce(array_agg(c.id) filter (where c.status = 'requested'), '{}')
+    into v_cancelled, v_requested
+    from @schema@._private_cancel(v_ids, p_reason) c;
+    return query
+    select i, case when i = any (v_cancelled) then 'cancelled' when i = any (v_requested) then 'requested'
+        when exists (select from @schema@._private_finished f where f.id = i) then 'finished' else 'unknown' end
+    from (select distinct i from unnest(p_ids) as i) x;
+end $$;
+
+-- cancel, for whoever may. Returns the ids that were cancelled or requested only.
+create or replace function @schema@._private_cancel(p_ids uuid[], p_reason text) returns table (id uuid, status text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $$
+#variable_conflict use_column
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+    v_no int;
+    v_idle uuid[];
+    v_running uuid[];
+    v_cancelled uuid[] := '{}';
+    v_requested uuid[] := '{}';
+    v_ended uuid[];
+    v_owners uuid[];
+    v_parents uuid[];
+    v_woken uuid[] := '{}';
+begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(q.name)) from (
         select q.name from @schema@._private_queues q
-        where q.no in (select distinct @schema@._private_queue_no(i) from unnest(v_ids) as i) order by q.name) q;
+        where q.no in (select distinct @schema@._private_queue_no(i) from unnest(p_ids) as i) order by q.name) q;
+    perform @schema@._private_lock_family(p_ids);
     for v_no in
-        select p.no from (select distinct @schema@._private_queue_no(i) as no from unnest(v_ids) as i) p
+        select p.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) p
         where p.no = 0 or exists (select from @schema@._private_queues q where q.no = p.no) order by 1
     loop
         execute format($sql$
             select array_agg(id) filter (where state <> 'running'), array_agg(id) filter (where state = 'running')
             from (select id, state from @schema@.%I where id = any ($1) order by id for update) x
-            $sql$, '_private_queue_' || v_no) into v_idle, v_running using v_ids;
+            $sql$, '_private_queue_' || v_no) into v_idle, v_running using p_ids;
         if v_idle is not null then
-            v_ended := array(select @schema@._private_end(v_no, v_idle, 'cancelled', p_reason, v_now));
+            select coalesce(array_agg(e.id), '{}'), coalesce(array_agg(e.parent_id) filter (where e.parent_id is not null), '{}')
+            into v_ended, v_parents
+            from @schema@._private_end(v_no, v_idle, 'cancelled', p_reason, v_now) e;
             perform @schema@._private_notify_results(v_ended);
             v_cancelled := v_cancelled || v_ended;
+            v_woken := v_woken || v_parents;
         end if;
         if v_running is not null then
             execute format($sql$
@@ -102,10 +145,11 @@ begin
             v_requested := v_requested || v_running;
         end if;
     end loop;
-    return query
-    select i, case when i = any (v_cancelled) then 'cancelled' when i = any (v_requested) then 'requested'
-        when exists (select from @schema@._private_finished f where f.id = i) then 'finished' else 'unknown' end
-    from (select distinct i from unnest(p_ids) as i) x;
+    if v_woken <> '{}' then
+        perform @schema@._private_announce(q) from (
+            select distinct q from unnest(@schema@._private_wake(v_woken)) as q order by q) x;
+    end if;
+    return query select unnest(v_cancelled), 'cancelled' union all select unnest(v_requested), 'requested';
 end $$;
 
 -- Cancel what a filter finds, at most p_limit executions per call: all that is given must fit. Those whose cancellation

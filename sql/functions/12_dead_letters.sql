@@ -86,22 +86,25 @@ begin
         delete from @schema@._private_finished f where f.id = any (v_free) returning *
     ), again as (
         -- outcome: so that a flush whose reply was lost is still told that it was written.
-        insert into @schema@._private_executions (queue_no, priority, max_attempts, attempt, crashes, generation, depth, state, id,
-            claim_no, outcome, outcome_claim, run_at, created_at, timeout, backoff, queue, task, dedupe_key, payload, errors, parent_id,
+        insert into @schema@._private_executions (queue_no, priority, max_attempts, attempt, crashes, generation, depth, state, id, is_durable,
+            progress, claim_no, outcome, outcome_claim, run_at, created_at, timeout, backoff, queue, task, dedupe_key, payload, errors, parent_id,
             root_id, limit_key, version, tags, headers, created_by)
         select @schema@._private_queue_no(g.id), g.priority, g.max_attempts, 0, 0, g.generation + 1, g.depth, 'ready', g.id,
-            g.claim_no, g.state::text, g.claim_no, v_now, g.created_at, g.timeout, g.backoff, g.queue, g.task, g.dedupe_key, g.payload, g.errors,
+            g.steps is not null, g.progress, g.claim_no, g.state::text, g.claim_no, v_now, g.created_at, g.timeout, g.backoff, g.queue, g.task, g.dedupe_key, g.payload, g.errors,
             g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, v_me
         from gone g
         order by g.finished_at, g.id
         returning id
     ), steps as (
-        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, created_at, value, error)
-        select g.id, s.name, s.kind, s.position, s.claim_no, s.created_at, s.value, s.error
+        -- All but the failures at the end: those are tried again. A child's wait that was not over is one of them.
+        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target)
+        select g.id, s.name, s.kind, s.position, s.claim_no, coalesce(s.attempt, 1), s.created_at, s.value, s.error, s.outcome, s.target
         from gone g cross join lateral jsonb_to_recordset(g.steps) as s (name text, kind text, position int, claim_no bigint,
-            created_at timestamptz, value jsonb, error jsonb)
+            attempt int, created_at timestamptz, value jsonb, error jsonb, outcome text, target text)
+        where s.kind <> 'child' or s.outcome is not null
     )
     select coalesce(array_agg(a.id), '{}') into v_retried from again a;
+    perform @schema@._private_forget_failures(v_retried);
     -- Keys of rows that somebody else moved or removed in the meantime.
     delete from @schema@._private_dedupe_keys d where d.execution_id = any (v_keyed) and d.execution_id <> all (v_retried);
 

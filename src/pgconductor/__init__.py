@@ -11,15 +11,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
     from .conductor import Conductor
     from .context import Context
     from .db.connection import TrioConnection
     from .db.pool import Pool, PoolStatistics, open_pool
     from .db.schema import MigrationReport, SchemaVersion
+    from .durable import Tries
     from .errors import (
         AttemptError,
+        ChildCancelled,
+        ChildError,
+        ChildFailed,
+        ChildTimedOut,
         DeadlineExceeded,
+        DurableError,
+        DurableMisuse,
         ExecutionCancelled,
         ExecutionError,
         ExecutionFailed,
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
         LeaseLost,
         Misuse,
         NoDatabase,
+        NonDeterminism,
         NoRetry,
         NotOpen,
         PgconductorError,
@@ -42,9 +51,11 @@ if TYPE_CHECKING:
         SchemaMissing,
         SchemaTooNew,
         Snooze,
+        StepFailed,
         Unavailable,
         Unstorable,
         Verdict,
+        WaitTimedOut,
         WaitTimeout,
     )
     from .handle import Handle, SyncHandle
@@ -83,6 +94,11 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "RetryAfter",
     "Snooze",
     "Verdict",
+    # Durable operations
+    "ChildHandle",
+    "DurableNursery",
+    "StepHandle",
+    "Tries",
     # Invoking and waiting
     "Handle",
     "Invocable",
@@ -113,7 +129,13 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "open_pool",
     # Errors, as the tree in `errors` has them
     "AttemptError",
+    "ChildCancelled",
+    "ChildError",
+    "ChildFailed",
+    "ChildTimedOut",
     "DeadlineExceeded",
+    "DurableError",
+    "DurableMisuse",
     "ExecutionCancelled",
     "ExecutionError",
     "ExecutionFailed",
@@ -126,6 +148,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "LeaseLost",
     "Misuse",
     "NoDatabase",
+    "NonDeterminism",
     "NotOpen",
     "PgconductorError",
     "PoolTimeout",
@@ -133,8 +156,10 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "ResultNotKept",
     "SchemaMissing",
     "SchemaTooNew",
+    "StepFailed",
     "Unavailable",
     "Unstorable",
+    "WaitTimedOut",
     "WaitTimeout",
 ]
 
@@ -143,12 +168,20 @@ _MODULES = {
     "Backoff": "retry",
     "CancelCounts": "model",
     "Cancellation": "model",
+    "ChildCancelled": "errors",
+    "ChildError": "errors",
+    "ChildFailed": "errors",
+    "ChildHandle": "children",
+    "ChildTimedOut": "errors",
     "Conductor": "conductor",
     "Context": "context",
     "DeadLetter": "model",
     "DeadlineExceeded": "errors",
     "Delays": "retry",
     "Drained": "runtime.orchestrator",
+    "DurableError": "errors",
+    "DurableMisuse": "errors",
+    "DurableNursery": "children",
     "ExecutionCancelled": "errors",
     "ExecutionError": "errors",
     "ExecutionFailed": "errors",
@@ -171,6 +204,7 @@ _MODULES = {
     "Misuse": "errors",
     "NoDatabase": "errors",
     "NoRetry": "errors",
+    "NonDeterminism": "errors",
     "NotOpen": "errors",
     "Orchestrator": "runtime.orchestrator",
     "OrchestratorStatistics": "runtime.orchestrator",
@@ -190,15 +224,19 @@ _MODULES = {
     "SchemaVersion": "db.schema",
     "Snooze": "errors",
     "State": "model",
+    "StepFailed": "errors",
+    "StepHandle": "children",
     "SyncClient": "sync_client",
     "SyncHandle": "handle",
     "SyncTaskCall": "tasks",
     "Task": "tasks",
     "TaskCall": "tasks",
+    "Tries": "durable",
     "TrioConnection": "db.connection",
     "Unavailable": "errors",
     "Unstorable": "errors",
     "Verdict": "errors",
+    "WaitTimedOut": "errors",
     "WaitTimeout": "errors",
     "Worker": "tasks",
     "WorkerStatistics": "runtime.worker",

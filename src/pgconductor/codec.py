@@ -264,7 +264,8 @@ class PayloadCodec(_JsonCodec):
 
 
 class ResultCodec(_JsonCodec, Generic[R]):
-    """What one handler returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can hold.
+    """What one handler or step returns, as JSON. Raises `InvalidTask` if the annotation is not a type that JSON can
+    hold.
 
     Under `Any` the database decides what a number is: jsonb writes a float of 1e16 or more as an integer, and so it
     comes back. The annotation `float` keeps it a float.
@@ -272,10 +273,14 @@ class ResultCodec(_JsonCodec, Generic[R]):
 
     __slots__ = ()
 
-    def __init__(self, task: str, kind: Any, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, name: str, kind: Any, *, limits: Limits | None = None, kind_of_value: str = "result of task"
+    ) -> None:
+        """`name`: the task's, or of what else `kind_of_value` says."""
         limits = limits or Limits()
-        require_json_type(f"the result of task {task!r}", kind)
-        super().__init__(f"the result of task {task!r}", kind, max_bytes=limits.result_bytes, depth=limits.depth)
+        what = f"the {kind_of_value} {name!r}"
+        require_json_type(what, kind)
+        super().__init__(what, kind, max_bytes=limits.result_bytes, depth=limits.depth)
 
     def encode(self, value: object) -> str:
         """Return `value` as JSON text (None is ``null``).

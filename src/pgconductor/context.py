@@ -1,25 +1,43 @@
-"""What a handler is given: who it is, its logger, and the resources of the process it runs in.
+"""What a handler is given: who it is, its logger, the resources of the process it runs in, and its durable operations.
 
 Owns nothing: a `Context` is made for one attempt and dropped with it, so it must stay cheap (one object; the logger
-is made when first asked for). Whether the handler should end is the engine's knowledge: it is asked, not kept. It never
-sees a connection or a pool. Nothing here waits, so there is nothing to cancel; all of it may be used from the thread of
-a plain `def` handler.
+and what is durable are made when first asked for). Whether the handler should end is the engine's knowledge: it is
+asked, not kept. It never sees a connection or a pool. What waits is durable, and described in `durable.py`; the rest
+may be used from the thread of a plain `def` handler.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+import random
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
-from .errors import Misuse
+from .children import DurableNursery, OnClose, checked_on_close, invoke_child, open_nursery
+from .codec import ResultCodec
+from .durable import Durable, TriesLike
+from .errors import DurableMisuse, Misuse
+from .options import checked_instant, checked_seconds
+
+if TYPE_CHECKING:
+    from .tasks import Invocable
 
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 Resources: TypeAlias = Mapping[type[Any], object]
 
 _LOGGER = "pgconductor.task"
+
+_INSTANT: ResultCodec[datetime] = ResultCodec("now", datetime, kind_of_value="value of")
+_ID: ResultCodec[UUID] = ResultCodec("uuid", UUID, kind_of_value="value of")
+_NUMBER: ResultCodec[float] = ResultCodec("random", float, kind_of_value="value of")
 
 
 class _BoundLogger(logging.LoggerAdapter[logging.Logger]):
@@ -50,7 +68,9 @@ class Context:
     `task` and `queue`: the names the execution runs under.
     """
 
-    __slots__ = ("_logger", "_resources", "_watch", "attempt", "execution_id", "queue", "task")
+    __slots__ = (
+        "_durable", "_logger", "_open_durable", "_resources", "_watch", "attempt", "execution_id", "queue", "task",
+    )  # fmt: skip
 
     def __init__(self, execution_id: UUID, attempt: int, *, task: str, queue: str, resources: Resources) -> None:
         """Made by the engine, and by tests that call ``task.handler`` directly.
@@ -64,6 +84,24 @@ class Context:
         self._resources = resources
         self._logger: logging.LoggerAdapter[logging.Logger] | None = None
         self._watch: Watch | None = None
+        self._open_durable: Callable[[], Durable] | None = None
+        self._durable: Durable | None = None
+
+    def attach(self, open_durable: Callable[[], Durable]) -> None:
+        """Let `open_durable` make what the durable operations need, when one is asked for; the engine's."""
+        self._open_durable = open_durable
+
+    @property
+    def durable(self) -> Durable:
+        """What the durable operations use. Raises `DurableMisuse` where no engine runs the handler."""
+        if self._durable is None:
+            if self._open_durable is None:
+                raise DurableMisuse(
+                    "this context belongs to no execution: a handler that is called directly has no durable "
+                    "operations; invoke the task, and run it with Orchestrator.drain()"
+                )
+            self._durable = self._open_durable()
+        return self._durable
 
     def watch(self, watch: Watch) -> None:
         """Let `watch` say whether the handler should end; the engine's, before it calls the handler."""
@@ -84,6 +122,106 @@ class Context:
         """Raise `HandlerCancelled` if `is_cancelled`; let it propagate. Does not wait; from any thread."""
         if self._watch is not None:
             self._watch.check()
+
+    # Durable operations
+
+    @overload
+    async def step(
+        self, name: str, fn: Callable[[*Ts], Awaitable[T]], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None,
+    ) -> T: ...  # fmt: skip
+    @overload
+    async def step(
+        self, name: str, fn: Callable[[*Ts], T], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None,
+    ) -> T: ...  # fmt: skip
+    async def step(
+        self, name: str, fn: Callable[..., Any], /, *args: object,
+        retry: TriesLike = None, timeout: float | timedelta | None = None,
+    ) -> Any:  # fmt: skip
+        """Call ``fn(*args)`` once and record what it returns; a replay gets the record, and `fn` is not called.
+
+        `name`: 1 to 128 bytes, unique in the handler's run. `fn`: async, or sync, which runs in a thread; keywords by
+        `functools.partial`. What it returns must be JSON by its annotation (any JSON without one), and is what a replay
+        will get: encoded and decoded. `retry`: a `Tries` or the number of tries, made here while the handler keeps its
+        slot; `timeout`: seconds for each try (a thread is waited for all the same). If the process dies while it runs,
+        `fn` is called again: at least once, at most once more per death.
+
+        Waits for `fn` and until the record is durable. Raises `StepFailed` when no tries remain, the same at a replay
+        (the first time with what `fn` raised as cause); `DurableMisuse`, `NonDeterminism`; `Snooze` of `fn` passes.
+        """
+        return await self.durable.step(name, fn, args, retry, _seconds_or_none(timeout))
+
+    async def sleep(self, name: str, duration: float | timedelta) -> None:
+        """Sleep, without a slot if it is long: recorded at once, so that it goes on though every process dies.
+
+        `name`: as for `step`. `duration`: seconds or a `timedelta`, 0 to a century, from when it is recorded, by the
+        database's clock. Raises `DurableMisuse`, `InvalidOption`, `NonDeterminism`.
+        """
+        seconds = checked_seconds("the duration of a sleep", duration)
+        await self.durable.wait(f"ctx.sleep({name!r})", name, "sleep", {"due_in": seconds})
+
+    async def sleep_until(self, name: str, at: datetime) -> None:
+        """Sleep until an instant: an aware datetime, years 1 to 9998; as `sleep`."""
+        instant = checked_instant("the end of a sleep", at).isoformat()
+        await self.durable.wait(f"ctx.sleep_until({name!r})", name, "sleep", {"due_at": instant})
+
+    async def invoke(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a child execution and return its result; the parent waits without a slot, and no attempt is counted.
+
+        `name`: as for `step`. `task`: a task, or ``task.options(...)`` of this conductor. Children may be invoked side
+        by side. A child that has not ended when its parent ends is cancelled; `invoke_abandoned` leaves it.
+
+        Raises `ChildFailed`, `ChildTimedOut`, `ChildCancelled`, the same at a replay; `InvalidPayload` before anything
+        is recorded; `DurableMisuse` (also beyond a depth of 16), `NonDeterminism`. Cancelling it by a scope of the
+        handler's own cancels the child.
+        """
+        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
+
+    async def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `invoke`, but the child goes on when its parent has ended, however that ends."""
+        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
+
+    def nursery(self, name: str, *, on_parent_close: OnClose = "cancel") -> AbstractAsyncContextManager[DurableNursery]:
+        """A nursery that is kept in the database: ``async with ctx.nursery("all") as n: n.invoke(task, ...)``.
+
+        `name`: 1 to 108 bytes, unique in the handler's run. `on_parent_close`: "cancel" or "abandon" children when the
+        parent ends otherwise than by leaving the block. When the block is left, all children and steps have ended. The
+        first failure cancels the others, in the database too.
+
+        Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
+        `StepFailed`, and what the block raised.
+        """
+        return open_nursery(self.durable, name, checked_on_close(on_parent_close))
+
+    async def checkpoint(self) -> None:
+        """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.
+
+        What is recorded stays. Raises `trio.Cancelled` then; let it pass.
+        """
+        await self.durable.checkpoint()
+
+    async def now(self, *, name: str | None = None) -> datetime:
+        """Return the time, in UTC, by this machine's clock: the same at each replay.
+
+        `name`: as for `step`; needed in a handler with branches, elsewhere it is numbered.
+        """
+        durable = self.durable
+        return cast(
+            datetime,
+            await durable.record(name or durable.numbered("now"), "now", lambda: datetime.now(UTC), _INSTANT),
+        )
+
+    async def uuid(self, *, name: str | None = None) -> UUID:
+        """Return a random UUID, the same at each replay; `name` as for `now`."""
+        durable = self.durable
+        return cast(UUID, await durable.record(name or durable.numbered("uuid"), "uuid", uuid.uuid4, _ID))
+
+    async def random(self, *, name: str | None = None) -> float:
+        """Return a random number from 0 to below 1, the same at each replay; `name` as for `now`."""
+        durable = self.durable
+        make = random.SystemRandom().random
+        return cast(float, await durable.record(name or durable.numbered("random"), "random", make, _NUMBER))
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
@@ -123,6 +261,10 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
+
+
+def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
+    return None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

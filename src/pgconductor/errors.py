@@ -5,7 +5,8 @@
     │   ├── InvalidTask               a task, worker or orchestrator is declared wrongly
     │   ├── InvalidOption             an option's value is out of range (also a ValueError)
     │   ├── InvalidPayload            arguments or result do not fit the annotations or the limits (also a ValueError)
-    │   └── NotOpen                   the conductor or pool is not open here
+    │   ├── NotOpen                   the conductor or pool is not open here
+    │   └── DurableMisuse             a context's durable operation is used where or how it must not be
     ├── Refused                       the database said no, for good
     │   ├── LeaseLost                 this incarnation of an orchestrator is dead; it registers anew by itself
     │   └── Unstorable                PostgreSQL cannot store a value
@@ -22,8 +23,16 @@
     │   └── ResultNotKept             it finished, and its result was not kept
     ├── Verdict                       handlers raise these, to say what follows
     │   ├── NoRetry                   it fails for good
+    │   │   └── NonDeterminism        raised by the engine: the handler does not do again what was recorded
     │   ├── RetryAfter                it failed, and is tried again after exactly that long
     │   └── Snooze                    it has not failed: it runs again later, and this attempt does not count
+    ├── DurableError                  what the durable operations of `Context` raise; replayed like results
+    │   ├── StepFailed                a step raised, and has no tries left
+    │   ├── ChildError                a child execution ended without a result
+    │   │   ├── ChildFailed
+    │   │   ├── ChildTimedOut         by its timeout or deadline (also a TimeoutError)
+    │   │   └── ChildCancelled
+    │   └── WaitTimedOut              nothing came in time (also a TimeoutError)
     ├── HandlerCancelled              `Context.check_cancelled` raises it: a handler in a thread is asked to end
     └── AttemptError                  the engine ended an attempt; recorded with its execution, raised by nobody
         ├── HandlerTimeout            the handler ran for longer than its timeout (also a TimeoutError)
@@ -37,6 +46,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar
+from uuid import UUID
 
 
 class PgconductorError(Exception):
@@ -61,6 +71,10 @@ class InvalidPayload(Misuse, ValueError):
 
 class NotOpen(Misuse):
     """The conductor or pool is used outside its ``async with`` block."""
+
+
+class DurableMisuse(Misuse):
+    """A durable operation of a context is used where or how it must not be; nothing was recorded."""
 
 
 class Refused(PgconductorError):
@@ -176,6 +190,55 @@ class Snooze(Verdict):
         """`delay`: seconds or a `timedelta`, from 0 to a century, else `InvalidOption`."""
         self.delay: float = _seconds("Snooze(delay=)", delay)
         super().__init__(f"snoozed for {self.delay:g} s")
+
+
+class NonDeterminism(NoRetry):
+    """The handler does not do again what it did before its execution was interrupted; nothing new was recorded.
+
+    The code has changed, or it decides by something that is not recorded. The execution fails for good and keeps its
+    history, so that it can be retried with code that fits.
+    """
+
+
+class DurableError(PgconductorError):
+    """A durable operation ended without a value. It is recorded: a replay raises the same.
+
+    `error`: what is known of it as data, with the keys ``type``, ``message`` and ``traceback`` where there are any.
+    """
+
+    def __init__(self, message: str, error: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.error: Mapping[str, str] = error or {}
+
+
+class StepFailed(DurableError):
+    """A step raised, and has no tries left. The first time, the exception it raised is the cause."""
+
+
+class ChildError(DurableError):
+    """A child execution ended without a result. `execution_id`: the child's."""
+
+    def __init__(self, message: str, error: Mapping[str, str] | None = None, execution_id: UUID | None = None) -> None:
+        super().__init__(message, error)
+        self.execution_id = execution_id
+
+
+class ChildFailed(ChildError):
+    """A child execution failed for good."""
+
+
+class ChildTimedOut(ChildFailed, TimeoutError):
+    """A child execution failed for good because its time was up."""
+
+
+class ChildCancelled(ChildError):
+    """A child execution was cancelled. `reason`: as given, None if none was."""
+
+    reason: str | None = None
+
+
+class WaitTimedOut(DurableError, TimeoutError):
+    """What was waited for did not come within the timeout."""
 
 
 class HandlerCancelled(PgconductorError):

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 from .codec import printable
 from .db.calls import NewExecution
-from .errors import InvalidPayload, Misuse
+from .errors import DurableMisuse, InvalidPayload, Misuse
 from .options import LATEST, checked_text
 from .tasks import DEFAULT_OPTIONS, Invocation, InvokeOptions, Task, Tasks
 
@@ -121,3 +121,17 @@ def options_json(options: InvokeOptions, deadline: float | None = None) -> str |
     if options.tags:
         given["tags"] = options.tags
     return json.dumps(given) if given else None
+
+
+def child_row(call: Invocation[Any]) -> dict[str, object]:
+    """Return an invocation as `start_waits` takes a child. Raises `DurableMisuse` for what a child cannot have."""
+    row = new_executions([call])[0]
+    if row.dedupe_key is not None:
+        raise DurableMisuse("a child has no dedupe_key: its parent and its name make it unique")
+    child: dict[str, object] = json.loads(row.options or "{}")
+    child.update(task=row.task, payload=json.loads(row.payload), queue=row.queue, priority=row.priority)
+    if row.run_at is not None:
+        child["run_at"] = row.run_at.isoformat()
+    if row.delay is not None:
+        child["delay"] = row.delay
+    return child

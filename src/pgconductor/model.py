@@ -41,6 +41,7 @@ class Claimed(NamedTuple):
     timeout: float | None = None  # seconds for this attempt, as its invocation says; None: the task's
     deadline_in: float | None = None  # seconds left to it at the claim, perhaps negative; None: no deadline
     backoff: str | None = None  # JSON text, as its invocation says; None: the task's
+    parent_id: UUID | None = None  # of a child
 
 
 class Outcome(NamedTuple):
@@ -48,11 +49,29 @@ class Outcome(NamedTuple):
 
     id: UUID
     claim_no: int
-    kind: str  # completed | failed | cancelled | retried | released
+    kind: str  # completed | failed | cancelled | retried | released | waiting
     result: str | None = None  # JSON text
     error: str | None = None  # JSON text
     delay: float = 0.0  # seconds until a retried or released one is due
     keep: float | None = None  # seconds to keep the finished row, should it end; None: for ever
+
+
+class Record(NamedTuple):
+    """What an execution did or waits for, under a name of its own; `outcome` is None while a wait is open.
+
+    Values and errors are JSON texts.
+    """
+
+    name: str
+    kind: str  # step | sleep | child | event | promise | ...
+    position: int
+    attempt: int
+    outcome: str | None  # completed, failed, cancelled, elapsed, timed_out, received, resolved, rejected
+    target: str | None = None  # of a wait: a child's id, an event's name, a promise's id
+    scope: str | None = None  # the nursery it belongs to
+    value: str | None = None
+    error: str | None = None
+    due_in: float | None = None  # seconds until an open wait is due, when it was read
 
 
 class Cancellation(StrEnum):
@@ -78,6 +97,7 @@ class Signals:
     stop_requested: bool
     cancelled: Mapping[UUID, tuple[int, str | None]]  # claim and reason of the running executions to cancel
     suspects: tuple[str, ...]  # queues with an execution on its last life
+    has_errands: bool = False  # something is to be done that anybody may do: see runtime/errands.py
 
 
 class Invoked(NamedTuple):

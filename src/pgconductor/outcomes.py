@@ -5,20 +5,18 @@ Pure: what both clients share once they have asked the database.
 
 from __future__ import annotations
 
-import json
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from .codec import printable
 from .errors import ExecutionCancelled, ExecutionFailed, ResultNotKept, WaitTimeout
 from .model import Ended, Standing, State
+from .records import error_record
 from .tasks import Task
 
 R = TypeVar("R")
 
 FINISHED: Final = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
-
-_ERROR_KEYS = ("type", "message", "traceback")
 
 
 def outcome(task: Task[..., R], ended: Ended) -> R:
@@ -35,18 +33,6 @@ def outcome(task: Task[..., R], ended: Ended) -> R:
     if traceback := record.get("traceback"):
         failure.add_note(f"Traceback of the last attempt:\n{traceback}")
     raise failure
-
-
-def error_record(text: str | None) -> dict[str, str]:
-    """Return the last error as a record of texts: type, message, traceback. Empty if there is none to read."""
-    try:
-        loaded = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(loaded, dict):
-        return {}
-    record = cast("dict[str, Any]", loaded)
-    return {name: record[name] for name in _ERROR_KEYS if isinstance(record.get(name), str)}
 
 
 def not_kept(task: Task[..., Any], execution_id: UUID) -> ResultNotKept:

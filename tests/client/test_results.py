@@ -26,8 +26,8 @@ from pgconductor import (
     WaitTimeout,
 )
 from pgconductor.db.result_listener import bucket_of, named_buckets
-from pgconductor.outcomes import error_record
 from pgconductor.polling import PollSchedule
+from pgconductor.records import error_record
 from pgconductor.results import Results
 
 NEVER = PollSchedule(first=(), every=3600.0, deaf=3600.0)

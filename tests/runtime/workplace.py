@@ -23,6 +23,7 @@ from pgconductor.db.calls import WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.link import OutageLog, Target
 from pgconductor.model import Claimed
+from pgconductor.runtime.errands import Errands
 from pgconductor.runtime.lease import Lease, boot_clock
 from pgconductor.runtime.listener import Listener
 from pgconductor.runtime.worker import Pipeline, Starts, Surroundings, WorkerCounts
@@ -176,7 +177,8 @@ class Workplace:
         )
         shared = Surroundings(self._target, self.calls, {}, self._outages, random.Random(), 5.0)
         lease = Lease(owner, 600.0, boot_clock())
-        pipeline = Pipeline(worker, number, lease, Starts(), listener, WorkerCounts(), shared)
+        errands = Errands(self._target, self.calls, self._outages, random.Random())
+        pipeline = Pipeline(worker, number, lease, Starts(), listener, WorkerCounts(), errands, shared)
         watched = WatchedWorker(pipeline, owner, listener, sweep_interval)
         self.workers.append(watched)
         return watched

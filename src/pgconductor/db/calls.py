@@ -25,6 +25,7 @@ from ..model import (
     OrchestratorStatus,
     Outcome,
     QueueStatus,
+    Record,
     Retry,
     RetryCounts,
     Signals,
@@ -66,6 +67,55 @@ class NewExecution(NamedTuple):
     options: str | None = None  # JSON object, see `invoke_many` in SQL
 
 
+class NewStep(NamedTuple):
+    """One position of `save_steps`: exactly one of `value` and `error`, JSON texts."""
+
+    execution: UUID
+    claim_no: int
+    name: str
+    kind: str
+    position: int
+    value: str | None
+    error: str | None = None
+
+
+class SavedStep(NamedTuple):
+    """What became of it: "saved", "stored" (a record was there, which is told), "fenced"."""
+
+    status: str
+    value: str | None
+    error: str | None
+
+
+class NewWait(NamedTuple):
+    """One position of `start_waits`; `wait` is its JSON object."""
+
+    execution: UUID
+    claim_no: int
+    wait: str
+
+
+class StartedWait(NamedTuple):
+    """What became of it: "open", "resolved", "fenced" or "too_deep"."""
+
+    status: str
+    outcome: str | None
+    value: str | None
+    error: str | None
+    due_in: float | None
+    target: str | None
+
+
+class ResolvedWait(NamedTuple):
+    """A wait that is over."""
+
+    execution: UUID
+    name: str
+    outcome: str
+    value: str | None
+    error: str | None
+
+
 class WorkerRow(NamedTuple):
     """A worker as its orchestrator registers it."""
 
@@ -76,8 +126,8 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][10])
-    return Claim([Claimed._make(row[:10]) for row in rows], None)
+        return Claim([], rows[0][11])
+    return Claim([Claimed._make(row[:11]) for row in rows], None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
@@ -85,15 +135,16 @@ def _last_as_tuple(row: Row) -> list[Any]:
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
-    return Claimed._make(rows[0][:10]) if rows else None
+    return Claimed._make(rows[0][:11]) if rows else None
 
 
 def _signals(row: Sequence[Any]) -> Signals:
-    stop_requested, ids, claim_nos, reasons, suspects = row
+    stop_requested, ids, claim_nos, reasons, suspects, has_errands = row
     return Signals(
         stop_requested,
         {i: (no, reason) for i, no, reason in zip(ids, claim_nos, reasons, strict=True)},
         tuple(suspects),
+        has_errands,
     )
 
 
@@ -124,6 +175,10 @@ def _dead_letter(row: Row) -> DeadLetter:
     return DeadLetter(*columns)
 
 
+def _history(rows: list[Row]) -> list[Record] | None:
+    return [Record._make(row) for row in rows[1:]] if rows else None
+
+
 def _scalar(rows: list[Row]) -> object:
     return rows[0][0]
 
@@ -148,13 +203,22 @@ def _optional_boolean(rows: list[Row]) -> bool | None:
 _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
-    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff, due_in"
-    " from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
+    " parent_id, due_in from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
     "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " due_in from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
+    " parent_id, due_in from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
-    " %s::jsonb[], %s::float8[], %s::float8[]) /*flush*/",
+    " %s::jsonb[], %s::float8[], %s::float8[], %s) /*flush*/",
+    "load_history": 'select name, kind, "position", attempt, outcome, target, scope, value, error, due_in'
+    " from {s}.load_history(%s, %s, %s) /*load_history*/",
+    "read_waits": "select execution_id, name, outcome, value, error from {s}.read_waits(%s, %s::uuid[], %s::int8[])",
+    "save_steps": "select status, value, error from {s}.save_steps(%s, %s::uuid[], %s::int8[], %s::text[], %s::text[],"
+    " %s::int[], %s::jsonb[], %s::jsonb[]) order by n /*save_steps*/",
+    "start_waits": "select status, outcome, value, error, due_in, target"
+    " from {s}.start_waits(%s, %s::uuid[], %s::int8[], %s::jsonb[]) order by n /*start_waits*/",
+    "request_close": "select {s}.request_close(%s, %s, %s, %s::text[], %s)",
+    "close_children": "select {s}.close_children()",
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
@@ -165,12 +229,12 @@ _QUERIES = {
     # The lease first, then the rescue of others' work and what we are asked to do, in one statement: an idle process
     # sends no other.
     "heartbeat": "select h.alive, r.recovered, r.failed, r.cancelled, g.stop_requested, g.cancelled_ids,"
-    " g.cancelled_claim_nos, g.reasons, g.suspects from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
+    " g.cancelled_claim_nos, g.reasons, g.suspects, g.errands from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
     " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
     " coalesce(sum(r.failed), 0)::int8 as failed, coalesce(sum(r.cancelled), 0)::int8 as cancelled"
     " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r"
     " cross join lateral {s}.signals(%s, %s::text[]) g /*heartbeat*/",
-    "signals": "select stop_requested, cancelled_ids, cancelled_claim_nos, reasons, suspects"
+    "signals": "select stop_requested, cancelled_ids, cancelled_claim_nos, reasons, suspects, errands"
     " from {s}.signals(%s, %s::text[])",
     "hold_session": "select {s}.hold_session(%s)",
     "succeed_orchestrator": "select id from {s}.succeed_orchestrator(%s, %s, %s, %s::uuid[], %s::int8[]) as id"
@@ -235,10 +299,44 @@ class Calls:
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
         return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)
 
-    def flush(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
-        """Result: the outcomes that were not written now, with "already", "fenced" or "gone"."""
+    def flush(self, owner: UUID, outcomes: Sequence[Outcome], *, has_family: bool = True) -> Call[dict[UUID, str]]:
+        """Result: the outcomes that were not written now, with "already", "fenced" or "gone".
+
+        `has_family`: some of them may be children; False spares the database a look.
+        """
         columns = [list(column) for column in zip(*outcomes, strict=True)]
-        return Call(self._query["flush"], (owner, *columns), lambda rows: {row[0]: row[1] for row in rows})
+        return Call(self._query["flush"], (owner, *columns, has_family), lambda rows: {row[0]: row[1] for row in rows})
+
+    # Histories
+
+    def load_history(self, owner: UUID, execution: UUID, claim_no: int) -> Call[list[Record] | None]:
+        """What an execution has done and waits for, in the order of positions. None: the claim is not ours any more."""
+        return Call(self._query["load_history"], (owner, execution, claim_no), _history)
+
+    def read_waits(self, owner: UUID, claims: Sequence[tuple[UUID, int]]) -> Call[list[ResolvedWait]]:
+        """Which waits of these claims were resolved, or are due; each is told once."""
+        ids, claim_nos = [i for i, _ in claims], [no for _, no in claims]
+        return Call(
+            self._query["read_waits"], (owner, ids, claim_nos), lambda rows: [ResolvedWait._make(row) for row in rows]
+        )
+
+    def save_steps(self, owner: UUID, steps: Sequence[NewStep]) -> Call[list[SavedStep]]:
+        columns = [list(column) for column in zip(*steps, strict=True)]
+        return Call(self._query["save_steps"], (owner, *columns), lambda rows: [SavedStep._make(row) for row in rows])
+
+    def start_waits(self, owner: UUID, waits: Sequence[NewWait]) -> Call[list[StartedWait]]:
+        columns = [list(column) for column in zip(*waits, strict=True)]
+        return Call(
+            self._query["start_waits"], (owner, *columns), lambda rows: [StartedWait._make(row) for row in rows]
+        )
+
+    def request_close(self, owner: UUID, execution: UUID, claim_no: int, names: list[str], reason: str) -> Call[int]:
+        """Note the children behind these waits, to be cancelled by `close_children`."""
+        return Call(self._query["request_close"], (owner, execution, claim_no, names, reason), _count)
+
+    def close_children(self) -> Call[int]:
+        """Cancel children that were noted for it; again until the answer is 0."""
+        return Call(self._query["close_children"], (), _count)
 
     def release_unknown(self, owner: UUID, queue: str, known: list[UUID]) -> Call[int]:
         return Call(self._query["release_unknown"], (owner, queue, known), _count)

@@ -25,6 +25,7 @@ from ..db.calls import Calls
 from ..db.link import Link, OutageLog
 from ..errors import SchemaMissing, Unavailable
 from ..model import Signals
+from .errands import Errands
 from .flusher import Held
 from .lease import Lease, heartbeat_interval
 from .suspects import Suspects
@@ -48,6 +49,7 @@ class Control:
         *,
         grace: float,
         stop: Callable[[], None],
+        errands: Errands,
     ) -> None:
         """`pipelines`: by queue. `stop`: called when this program is to make way for a newer one."""
         self._lease = lease
@@ -57,6 +59,7 @@ class Control:
         self._pipelines = pipelines
         self._grace = grace
         self._stop = stop
+        self._errands = errands
         self._woken = trio.Event()
         self._is_read_wanted = False
         self._overdue: list[tuple[float, int, Held]] = []  # who was told to end, by when it should have
@@ -118,6 +121,10 @@ class Control:
         self._note_strays({(i, no) for i, (no, _) in signals.cancelled.items()})
         if self.suspects is not None:
             self.suspects.note(signals.suspects)
+        if signals.has_errands:
+            self._errands.note()
+        for pipeline in self._pipelines.values():
+            pipeline.nudge()
 
     def _note_strays(self, requested: Set[tuple[UUID, int]]) -> None:
         """A claim that is to be cancelled and is not here may be on its way. If it is named again, its reply was lost,

@@ -10,6 +10,8 @@ and the worker's stop are that scope for an async handler. A plain ``def`` runs 
 is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
 second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
 
+An execution that is given up to wait is cancelled by the same scope (`durable.py`); from then on that is its outcome.
+
 Invariants: a returned value wins over whatever was asked; a requested cancellation over the worker's stop, since it is
 final, and both over the timeout. Every outcome says how long its row is to be kept, should the execution end by it.
 """
@@ -29,6 +31,7 @@ import trio
 
 from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
+from ..durable import Place
 from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
 from ..model import Claimed, Outcome
 from ..retry import backoff_from_data, decide, verdict_in
@@ -51,12 +54,16 @@ class Interruption:
     is_requested = False  # its cancellation was requested
     is_stopping = False  # the worker stops
     is_abandoned = False  # its thread is not waited for
+    is_suspended = False  # it waits: what the handler returns or raises from now on means nothing
     is_body_running = False  # in a thread, and not known to have ended
     reason: str | None = None  # of the requested cancellation
     unwound: BaseException | None = None  # what left an async handler: tells where it was
     _is_expired = False  # the time of a plain def is up
     _has_thread = False  # the scope is for abandoning it only
     was_told = False  # the handler asked, and was told to end
+    task: trio.lowlevel.Task | None = None  # that runs an async handler
+    drains: Callable[[], bool] | None = None  # whether the worker stops
+    _outer_deadline = math.inf  # of the scopes outside ours
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
@@ -77,6 +84,42 @@ class Interruption:
         """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
         self.is_stopping = self.is_abandoned = True
         self._scope.cancel()
+
+    # What a durable context asks: `durable.Suspender`
+
+    @property
+    def is_unwinding(self) -> bool:
+        """Whether the handler has been asked to end, for whatever reason."""
+        return self.is_requested or self.is_stopping or self.is_suspended or self._scope.cancel_called
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the worker stops, and waits for its handlers."""
+        return self.drains is not None and self.drains()
+
+    def suspend(self) -> None:
+        """The execution waits: the handler is cancelled, and begins again when there is something to go on with."""
+        if not self.is_requested and not self.is_stopping:
+            self.is_suspended = True
+        self._scope.cancel()
+
+    def give_way(self) -> None:
+        """As `stop`, by the handler's own wish."""
+        self.stop()
+
+    def locate(self) -> Place:
+        """Where the current task is, seen from the attempt's scope. There is no checkpoint between: nothing notices."""
+        scope = self._scope
+        deadline = scope.deadline
+        try:
+            scope.deadline = -math.inf
+            if trio.current_effective_deadline() != -math.inf:
+                return Place.OUTSIDE
+            scope.deadline = math.inf
+            effective = trio.current_effective_deadline()
+        finally:
+            scope.deadline = deadline
+        return Place.BOUNDED if -math.inf < effective < self._outer_deadline else Place.INSIDE
 
     def _ask(self) -> None:
         if not self._has_thread:
@@ -136,6 +179,8 @@ class Interruption:
         """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
         if timeout is not None:
             self._scope.deadline = trio.current_time() + timeout
+        self.task = trio.lowlevel.current_task()
+        self._outer_deadline = trio.current_effective_deadline()
         with self._scope:
             try:
                 return await handler()
@@ -248,6 +293,9 @@ async def attempt(
         if trio.current_effective_deadline() == -math.inf:
             inner.is_stopping = True  # a scope outside is cancelled
     try:
+        if inner.is_suspended:
+            _log_ignored(task, claimed, value, error)
+            return waiting(task, claimed)
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
         if inner.is_body_running:
@@ -295,6 +343,21 @@ def _not_completed(
     return retried_or_failed(task, claimed, error, rng, remaining)
 
 
+def _log_ignored(task: Task[..., Any], claimed: Claimed, value: object, error: BaseException | None) -> None:
+    """What a handler returned or raised when its execution was given up to wait."""
+    if value is not _NOTHING:
+        logger.warning(
+            "execution %s of task %r swallowed its cancellation when it was to wait, and returned; that is ignored: it "
+            "runs again when there is something to go on with",
+            claimed.id, printable(task.name),
+        )  # fmt: skip
+    elif error is not None and not _is_answer(error):
+        logger.warning(
+            "execution %s of task %r raised when it was to wait, and is parked all the same: %s",
+            claimed.id, printable(task.name), described_type(error),
+        )  # fmt: skip
+
+
 def _unstarted(task: Task[..., Any], claimed: Claimed, inner: Interruption) -> Outcome | None:
     """The outcome of an attempt that is not to begin."""
     if inner.is_requested:
@@ -339,6 +402,11 @@ def _is_answer(error: BaseException) -> bool:
 def released(task: Task[..., Any], claimed: Claimed, delay: float = 0.0) -> Outcome:
     """The outcome that gives an execution back, its attempt included. `delay`: seconds until it is due again."""
     return Outcome(claimed.id, claimed.claim_no, "released", delay=delay, keep=task.keep_failed)
+
+
+def waiting(task: Task[..., Any], claimed: Claimed) -> Outcome:
+    """The outcome of an execution that waits for its waits, and gives the attempt back."""
+    return Outcome(claimed.id, claimed.claim_no, "waiting", keep=task.keep_failed)
 
 
 def cancelled(task: Task[..., Any], claimed: Claimed, error: BaseException | None = None) -> Outcome:

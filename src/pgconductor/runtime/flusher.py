@@ -57,6 +57,7 @@ class Held:
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
+    leaves_children: bool = False  # its history has children that had not ended
 
 
 @dataclass(slots=True)
@@ -85,9 +86,10 @@ class Flusher:
         batch: int | None,
         may_grow: Callable[[], bool],
         written: Callable[[], None],
+        left: Callable[[], None],
     ) -> None:
         """`interval`: seconds that an outcome may wait for others. `may_grow`: whether others may come soon. `written`
-        is called when a flush was answered.
+        is called when a flush was answered, `left` when it may have left children to be cancelled.
         """
         self.held: dict[UUID, Held] = {}
         self.outcomes: list[Outcome] = []
@@ -101,6 +103,7 @@ class Flusher:
         self._max_batch = batch or MAX_FLUSH
         self._may_grow = may_grow
         self._written = written
+        self._left = left
         self._strays: list[tuple[UUID, list[Outcome]]] = []  # of claims not handed over, by former owners
         self._in_doubt: set[UUID] = set()  # sent, not answered
         self._replaced: set[UUID] = set()  # by the failure to store them
@@ -200,8 +203,12 @@ class Flusher:
             return
         # Whoever came meanwhile is behind them.
         del self.outcomes[: len(batch)]
+        has_left = False
         for outcome in batch:
-            self.held.pop(outcome.id, None)
+            held = self.held.pop(outcome.id, None)
+            has_left = has_left or (held is not None and held.leaves_children)
+        if has_left:
+            self._left()
         self._size = min(2 * self._size, self._max_batch)
         self._oldest_at = trio.current_time()
         self._counts.flushes += 1
@@ -221,7 +228,10 @@ class Flusher:
         """Send once; return what the database did not write now, and None if it has to be sent again, later then."""
         failpoint("flush.before")
         try:
-            refused = await self._lease.attempt(link, lambda owner: self._calls.flush(former or owner, batch))
+            has_family = former is not None or any(map(self._has_parent, batch))
+            refused = await self._lease.attempt(
+                link, lambda owner: self._calls.flush(former or owner, batch, has_family=has_family)
+            )
         except Unstorable as error:
             if len(batch) > 1:
                 self._size = len(batch) // 2
@@ -240,6 +250,10 @@ class Flusher:
         failpoint("flush.answered")
         self._failures = 0
         return refused
+
+    def _has_parent(self, outcome: Outcome) -> bool:
+        held = self.held.get(outcome.id)
+        return held is None or held.claimed.parent_id is not None
 
     def _set_back(self, batch: list[Outcome]) -> None:
         """Others first, and fewer at once: whatever kept these from being written, a row that somebody's open

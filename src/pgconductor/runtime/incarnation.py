@@ -36,6 +36,7 @@ from ..errors import SchemaMissing, Unavailable
 from ..failpoints import failpoint
 from ..tasks import Worker
 from .control import Control
+from .errands import Errands
 from .housekeeping import keep_house
 from .lease import Lease, heartbeat_interval, trusted
 from .listener import Listener
@@ -94,6 +95,7 @@ class Incarnation:
         self._calls = process.shared.calls
         self._outages = process.shared.outages
         starts = Starts()
+        self._errands = Errands(process.shared.target, self._calls, self._outages, self._rng)
         self._listeners: list[Listener] = []
         self.pipelines = [
             Pipeline(
@@ -103,6 +105,7 @@ class Incarnation:
                 starts,
                 self._listener_for(worker),
                 process.counts[worker.queue],
+                self._errands,
                 process.shared,
             )
             for worker in process.workers
@@ -117,6 +120,7 @@ class Incarnation:
             by_queue,
             grace=process.bounds.cancel_grace,
             stop=self._make_way,
+            errands=self._errands,
         )
         self._suspects = Suspects(starts, by_queue, self._outages, self._rng, self._control.look)
         self._control.suspects = self._suspects
@@ -147,6 +151,7 @@ class Incarnation:
                 keepers.start_soon(self._renew, name="renew the lease")
                 keepers.start_soon(self._control.run, name="signals of others")
                 keepers.start_soon(self._suspects.run, name="suspects")
+                keepers.start_soon(self._errands.run, name="errands")
                 keepers.start_soon(keep_house, process.shared, name="maintenance")
                 for listener in self._listeners:
                     await keepers.start(listener.run, name=repr(listener))

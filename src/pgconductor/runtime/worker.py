@@ -36,12 +36,16 @@ import trio
 from ..context import Context, Resources
 from ..db.calls import Calls, Claim
 from ..db.link import Link, OutageLog, Target, backoff, open_link
+from ..durable import Durable
 from ..errors import LeaseLost, SchemaMissing, Unavailable
 from ..failpoints import failpoint
+from ..invocations import child_row
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
+from .errands import Errands
 from .execution import Interruption, attempt, cancelled, released
 from .flusher import MAX_FLUSH, FlushCounts, Flusher, Held
+from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
 from .pace import Linger, Prefetch
@@ -121,6 +125,7 @@ class Pipeline:
         starts: Starts,
         listener: Listener | None,
         counts: WorkerCounts,
+        errands: Errands,
         shared: Surroundings,
     ) -> None:
         """`queue_no`: as `register_queue` gave it."""
@@ -144,9 +149,12 @@ class Pipeline:
         self._flusher = Flusher(
             self._tasks, lease, calls, shared.outages, shared.rng, counts.flushed,
             interval=worker.flush_interval, batch=worker.flush_batch,
-            may_grow=lambda: bool(self._running or self._stock), written=self._note_room,
+            may_grow=lambda: bool(self._running or self._stock), written=self._note_room, left=errands.note,
         )  # fmt: skip
         self._held = self._flusher.held
+        self._errands = errands
+        self._journal: Journal | None = None
+        self._durables: dict[UUID, Durable] = {}  # of the running handlers that have asked for something durable
         # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
         self._stock: deque[Held] = deque()
         self._idle_runners = trio.lowlevel.ParkingLot()
@@ -230,6 +238,12 @@ class Pipeline:
         """Have what the database thinks we hold, and we do not, given back soon."""
         self._note_lost_claim()
         self.reactor.wake()
+
+    def nudge(self) -> None:
+        """Somebody may have resolved what handlers here are parked for."""
+        for durable in self._durables.values():
+            if durable.is_parked:
+                durable.nudge()
 
     # Succession
 
@@ -315,8 +329,10 @@ class Pipeline:
         async with (
             open_link(shared.target, "claim", self._outages, self._rng) as claims,
             open_link(shared.target, "flush", self._outages, self._rng) as flushes,
+            open_link(shared.target, "journal", self._outages, self._rng) as journal,
         ):
             self._claims = claims
+            self._journal = Journal(journal, self._lease, self._calls, self._outages, self._rng)
             closing = trio.CancelScope()
             try:
                 with closing:
@@ -557,7 +573,31 @@ class Pipeline:
             claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._shared.resources
         )
         payload = partial(self._load, link, claimed) if claimed.payload is None else claimed.payload
-        return await attempt(task, claimed, payload, ctx, self._limiter, self._rng, interruption, held.received_at)
+        ctx.attach(partial(self._open_durable, claimed, task, interruption))
+        outcome: Outcome | None = None
+        try:
+            outcome = await attempt(
+                task, claimed, payload, ctx, self._limiter, self._rng, interruption, held.received_at
+            )
+        finally:
+            durable = self._durables.pop(claimed.id, None) if self._durables else None
+            if durable is not None:
+                durable.end(completed=outcome is not None and outcome.kind == "completed")
+                held.leaves_children = durable.has_open_children
+        return outcome
+
+    def _open_durable(self, claimed: Claimed, task: Task[..., Any], interruption: Interruption) -> Durable:
+        """What a handler needs that does something durable; made when it first does."""
+        assert self._journal is not None
+        interruption.drains = self._is_draining
+        journal = ExecutionJournal(self._journal, claimed, interruption)
+        durable = self._durables[claimed.id] = Durable(
+            claimed.attempt, journal, interruption, self._limiter, self._rng, task.limits, child_row
+        )
+        return durable
+
+    def _is_draining(self) -> bool:
+        return self._is_stopping
 
     async def _load(self, link: Link, claimed: Claimed) -> str | None:
         """A large payload, when it is needed; None if the claim is not ours any more."""

@@ -1,0 +1,128 @@
+"""The history of a durable execution while its handler runs: which names were used, and what each had recorded.
+
+Pure: records go in as the database told them, what a handler asks for goes in as a name and a kind, and the record of
+the former run comes out, or None if the handler has come further than any run before. Names are unique within a run,
+whatever the kind, and history is found by name alone, never by order: branches that run beside each other may come in
+any order.
+
+Only where nothing runs beside the handler is the order known too: what it asks for must then be the next that was
+recorded in this attempt, and if it is something new although there are such records, the code has changed, or decides
+by something that is not recorded. That is told before any harm is done (`NonDeterminism`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NoReturn
+
+from .codec import printable
+from .errors import DurableMisuse, NonDeterminism
+from .model import Record
+from .options import checked_text
+
+MAX_RECORDS: Final = 100_000
+MAX_NAME_BYTES: Final = 128
+_SHOWN: Final = 20
+
+
+class History:
+    """See the module's description. `attempt`: of the run that goes on."""
+
+    def __init__(self, records: Iterable[Record], attempt: int) -> None:
+        self._records = {record.name: record for record in records}
+        self._attempt = attempt
+        self._used: dict[str, str] = {}  # names of this run, with their kinds
+        self._position = max((record.position for record in self._records.values()), default=-1)
+        self._was_concurrent = False
+        self._replayed = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether there are records that this run has not asked for."""
+        return self._replayed < len(self._records)
+
+    def begin(self, name: str, kind: str, *, alone: bool, target: str | None = None) -> Record | None:
+        """Use a name; return what was recorded under it, None if this is new.
+
+        `alone`: nothing runs beside the handler. `target`: what a wait is for, compared where the record has one.
+
+        Raises `DurableMisuse` for a name that was used before in this run or is none, `NonDeterminism`.
+        """
+        checked_text(f"the name of a {kind}", name, max_bytes=MAX_NAME_BYTES)
+        if name in self._used:
+            raise DurableMisuse(
+                f"the name {name!r} was used before in this run, for a {self._used[name]}; in a loop, number them: "
+                f"f'{printable(name)}-{{n}}'"
+            )
+        record = self._records.get(name)
+        self._used[name] = kind
+        self._was_concurrent = self._was_concurrent or not alone
+        if record is None:
+            if not self._was_concurrent and (missed := self._missed()):
+                self._diverged(f"asks for {kind} {name!r}, where {missed.kind} {missed.name!r} was recorded")
+            if len(self._used) > MAX_RECORDS:
+                raise DurableMisuse(
+                    f"an execution has at most {MAX_RECORDS:,} records; invoke children, or continue as new"
+                )
+            return None
+        self._replayed += 1
+        if record.kind != kind:
+            self._diverged(f"asks for {kind} {name!r}, which was recorded as a {record.kind}")
+        if target is not None and record.target is not None and record.target != target:
+            self._diverged(f"asks for {kind} {name!r} with {target!r}, which was recorded with {record.target!r}")
+        return record
+
+    def begin_scope(self, name: str) -> None:
+        """Use the name of a nursery, which has no record of its own. Raises `DurableMisuse`."""
+        checked_text("the name of a nursery", name, max_bytes=MAX_NAME_BYTES - 20)
+        if name in self._used:
+            raise DurableMisuse(f"the name {name!r} was used before in this run, for a {self._used[name]}")
+        self._used[name] = "nursery"
+        self._was_concurrent = True
+
+    def place(self) -> int:
+        """The position of a new record: later than all there are."""
+        self._position += 1
+        return self._position
+
+    def get(self, name: str) -> Record | None:
+        """What was recorded under a name, whether it has been asked for or not."""
+        return self._records.get(name)
+
+    def note(self, record: Record) -> None:
+        """A record of this run, or what became of one."""
+        if record.name not in self._records:
+            self._replayed += 1
+        self._records[record.name] = record
+
+    def has_open(self, kind: str) -> bool:
+        """Whether a wait of this kind is open."""
+        return any(record.outcome is None for record in self._records.values() if record.kind == kind)
+
+    def unused(self) -> list[Record]:
+        """Records of this attempt that the run has not asked for."""
+        return [r for r in self._records.values() if r.name not in self._used and r.attempt == self._attempt]
+
+    def _missed(self) -> Record | None:
+        """The first record of this attempt that has not been asked for."""
+        if not self.is_replaying:
+            return None
+        return min(self.unused(), key=lambda record: record.position, default=None)
+
+    def _diverged(self, what: str) -> NoReturn:
+        recorded = [f"{r.kind} {r.name!r}" for r in sorted(self._records.values(), key=lambda r: r.position)]
+        asked = [f"{kind} {name!r}" for name, kind in self._used.items()]
+        raise NonDeterminism(
+            f"the handler does not do again what it did: it {what}. Recorded: {_listed(recorded)}. "
+            f"Asked for in this run: {_listed(asked)}. Give changed steps new names behind ctx.patched(), or the task "
+            f"a new version"
+        )
+
+
+def _listed(words: list[str]) -> str:
+    if len(words) <= _SHOWN:
+        return ", ".join(words) or "nothing"
+    return f"{', '.join(words[: _SHOWN // 2])}, ... ({len(words):,} in all), {', '.join(words[-_SHOWN // 2 :])}"
