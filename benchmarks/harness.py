@@ -215,8 +215,11 @@ class Database:
         return row[0]
 
     def register_queue(self, name: str) -> int:
-        """Register a queue ahead of its worker, so that what is produced meanwhile lies in its own partition."""
-        return int(self.value("select pgconductor.register_queue(%s)", name))
+        """Register and publish a queue ahead of its worker: what is produced meanwhile lies in its partition."""
+        number = int(self.value("select pgconductor.register_queue(%s)", name))
+        while self.value("select pgconductor.publish_queues()"):
+            pass
+        return number
 
     def invoke_many(
         self, task: str, count: int, queue: str, payload: str = "jsonb_build_object()", delay: float = 0.0
