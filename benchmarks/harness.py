@@ -140,6 +140,10 @@ class Bench:
         self.problems.append(text)
         print(f"  PROBLEM: {text}", flush=True)
 
+    def samples(self, label: str) -> list[float]:
+        """Return what was noted under a label."""
+        return self._samples.get(label, [])
+
     def median(self, label: str) -> float:
         return statistics.median(self._samples[label])
 
@@ -279,10 +283,10 @@ class Database:
 class Process:
     """A subprocess of this package that prints lines and ends when its standard input does."""
 
-    def __init__(self, module: str, *arguments: object) -> None:
+    def __init__(self, module: str, *arguments: object, python: Path | str = sys.executable) -> None:
         self.name = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+            [python, "-m", f"benchmarks.{module}", *map(str, arguments)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -308,6 +312,14 @@ class Process:
         if not words:
             raise BenchmarkError(f"{self.name} ended, exit status {self._process.wait()}")
         return words
+
+    def peak_memory(self) -> int:
+        """Return the most memory that it has had resident so far, in bytes; 0 where the system does not tell."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
     def tell(self, line: str) -> None:
         assert self._process.stdin is not None
