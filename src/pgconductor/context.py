@@ -14,16 +14,17 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
-from .children import DurableNursery, OnClose, checked_on_close, invoke_child, open_nursery
 from .codec import ResultCodec
-from .durable import Durable, TriesLike
 from .errors import DurableMisuse, Misuse
 from .options import checked_instant, checked_seconds
 
 if TYPE_CHECKING:
+    from .children import DurableNursery, OnClose
+    from .durable import Durable, TriesLike
     from .tasks import Invocable
 
 T = TypeVar("T")
@@ -176,11 +177,11 @@ class Context:
         is recorded; `DurableMisuse` (also beyond a depth of 16), `NonDeterminism`. Cancelling it by a scope of the
         handler's own cancels the child.
         """
-        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
+        return await _children().invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
 
     async def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `invoke`, but the child goes on when its parent has ended, however that ends."""
-        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
+        return await _children().invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
 
     def nursery(self, name: str, *, on_parent_close: OnClose = "cancel") -> AbstractAsyncContextManager[DurableNursery]:
         """A nursery that is kept in the database: ``async with ctx.nursery("all") as n: n.invoke(task, ...)``.
@@ -192,7 +193,7 @@ class Context:
         Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
         `StepFailed`, and what the block raised.
         """
-        return open_nursery(self.durable, name, checked_on_close(on_parent_close))
+        return _children().open_nursery(self.durable, name, on_parent_close)
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.
@@ -261,6 +262,13 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
+
+
+def _children() -> ModuleType:
+    """The module, imported when it is needed: declaring tasks and producing need no event loop."""
+    from . import children
+
+    return children
 
 
 def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
