@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
@@ -177,11 +176,15 @@ class Context:
         is recorded; `DurableMisuse` (also beyond a depth of 16), `NonDeterminism`. Cancelling it by a scope of the
         handler's own cancels the child.
         """
-        return await _children().invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
+        from .children import invoke_child  # here and below: declaring tasks and producing need no event loop
+
+        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
 
     async def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `invoke`, but the child goes on when its parent has ended, however that ends."""
-        return await _children().invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
+        from .children import invoke_child
+
+        return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
 
     def nursery(self, name: str, *, on_parent_close: OnClose = "cancel") -> AbstractAsyncContextManager[DurableNursery]:
         """A nursery that is kept in the database: ``async with ctx.nursery("all") as n: n.invoke(task, ...)``.
@@ -193,7 +196,9 @@ class Context:
         Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
         `StepFailed`, and what the block raised.
         """
-        return _children().open_nursery(self.durable, name, on_parent_close)
+        from .children import open_nursery
+
+        return open_nursery(self.durable, name, on_parent_close)
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.
@@ -262,13 +267,6 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
-
-
-def _children() -> ModuleType:
-    """The module, imported when it is needed: declaring tasks and producing need no event loop."""
-    from . import children
-
-    return children
 
 
 def _seconds_or_none(timeout: float | timedelta | None) -> float | None:

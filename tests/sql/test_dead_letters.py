@@ -127,9 +127,10 @@ def test_steps_come_back_with_it(db: Database) -> None:
 def test_failures_at_the_end_are_tried_again(db: Database) -> None:
     """The retry of a dead letter finds the failure it died of, and dies of it again without having tried."""
     one = dead(db)
-    records = [
+    ends: dict[str, dict[str, object]] = {"a": {"value": 1}, "b": {"error": {}}}
+    records: list[dict[str, object]] = [
         {"name": name, "kind": "step", "position": n, "claim_no": 1, "created_at": "2030-01-01T00:00:00Z", **what}
-        for n, (name, what) in enumerate([("a", {"value": 1}), ("b", {"error": {}})])
+        for n, (name, what) in enumerate(ends.items())
     ]
     db.rows("update {s}._private_finished set steps = %s::jsonb", json.dumps(records))
     retry(db, one)
