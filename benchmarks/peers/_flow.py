@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Protocol, cast
 
 import trio
 
 from pgconductor import Conductor, Context, Orchestrator
-
-
-class Stepping(Protocol):
-    """`Context.step`, for as long as `Context` has none."""
-
-    async def step(
-        self, name: str, fn: Callable[[int], Awaitable[dict[str, int]]], /, *args: int
-    ) -> dict[str, int]: ...
 
 
 async def noop(number: int) -> dict[str, int]:
@@ -31,7 +21,7 @@ async def work(dsn: str, concurrency: int) -> None:
     async def flow(ctx: Context, n: int, steps: int) -> dict[str, int]:
         done = 0
         for number in range(1, steps + 1):
-            done = (await cast(Stepping, ctx).step(f"s{number}", noop, number))["step"]
+            done = (await ctx.step(f"s{number}", noop, number))["step"]
         return {"n": n, "steps": done}
 
     worker = conductor.create_worker(queue="flow", tasks=[flow], concurrency=concurrency)

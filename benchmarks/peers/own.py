@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import psycopg
 
-from pgconductor import Context
 from pgconductor.version import VERSION
 
 from .._bare import bare_loop
@@ -50,15 +49,11 @@ class Pgconductor(_Own):
     def __init__(self) -> None:
         self.settings = {"concurrency": 100}
 
-    def takes(self, steps: int) -> bool:
-        return steps == 0 or hasattr(Context, "step")
-
     def start(self, database: Database) -> Process:
         return Process("peers._flow", database.dsn, self.settings["concurrency"])
 
     def outcome(self, database: Database) -> Outcome:
-        # The result tells the last step: where the engine keeps the steps of what has finished is its own affair.
-        return read_outcome(database, _OUTCOME.format("sum((result->>'steps')::int)"))
+        return read_outcome(database, _OUTCOME.format("coalesce(sum(jsonb_array_length(steps)), 0)"))
 
 
 class BareLoop(_Own):
