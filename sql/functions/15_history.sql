@@ -290,7 +290,8 @@ begin
         case when o.attempt is not null and s.name is null then x.value::text end,
         case when o.attempt is not null and s.name is null then x.error::text end
     from o left join saved s on s.execution_id = o.id and s.name = o.name
-        left join @schema@._private_steps x on s.name is null and x.execution_id = o.id and x.name = o.name
+        left join lateral (select x.value, x.error from @schema@._private_steps x
+            where s.name is null and x.execution_id = o.id and x.name = o.name offset 0) x on true
     order by o.n;
 end $$;
 
@@ -369,7 +370,8 @@ begin
         w.outcome, w.value::text, w.error::text, date_part('epoch', w.due_at - v_now), w.target
     from unnest(p_ids, p_waits) with ordinality as o (id, wait, n)
         left join unnest(v_held) as h (id) on h.id = o.id
-        left join @schema@._private_waits w on w.execution_id = h.id and w.name = o.wait ->> 'name'
+        left join lateral (select w.* from @schema@._private_waits w
+            where w.execution_id = h.id and w.name = o.wait ->> 'name' offset 0) w on true
     order by o.n;
 end $$;
 

@@ -354,7 +354,7 @@ class Durable:
         try:
             return await self.journal.save_step(name, kind, position, value, error)
         except trio.Cancelled:
-            # Again, in a shield: a scope around each save would cost as much as all the rest (benchmarks/peers/steps.py).
+            # Again, in a shield: a scope around each save would cost as much as the rest (benchmarks/peers/steps.py).
             with suppress(Revoked), trio.move_on_after(_LAST_WORDS, shield=True):
                 await self.journal.save_step(name, kind, position, value, error)
             raise
