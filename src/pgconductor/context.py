@@ -150,7 +150,7 @@ class Context:
         Waits for `fn` and until the record is durable. Raises `StepFailed` when no tries remain, the same at a replay
         (the first time with what `fn` raised as cause); `DurableMisuse`, `NonDeterminism`; `Snooze` of `fn` passes.
         """
-        return await self.durable.step(name, fn, args, retry, _seconds_or_none(timeout))
+        return await self.durable.step(name, fn, args, retry, timeout)
 
     async def sleep(self, name: str, duration: float | timedelta) -> None:
         """Sleep, without a slot if it is long: recorded at once, so that it goes on though every process dies.
@@ -267,10 +267,6 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
-
-
-def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
-    return None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

@@ -34,6 +34,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -44,7 +45,7 @@ from .codec import Limits, ResultCodec, describe_error, printable
 from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed, Unstorable
 from .history import History
 from .model import Record
-from .options import checked_int
+from .options import checked_int, checked_seconds
 from .records import error_record
 from .retry import Backoff, BackoffLike, Exponential, Fixed, checked_backoff, decide
 
@@ -264,20 +265,24 @@ class Durable:
     # Steps
 
     async def step(
-        self, name: str, fn: Callable[..., Any], args: Sequence[object], retry: TriesLike, timeout: float | None
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        args: Sequence[object],
+        retry: TriesLike,
+        timeout: float | timedelta | None,
     ) -> Any:
         """See `Context.step`."""
         what = f"ctx.step({name!r})"
         policy = checked_retry(retry)
+        limit = None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
         with self.operation(what):
             codec = value_codec(name, fn, self.limits)
             history = await self.history()
             record = history.begin(name, "step", alone=self.is_alone)
             if record is None:
                 position = history.place()
-                saved, cause = await self._run_step(
-                    name, position, functools.partial(fn, *args), codec, policy, timeout
-                )
+                saved, cause = await self._run_step(name, position, functools.partial(fn, *args), codec, policy, limit)
             else:
                 await trio.lowlevel.checkpoint()
                 saved, cause = Saved(record.value, record.error), None
