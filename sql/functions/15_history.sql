@@ -345,7 +345,8 @@ begin
             cross join lateral (select coalesce(c.queue, t.queue, 'default') as queue) r
             left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published
         where (w.kind <> 'child' or h.depth < 16)
-            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name)
+            -- One look for each, by the key: offset 0 keeps the planner from reading all waits there are.
+            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name offset 0)
     ), begun as (
         insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, due_at, on_close,
             created_at, resolved_at, outcome, is_seen)
