@@ -33,7 +33,7 @@ def wait(db: Session, owner: UUID, claim: Claimed, name: str, kind: str, **spec:
 
 def child(db: Session, owner: UUID, claim: Claimed, name: str, **spec: Any) -> UUID:
     """Begin a child of task "t" on queue "q"; return its id."""
-    row = {"task": "t", "queue": "q", "payload": {}}
+    row: dict[str, object] = {"task": "t", "queue": "q", "payload": {}}
     started = wait(db, owner, claim, name, "child", **{"on_close": "cancel", "child": row, **spec})
     assert started.status == "open"
     assert started.target is not None
