@@ -83,6 +83,8 @@ begin
                 from gone g
                 where g.parent_id is not null and w.execution_id = g.parent_id and w.name = g.wait_name
                     and w.target = g.id::text and w.resolved_at is null
+                    -- A parent that ends by this statement too: its waits go, and a row is changed by one of two only.
+                    and g.parent_id <> all (array(select p.id from gone p where p.is_durable))
             ), again as (
                 update @schema@._private_queue_{no} e set
                     state = (case when o.outcome = 'waiting' then 'waiting' when o.delay > 0 then 'scheduled' else 'ready' end)::@schema@.execution_state,

@@ -46,6 +46,8 @@ begin
             from gone g
             where g.parent_id is not null and w.execution_id = g.parent_id and w.name = g.wait_name and w.target = g.id::text
                 and w.resolved_at is null
+                -- A parent that ends by this statement too: its waits go, and a row is changed by one of two only.
+                and g.parent_id <> all (array(select p.id from gone p where p.is_durable))
         )
         select id, parent_id from gone
         $sql$, '_private_queue_' || p_no) using p_ids, p_state, p_reason, p_now;

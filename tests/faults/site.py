@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ class Entry(NamedTuple):
     n: int
     pid: int
     at: float
+    name: str = ""  # of a step or child
+    value: str = ""
 
 
 def until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
@@ -101,6 +104,7 @@ class Site:
         flush: float = 0.05,
         batch: int | None = None,
         failpoints: str = "",
+        queues: Sequence[str] = ("q",),
     ) -> Process:
         """Start a process and wait until its workers claim; not with `failpoints`, which it need not survive.
 
@@ -109,7 +113,7 @@ class Site:
         options = json.dumps(
             {
                 "concurrency": concurrency, "lease": lease, "grace": grace, "last_words": last_words, "sweep": sweep,
-                "flush": flush, "batch": batch,
+                "flush": flush, "batch": batch, "queues": list(queues),
             }
         )  # fmt: skip
         log = self.folder / f"log {len(self._processes)}"
@@ -197,6 +201,42 @@ class Site:
         assert [(state, count, ids) for state, count, ids, _ in rows] == [("completed", len(wanted), len(wanted))]
         assert sorted(rows[0][3]) == wanted
         assert self.live() == 0
+
+    def check_records(self, kills: Mapping[int, int] | int = 0) -> None:
+        """Of finished executions: steps that were seen are those that are stored; a step ran once, and once more for
+        each kill (of its execution's number, or of all) at most; every child is there once.
+        """
+        stored: dict[int, dict[str, str]] = {}
+        for n, steps in self.query(
+            "select (payload->>'n')::int, steps from pgconductor._private_finished"
+            " where steps is not null and parent_id is null"
+        ):
+            values = {step["name"]: "failed" if "error" in step else str(step.get("value")) for step in steps}
+            assert len(values) == len(steps), (n, steps)
+            stored[n] = values
+        seen: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for entry in self.journal("seen"):
+            seen[entry.n][entry.name].add(entry.value)
+        for n, names in seen.items():
+            for name, told in names.items():
+                same = {_canonical(value) for value in told}
+                assert same == {_canonical(stored[n][name])}, (n, name, told, stored[n][name])
+        runs = Counter((entry.n, entry.name) for entry in self.journal("step"))
+        for (n, name), count in runs.items():
+            allowed = kills if isinstance(kills, int) else kills.get(n, 0)
+            assert count <= 1 + allowed, f"step {name!r} of {n} ran {count} times"
+        children = self.query(
+            "select parent_id, payload->>'name', count(*) from pgconductor._private_finished"
+            " where parent_id is not null group by 1, 2"
+        )
+        assert [row for row in children if row[2] != 1] == []
+        made = {(entry.n, entry.name, entry.value) for entry in self.journal("child")}
+        assert len(made) == len({(n, name) for n, name, _ in made}), "a name stood for two children"
+
+
+def _canonical(value: str) -> str:
+    """An instant, however it is written."""
+    return value.replace("+00:00", "Z")
 
 
 @contextmanager

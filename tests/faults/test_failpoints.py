@@ -21,8 +21,10 @@ from faults.site import Process, Site, open_site, until
 import pgconductor
 from pgconductor.failpoints import POINTS
 
-WORKLOADS = ("plain", "retrying", "deduped", "cancelled", "snoozing")
+WORKLOADS = ("plain", "retrying", "deduped", "cancelled", "snoozing", "steps", "parent", "sleeper")
 NUMBERS = range(16)
+FEWER = range(6)  # where each is several executions, or several claims
+DURABLE = {"steps", "parent", "sleeper"}
 LEASE = 1.6
 
 # Not reached five times: once in a life, or only when somebody asks for it.
@@ -63,15 +65,36 @@ SAMPLE = (
     Kill("succeed.answered", "plain", 1),
     Kill("stock.given_back", "plain", 1),
     Kill("retire.answered", "snoozing", 1),
+    Kill("step.before", "steps", 5),
+    Kill("step.answered", "steps", 2),
+    Kill("step.before", "parent", 1),
+    Kill("step.answered", "sleeper", 5),
+    Kill("wait.before", "sleeper", 2),
+    Kill("wait.answered", "parent", 2),
+    Kill("wait.answered", "sleeper", 1),
+    Kill("flush.before", "parent", 5),
+    Kill("flush.answered", "parent", 2),
+    Kill("flush.answered", "sleeper", 1),
+    Kill("flush.before", "sleeper", 2),
+    Kill("claim.answered", "parent", 5),
 )
 
 
 def every_kill() -> Iterator[Kill]:
     for point in sorted(POINTS):
         for workload in WORKLOADS:
-            if (point == "cancel.signalled") <= (workload == "cancelled"):
+            if arrives(point, workload):
                 for hit in HITS.get(point, (1, 2, 5)):
                     yield Kill(point, workload, hit)
+
+
+def arrives(point: str, workload: str) -> bool:
+    """Whether a process with this to do comes to the place."""
+    if point.startswith("step."):
+        return workload in DURABLE
+    if point.startswith("wait."):
+        return workload in ("parent", "sleeper")
+    return point != "cancel.signalled" or workload == "cancelled"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -106,6 +129,14 @@ def begin(site: Site, workload: str) -> list[UUID]:
             return site.invoke("nap", NUMBERS, seconds=0.4)
         case "snoozing":
             return site.invoke("doze", NUMBERS, marker=str(site.folder / "dozed"))
+        case "zombie":
+            return site.invoke("nap", NUMBERS, seconds=0.2)
+        case "steps":
+            return site.invoke("steps", NUMBERS, count=5)
+        case "parent":
+            return site.invoke("parent", FEWER)
+        case "sleeper":
+            return site.invoke("sleeper", FEWER, seconds=0.3)
         case _:
             return site.invoke("nap", NUMBERS, seconds=0.05)
 
@@ -127,6 +158,7 @@ def check_ends(site: Site, workload: str, ids: list[UUID]) -> None:
     """Every execution has ended as its workload must, and what has not been cancelled has run to its end."""
     rows = site.query(
         "select id, state::text, attempt, crashes, (payload->>'n')::int from pgconductor._private_finished"
+        " where parent_id is null"
     )
     assert sorted(row[0] for row in rows) == sorted(ids)
     wanted = 2 if workload == "retrying" else 1
@@ -136,6 +168,15 @@ def check_ends(site: Site, workload: str, ids: list[UUID]) -> None:
         if state == "completed":
             assert attempt == wanted, (n, attempt, crashes)
             assert site.journal("end", n)
+    children = site.query(
+        "select payload->>'name', state::text, count(*), max(crashes) from pgconductor._private_finished"
+        " where parent_id is not null group by 1, 2 order by 1"
+    )
+    if workload == "parent":
+        ends = [("bad", "failed", len(ids)), ("better", "completed", len(ids)), ("good", "completed", len(ids))]
+        assert [row[:3] for row in children] == ends
+    else:
+        assert children == []
 
 
 def test_process_killed_at_a_failpoint_loses_nothing_and_ends_nothing_twice(site: Site, kill: Kill) -> None:
@@ -150,18 +191,29 @@ def test_process_killed_at_a_failpoint_loses_nothing_and_ends_nothing_twice(site
     until(lambda: site.live() == 0)
     site.check_invariants(ids)
     check_ends(site, kill.workload, ids)
+    # At most: one planned kill, and a lease that was lost for want of time.
+    site.check_records(1)
 
 
 @pytest.mark.parametrize(
-    "point", ["claim.answered@2", "handler.after@3", "outcome.noted@3", "flush.before@2", "heartbeat.before@3"]
+    ("point", "workload"),
+    [
+        *((p, "zombie") for p in ("claim.answered@2", "handler.after@3", "outcome.noted@3", "flush.before@2")),
+        ("heartbeat.before@3", "zombie"),
+        ("step.before@3", "steps"),
+        ("step.answered@3", "steps"),
+        ("wait.before@2", "sleeper"),
+        ("wait.answered@1", "parent"),
+        ("flush.before@1", "parent"),
+    ],
 )
-def test_zombie_that_wakes_anywhere_changes_nothing_and_takes_a_new_id(site: Site, point: str) -> None:
+def test_zombie_that_wakes_anywhere_changes_nothing_and_takes_a_new_id(site: Site, point: str, workload: str) -> None:
     """It sleeps through its lease with a claim, a result or a request in its hands. (Catalogue no. 5.)
 
     What it held has been run by another when it wakes: nothing of it may change.
     """
     where, _, hit = point.partition("@")
-    ids = site.invoke("nap", NUMBERS, seconds=0.2)
+    ids = begin(site, workload)
     zombie = site.start(concurrency=2, lease=LEASE, sweep=0.3, batch=2, failpoints=f"{where}=stop@{hit}")
     zombie.until_stopped()
     (owner,) = zombie.owners()
@@ -169,13 +221,19 @@ def test_zombie_that_wakes_anywhere_changes_nothing_and_takes_a_new_id(site: Sit
     assert held > 0
     other = site.start(concurrency=4, lease=LEASE, sweep=0.3)
     until(lambda: site.live() == 0)
-    check_ends(site, "plain", ids)
+    check_ends(site, workload, ids)
+    site.check_records(1)
     before = site.query("select * from pgconductor._private_finished order by id")
-    entries = site.query("select count(*) from pgconductor._test_audit")
+    audit = (
+        "select (select count(*) from pgconductor._test_audit), (select count(*) from pgconductor._test_records),"
+        " (select count(*) from pgconductor._private_steps), (select count(*) from pgconductor._private_waits)"
+    )
+    entries = site.query(audit)
+    assert entries[0][2:] == (0, 0)
     zombie.send(signal.SIGCONT)
     until(lambda: len(zombie.owners()) == 2)
     assert site.query("select * from pgconductor._private_finished order by id") == before
-    assert site.query("select count(*) from pgconductor._test_audit") == entries
+    assert site.query(audit) == entries
     assert site.query("select died_at is not null from pgconductor._private_orchestrators where id = %s", owner) == [
         (True,)
     ]
@@ -192,7 +250,7 @@ def test_zombie_that_wakes_anywhere_changes_nothing_and_takes_a_new_id(site: Sit
     print(
         f"it held {held} when it fell asleep; {lost} of its outcomes were refused by the database or dropped by itself"
     )
-    if where in ("outcome.noted", "flush.before"):
+    if where in ("outcome.noted", "flush.before", "step.before", "step.answered", "wait.answered"):
         assert lost > 0, "it had nothing in its hands: the test shows nothing"
 
 

@@ -23,6 +23,7 @@ class Audited:
         """As after a fresh install."""
         self.db.reset()
         self.db.rows("delete from {s}._test_audit")
+        self.db.rows("delete from {s}._test_records")
 
     def check(self, *, owner_bound: float | None = None, settled: bool = False) -> list[Violation]:
         return check_sync(self.db.conn, self.db.schema_name, owner_bound=owner_bound, settled=settled)

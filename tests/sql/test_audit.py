@@ -14,6 +14,7 @@ import pytest
 import trio
 from sql.audited import Audited, open_audited
 from sql.database import Database, done
+from sql.records import child, save, wait
 
 from pgconductor import TrioConnection
 from pgconductor.testing import Databases, DatabaseServer
@@ -72,6 +73,36 @@ def live_through_everything(audited: Audited) -> dict[str, UUID]:
     return ids
 
 
+def live_through_waiting(audited: Audited) -> dict[str, UUID]:
+    """A parent whose child has ended and whose sleep is over; another that waits for both; a failure that is tried
+    again.
+    """
+    db = audited.db
+    owner = db.register_orchestrator()
+    ids = {"parent": db.invoke(), "waiting": db.invoke(), "retried": db.invoke()}
+    claims = {claim.id: claim for claim in db.claim(owner)}
+    for name in ("parent", "waiting"):
+        claim = claims[ids[name]]
+        save(db, owner, claim, "step", 1)
+        wait(db, owner, claim, "nap", "sleep", due_in=5 if name == "parent" else 500)
+        ids[f"child of {name}"] = child(db, owner, claim, "child")
+        save(db, owner, claim, "step", 2)
+    again = claims[ids["retried"]]
+    save(db, owner, again, "broken", error={"type": "E", "message": "once"})
+    outcomes = [done(claims[ids[name]], "waiting") for name in ("parent", "waiting")]
+    assert db.flush(owner, *outcomes, done(again, "retried")) == {}
+    assert db.flush(owner, *outcomes) != {}
+    (first,) = (claim for claim in db.claim(owner) if claim.id == ids["child of parent"])
+    db.flush(owner, done(first))
+    audited.clock.advance(6)
+    (parent,) = (claim for claim in db.claim(owner) if claim.id == ids["parent"])
+    db.run(db.calls.load_history(owner, parent.id, parent.claim_no))
+    child(db, owner, parent, "left behind")
+    db.flush(owner, done(parent, "failed", error='{"type": "E", "message": "on purpose"}'))
+    assert db.rows("select status from {s}.retry(%s::uuid[])", [parent.id]) == [("retried",)]
+    return ids
+
+
 # --- what is allowed ---
 
 
@@ -93,6 +124,28 @@ def test_check_is_silent_about_what_is_allowed(audited: Audited) -> None:
         ("ready", "running", 2, None, 1, 1),
         ("running", "ready", 2, "released", 0, 1),
     ]
+
+
+def test_check_is_silent_about_steps_and_waits(audited: Audited) -> None:
+    """As above, for what waits and what is recorded."""
+    ids = live_through_waiting(audited)
+    assert audited.check() == []
+    changes = audited.db.rows(
+        "select name, change, claim_no, outcome from {s}._test_records where execution = %s and name <> 'left behind'"
+        " order by txid, name, change",
+        ids["parent"],
+    )
+    assert changes == [
+        ("step", "saved", 1, None),
+        ("nap", "begun", 1, None),
+        ("child", "begun", 1, None),
+        ("child", "resolved", 1, "completed"),
+        ("child", "told", 1, "completed"),
+        ("nap", "resolved", 1, "elapsed"),
+        *[("child", "dropped", 1, "completed"), ("nap", "dropped", 1, "elapsed"), ("step", "dropped", 1, None)],
+        *[("child", "saved", 1, "completed"), ("nap", "saved", 1, "elapsed"), ("step", "saved", 1, None)],
+    ]
+    assert {v.rule for v in audited.check(settled=True)} == {"L1"}
 
 
 def test_end_that_is_not_kept_is_no_loss(audited: Audited) -> None:
@@ -165,6 +218,28 @@ async def test_audit_on_trio(pgconductor_dsn: str) -> None:
         ("running", "state = 'ready', owner = null, outcome = 'recovered', outcome_claim = claim_no"),
         ("running", "state = 'ready', owner = null, outcome = 'retried', outcome_claim = claim_no, crashes = 1"),
         ("cancelled", "state = 'ready', owner = null, outcome = 'retried', outcome_claim = claim_no"),
+        (
+            "running",
+            "state = 'waiting', owner = null, outcome = 'waiting', outcome_claim = claim_no, is_durable = true",
+        ),
+        (
+            "running",
+            "state = 'waiting', owner = null, outcome = 'waiting', outcome_claim = claim_no, attempt = attempt - 1",
+        ),
+        (
+            "running",
+            "state = 'waiting', owner = null, outcome = 'released', outcome_claim = claim_no, attempt = attempt - 1,"
+            " is_durable = true",
+        ),
+        ("running", "state = 'ready', owner = null, outcome = 'waiting', outcome_claim = claim_no, attempt = 0"),
+        (
+            "cancelled",
+            "state = 'waiting', owner = null, outcome = 'waiting', outcome_claim = claim_no, attempt = attempt - 1,"
+            " is_durable = true",
+        ),
+        ("waiting", "state = 'running', owner = gen_random_uuid(), claim_no = claim_no + 1, attempt = attempt + 1"),
+        ("waiting", "state = 'scheduled', run_at = now()"),
+        ("waiting", "state = 'ready', attempt = attempt + 1"),
         ("crashed", "state = 'running', owner = gen_random_uuid(), claim_no = claim_no + 1, attempt = attempt + 1"),
         ("finished", "state = 'failed'"),
         ("finished", "result = '1'"),
@@ -177,8 +252,11 @@ def test_guard_refuses_what_is_no_transition(audited: Audited, start: str, chang
     one = db.invoke(delay=100 if start == "scheduled" else None)
     if start == "crashed":
         unguarded(db, "update {s}._private_executions set crashes = 3")
-    if start in ("running", "cancelled", "finished"):
-        assert len(db.claim(owner)) == 1
+    if start in ("running", "cancelled", "finished", "waiting"):
+        (claim,) = db.claim(owner)
+        if start == "waiting":
+            wait(db, owner, claim, "nap", "sleep", due_in=500)
+            db.flush(owner, done(claim, "waiting"))
     if start == "cancelled":
         db.rows("update {s}._private_executions set cancel_requested_at = now()")
     if start == "finished":
@@ -187,6 +265,42 @@ def test_guard_refuses_what_is_no_transition(audited: Audited, start: str, chang
     table = "_private_finished" if start == "finished" else "_private_executions"
     with pytest.raises(psycopg.Error, match="forbidden transition"):
         db.rows(f"update {{s}}.{table} set {change} where id = %s", one)
+    assert db.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("steps", "value = '2'"),
+        ("steps", "name = 'another'"),
+        ("waits", "due_at = due_at + interval '1 s'"),
+        ("waits", "claim_no = claim_no + 1"),
+        ("waits", "target = 'another'"),
+        ("waits", "value = '2'"),
+        ("waits", "is_seen = true"),
+        ("resolved", "outcome = 'failed'"),
+        ("resolved", "value = '2'"),
+        ("resolved", "resolved_at = null, outcome = null"),
+        ("resolved", "is_seen = true, value = '2'"),
+        ("told", "is_seen = false"),
+    ],
+)
+def test_guard_refuses_what_never_becomes_of_a_record(audited: Audited, table: str, change: str) -> None:
+    """A value that a handler has seen is another at its next replay."""
+    db = audited.db
+    owner, one = db.register_orchestrator(), db.invoke()
+    (claim,) = db.claim(owner)
+    save(db, owner, claim, "step", 1)
+    wait(db, owner, claim, "nap", "sleep", due_in=5)
+    if table in ("resolved", "told"):
+        now = "resolved_at = now(), outcome = 'elapsed'"
+        db.rows(f"update {{s}}._private_waits set {now}, is_seen = %s", table == "told")
+    before = db.dump()
+    with pytest.raises(psycopg.Error, match="forbidden transition"):
+        db.rows(
+            f"update {{s}}._private_{'steps' if table == 'steps' else 'waits'} set {change} where execution_id = %s",
+            one,
+        )
     assert db.dump() == before
 
 
@@ -278,6 +392,115 @@ def test_check_finds_what_is_wrong_with_a_live_one(audited: Audited, plant: str)
     assert audited.check() == []
     unguarded(audited.db, statement, one)
     assert rule in {v.rule for v in audited.check()}
+
+
+# Statements on the executions of `live_through_waiting`: a rule, which execution, what.
+WAITING_PLANTS = {
+    "child of a waiting parent gone": (
+        "I9",
+        "child of waiting",
+        "delete from {s}._private_executions where id = %s",
+    ),
+    "wait of a waiting parent gone": ("I9", "waiting", "delete from {s}._private_waits where execution_id = %s"),
+    "waiting, and nobody woke it": (
+        "I9",
+        "waiting",
+        "update {s}._private_waits set resolved_at = now(), outcome = 'completed'"
+        " where execution_id = %s and kind = 'child'",
+    ),
+    "waiting beyond what is due": (
+        "I9",
+        "waiting",
+        "update {s}._private_executions set state = 'waiting', run_at = now() + interval '30 d' where id = %s",
+    ),
+    "mark of its records lost": (
+        "history",
+        "waiting",
+        "update {s}._private_executions set is_durable = false where id = %s",
+    ),
+    "child nobody waits for": (
+        "I8",
+        "child of waiting",
+        "update {s}._private_executions set wait_name = 'another' where id = %s",
+    ),
+    "step begun by no claim": (
+        "I5",
+        "waiting",
+        "insert into {s}._private_steps (execution_id, name, kind, position, claim_no, created_at)"
+        " values (%s, 's', 'step', 9, 1, now())",
+    ),
+    "step of another claim": (
+        "I5",
+        "retried",
+        "insert into {s}._private_steps (execution_id, name, kind, position, claim_no, created_at, attempt)"
+        " values (%s, 's', 'step', 9, 1, now(), 2)",
+    ),
+    "step lost while it goes on": ("I6", "waiting", "delete from {s}._private_steps where execution_id = %s"),
+    "step written anew": (
+        "I6",
+        "waiting",
+        "with gone as (delete from {s}._private_steps where execution_id = %s returning *)"
+        " insert into {s}._private_steps (execution_id, name, kind, position, claim_no, created_at, value)"
+        " select execution_id, 'again', kind, position, claim_no, created_at, '2' from gone",
+    ),
+    "wait of a child resolved by nobody": (
+        "I9",
+        "waiting",
+        "update {s}._private_waits set resolved_at = now(), outcome = 'completed', is_seen = true"
+        " where execution_id = %s and kind = 'child'",
+    ),
+}
+# Through the triggers, since it is they that are to tell.
+SEEN = {"step begun by no claim", "step of another claim", "step lost while it goes on", "step written anew",
+        "wait of a child resolved by nobody"}  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", WAITING_PLANTS)
+def test_check_finds_what_is_wrong_with_steps_and_waits(audited: Audited, plant: str) -> None:
+    """What its name says goes unnoticed."""
+    rule, name, statement = WAITING_PLANTS[plant]
+    ids = live_through_waiting(audited)
+    db = audited.db
+    if name == "retried":
+        db.claim(next(iter(db.rows("select id from {s}._private_orchestrators")))[0])
+    assert audited.check() == []
+    if plant in SEEN:
+        db.rows(statement, ids[name])
+    else:
+        unguarded(db, statement, ids[name])
+    assert rule in {v.rule for v in audited.check()}
+
+
+def test_check_finds_two_children_of_one_name(audited: Audited) -> None:
+    """A child is made twice, and one of the two is nobody's."""
+    db = audited.db
+    owner = db.register_orchestrator()
+    db.invoke()
+    (claim,) = db.claim(owner)
+    child(db, owner, claim, "child")
+    unguarded(db, "delete from {s}._private_waits")
+    child(db, owner, claim, "child")
+    assert "I8" in {v.rule for v in audited.check()}
+
+
+def test_check_finds_another_value_after_a_retry(audited: Audited) -> None:
+    """A former life said 1, and this one is told 2."""
+    db = audited.db
+    owner = db.register_orchestrator()
+    one = db.invoke()
+    (claim,) = db.claim(owner)
+    save(db, owner, claim, "step", 1)
+    db.flush(owner, done(claim, "failed", error='{"type": "E", "message": "on purpose"}'))
+    unguarded(db, "update {s}._private_finished set steps = jsonb_set(steps, '{0,value}', '2')")
+    db.rows("select status from {s}.retry(%s::uuid[])", [one])
+    assert [v.rule for v in audited.check()] == ["I6"]
+
+
+def test_check_finds_children_that_are_still_to_be_cancelled(audited: Audited) -> None:
+    """Children of the dead run on."""
+    audited.db.rows("insert into {s}._private_closings values (%s, 'its parent has ended', now())", uuid4())
+    assert audited.check() == []
+    assert [v.rule for v in audited.check(settled=True)] == ["L1"]
 
 
 Entry = tuple[object, ...]

@@ -4,10 +4,11 @@
     ...                                  # workers, faults
     assert check_sync(conn, schema, acknowledged=ids, settled=True) == []
 
-`install_audit` puts in, in the schema, never in a shipped migration: a table ``_test_audit`` with a row per change of a
-row (audit.sql says what its columns mean), a trigger that refuses every transition that the state machine does not have
-(SQLSTATE PC099, so that the statement fails that tried it), and the check. `check` is set-based SQL over the audit and
-the tables: some seconds for 200,000 executions. It reads one snapshot and locks nothing, so it may run beside traffic.
+`install_audit` puts in, in the schema, never in a shipped migration: tables ``_test_audit`` and ``_test_records`` with
+a row per change of an execution, and of a step or a wait (audit.sql says what their columns mean), triggers that refuse
+every transition that the state machine does not have (SQLSTATE PC099, so that the statement fails that tried it), and
+the check. `check` is set-based SQL over the audit and the tables: some seconds for 200,000 executions. It reads one
+snapshot and locks nothing, so it may run beside traffic.
 
 Always true: an audit row commits with what it tells of, so it survives and is lost with it. What the audit cannot see:
 who wrote with a token that is not his own, if the token that the row had is the one that was tested; for that, workers
@@ -126,7 +127,10 @@ def _violations(rows: list[Row]) -> list[Violation]:
 
 def _prepare(schema: str) -> Call[list[Call[None]]]:
     name = identifier(schema)
-    tables = ("_test_audit", "_private_executions", "_private_finished", "_private_payloads", "_private_dedupe_keys")
+    tables = (
+        "_test_audit", "_test_records", "_private_executions", "_private_finished", "_private_payloads",
+        "_private_dedupe_keys", "_private_steps", "_private_waits",
+    )  # fmt: skip
     analyse = script(f"analyze {', '.join(f'{name}.{table}' for table in tables)}", schema)
     return Call(
         f"select count(*) > %s from (select from {name}._test_audit limit %s) x".encode(),

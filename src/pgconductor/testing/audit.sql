@@ -23,6 +23,44 @@ create table if not exists @schema@._test_audit (
     key text                    -- of an inserted one with a dedupe key
 );
 
+-- One row per change of a record: of a step (which is written once), or of a wait, which is begun, resolved and told. `change`:
+-- saved (a step), begun (a wait), resolved, told, dropped. seq is drawn from the same sequence as that of the executions' rows,
+-- while the execution's row is locked, so that both are in one order.
+create table if not exists @schema@._test_records (
+    seq bigint not null,
+    execution uuid not null,
+    name text not null,
+    kind text not null,
+    change text not null,
+    claim_no bigint not null,   -- that recorded it
+    attempt int not null,
+    outcome text,
+    target text,
+    is_failure boolean not null,
+    digest text not null,       -- of value and error
+    txid bigint not null,
+    at timestamptz not null
+);
+
+create or replace function @schema@._test_write_record() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_row jsonb := to_jsonb(case when tg_op = 'DELETE' then old else new end);
+    v_old jsonb := case when tg_op = 'UPDATE' then to_jsonb(old) end;
+    v_change text := case tg_op when 'DELETE' then 'dropped' when 'INSERT' then tg_argv[0]
+        else case when v_old -> 'resolved_at' = 'null' and v_row -> 'resolved_at' <> 'null' then 'resolved'
+            when v_old -> 'is_seen' is distinct from v_row -> 'is_seen' then 'told' else 'touched' end end;
+begin
+    insert into @schema@._test_records (seq, execution, name, kind, change, claim_no, attempt, outcome, target, is_failure, digest, txid, at)
+    values (nextval(format('%I._test_audit_seq_seq', tg_table_schema)::regclass), (v_row ->> 'execution_id')::uuid, v_row ->> 'name',
+        v_row ->> 'kind', v_change, (v_row ->> 'claim_no')::bigint, (v_row ->> 'attempt')::int, v_row ->> 'outcome', v_row ->> 'target',
+        v_row -> 'error' <> 'null' or coalesce(v_row ->> 'outcome', '') = 'timed_out',
+        md5(concat_ws('/', v_row ->> 'value', v_row ->> 'error')), txid_current(), clock_timestamp());
+    return null;
+end $$;
+
 create or replace function @schema@._test_write_live() returns trigger
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -96,11 +134,11 @@ begin
         if not v_is_kept then
             v_fault := 'counted without a transition';
         end if;
-    elsif old.state = 'scheduled' and new.state = 'ready' or old.state = 'waiting' and new.state in ('scheduled', 'ready') then
+    elsif old.state in ('scheduled', 'waiting') and new.state = 'ready' then
         if not v_is_kept then
             v_fault := 'counted while it became due';
         end if;
-    elsif old.state in ('ready', 'waiting') and new.state = 'running' then
+    elsif old.state = 'ready' and new.state = 'running' then
         if new.claim_no <> old.claim_no + 1 or new.attempt <> old.attempt + 1 or new.crashes <> old.crashes then
             v_fault := 'a claim that does not count claim_no and attempt on by one';
         elsif old.cancel_requested_at is not null then
@@ -111,8 +149,12 @@ begin
     elsif old.state = 'running' and new.state in ('scheduled', 'ready', 'waiting') then
         if new.claim_no <> old.claim_no or new.outcome_claim is distinct from new.claim_no then
             v_fault := 'a claim ends without its record';
-        elsif old.cancel_requested_at is not null and new.state <> 'waiting' then
+        elsif old.cancel_requested_at is not null then
             v_fault := 'given back although its cancellation was requested';
+        elsif (new.state = 'waiting') <> (new.outcome = 'waiting') then
+            v_fault := format('outcome %s, and then %s', new.outcome, new.state);
+        elsif new.outcome = 'waiting' and not new.is_durable then
+            v_fault := 'it waits, and has no record of it';
         elsif new.outcome = 'recovered' and (new.attempt <> old.attempt - 1 or new.crashes <> old.crashes + 1) then
             v_fault := 'a crash charges crashes, and not attempt';
         elsif new.outcome = 'recovered' and new.crashes >= 3 then
@@ -121,8 +163,8 @@ begin
             v_fault := format('outcome %s charges a crash', new.outcome);
         elsif new.outcome = 'retried' and new.attempt <> old.attempt then
             v_fault := 'a retry gives the attempt back';
-        elsif new.outcome = 'released' and new.attempt <> old.attempt - 1 then
-            v_fault := 'a release does not give the attempt back';
+        elsif new.outcome in ('released', 'waiting') and new.attempt <> old.attempt - 1 then
+            v_fault := format('outcome %s does not give the attempt back', new.outcome);
         end if;
     else
         v_fault := 'no such transition';
@@ -143,6 +185,45 @@ as $$
 begin
     raise exception using errcode = 'PC099', message = format('forbidden transition of %s: a finished row is changed', old.id);
 end $$;
+
+-- A step is written once. A wait is resolved once, with an outcome, and told after that; nothing else of it changes.
+create or replace function @schema@._test_guard_record() returns trigger
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_old constant jsonb := to_jsonb(old);
+    v_new constant jsonb := to_jsonb(new);
+    v_fault text;
+begin
+    if tg_argv[0] = 'saved' then
+        v_fault := 'a step is changed';
+    elsif v_old - '{resolved_at,outcome,value,error,is_seen}'::text[] <> v_new - '{resolved_at,outcome,value,error,is_seen}'::text[] then
+        v_fault := 'changes what a wait keeps for life';
+    elsif v_old -> 'resolved_at' <> 'null' and v_old - 'is_seen' <> v_new - 'is_seen' then
+        v_fault := format('resolved as %s, and changed', v_old ->> 'outcome');
+    elsif v_old = v_new then
+        v_fault := 'changed into what it was';
+    elsif v_new -> 'resolved_at' = 'null' then
+        v_fault := 'changed, and not resolved';
+    elsif v_old -> 'is_seen' = 'true' and v_new -> 'is_seen' = 'false' then
+        v_fault := 'told, and then not told';
+    end if;
+    if v_fault is not null then
+        raise exception using errcode = 'PC099', message = format('forbidden transition of %s: %s (%s %L)', v_old ->> 'execution_id', v_fault,
+            v_old ->> 'kind', v_old ->> 'name');
+    end if;
+    return new;
+end $$;
+
+create or replace trigger _test_guard before update on @schema@._private_steps
+    for each row execute function @schema@._test_guard_record('saved');
+create or replace trigger _test_guard before update on @schema@._private_waits
+    for each row execute function @schema@._test_guard_record('begun');
+create or replace trigger _test_write after insert or update or delete on @schema@._private_steps
+    for each row execute function @schema@._test_write_record('saved');
+create or replace trigger _test_write after insert or update or delete on @schema@._private_waits
+    for each row execute function @schema@._test_write_record('begun');
 
 -- Row triggers on the parents: partitions that are there get them, and those that are attached later.
 create or replace trigger _test_guard before update on @schema@._private_executions
@@ -176,6 +257,24 @@ begin
         window w as (partition by a.execution order by a.seq)
     ), ended as materialized (
         select a.* from @schema@._test_audit a where a.to_state in ('completed', 'failed', 'cancelled')
+    ), r as materialized (
+        -- The records, with the last change of the execution before each (what was so while its row was locked), and what was
+        -- recorded under the name before.
+        select r.*, x.to_state as then_state, x.from_state as then_from, x.claim_no as then_claim, x.attempt as then_attempt,
+            x.generation as generation, x.txid as then_txid,
+            lag(r.change) over w as left_change, lag(r.digest) over w as left_digest, lag(r.is_failure) over w as left_failure
+        from (
+            select m.*, max(m.seq) filter (where m.is_change) over (partition by m.execution order by m.seq) as then_seq
+            from (
+                select a.execution, a.seq, true as is_change, null::@schema@._test_records as record from h a
+                union all
+                select s.execution, s.seq, false, s from @schema@._test_records s
+            ) m
+        ) m
+            cross join lateral (select (m.record).*) r
+            left join h x on x.seq = m.then_seq and x.execution = m.execution
+        where not m.is_change
+        window w as (partition by r.execution, r.name order by r.seq)
     ), acknowledged as materialized (
         select distinct u.id from unnest(p_acknowledged) as u (id)
     ), acknowledged_key as materialized (
@@ -267,6 +366,74 @@ begin
             select h.execution, h.claim_no, count(*) as ends from h
             where h.from_state = 'running' and h.to_state is distinct from 'running' group by 1, 2 having count(*) > 1) x
         union all
+        -- Records are of the claim that runs, or a copy of a former life, made with the row.
+        select 'I5', r.execution, format('seq %s: %s %L %s by claim %s, attempt %s, while it was %s by claim %s, attempt %s', r.seq, r.kind,
+            r.name, r.change, r.claim_no, r.attempt, coalesce(r.then_state, 'gone'), r.then_claim, r.then_attempt)
+        from r
+        where r.change in ('saved', 'begun')
+            and (r.then_state, r.then_claim, r.then_attempt) is distinct from ('running', r.claim_no, r.attempt)
+            and not (r.then_from is null and r.generation > 0 and r.then_txid = r.txid)
+        union all
+        -- One value for each name: what is dropped while the execution goes on was a failure, and what came again after an end
+        -- is the same.
+        select 'I6', r.execution, format('seq %s: %s %L dropped, and it goes on', r.seq, r.kind, r.name)
+        from r
+        where r.change = 'dropped' and not r.is_failure and not exists (
+            select from h where h.execution = r.execution and h.txid = r.txid and h.to_state is null)
+        union all
+        select 'I6', r.execution, format('seq %s: %s %L has another value', r.seq, r.kind, r.name)
+        from r
+        where r.change = 'saved' and r.left_change is not null
+            and (r.left_change <> 'dropped' or not r.left_failure and r.left_digest <> r.digest)
+        union all
+        select 'I8', x.execution, format('%s children %L in attempt %s of generation %s', x.children, x.name, x.attempt, x.generation)
+        from (
+            select r.execution, r.name, r.attempt, r.generation, count(*) as children from r
+            where r.change = 'begun' and r.kind = 'child' group by 1, 2, 3, 4 having count(*) > 1) x
+        union all
+        select 'I8', e.id, format('child %L of %s, which never waited for it', e.wait_name, e.parent_id)
+        from (
+            select id, parent_id, wait_name from @schema@._private_executions
+            where parent_id is not null and wait_name is not null
+        ) e
+        where not exists (select from r where r.execution = e.parent_id and r.name = e.wait_name and r.change = 'begun'
+            and r.target = e.id::text)
+        union all
+        -- A child's wait is resolved by the child's end, and in the same transaction.
+        select 'I9', r.execution, format('seq %s: child %L is %s, and execution %s did not end by that', r.seq, r.name, r.outcome, r.target)
+        from r
+        where r.change = 'resolved' and r.kind = 'child' and not exists (
+            select from h where h.execution = r.target::uuid and h.txid = r.txid and h.to_state is null)
+        union all
+        select 'I9', r.execution, format('seq %s: child %L is %s, and execution %s ended as %s', r.seq, r.name, r.outcome, r.target, n.to_state)
+        from r join ended n on n.execution = r.target::uuid and n.txid = r.txid
+        where r.change = 'resolved' and r.kind = 'child' and n.to_state <> r.outcome
+        union all
+        select 'I9', w.execution_id, format('waits for child %L, and execution %s is not live', w.name, w.target)
+        from @schema@._private_waits w
+        where w.kind = 'child' and w.resolved_at is null
+            and not exists (select from @schema@._private_executions e where e.id = w.target::uuid)
+        union all
+        select 'I9', e.id, 'waits, and has something to go on with'
+        from @schema@._private_executions e
+        where e.state = 'waiting' and @schema@._private_is_resumable(e.id)
+        union all
+        select 'I9', e.id, 'waits for nothing'
+        from @schema@._private_executions e
+        where e.state = 'waiting'
+            and not exists (select from @schema@._private_waits w where w.execution_id = e.id and w.resolved_at is null)
+        union all
+        select 'I9', e.id, format('waits until %s, and a wait is due %s', e.run_at, w.due_at)
+        from @schema@._private_executions e
+            cross join lateral (select min(w.due_at) as due_at from @schema@._private_waits w
+                where w.execution_id = e.id and w.resolved_at is null) w
+        where e.state = 'waiting' and w.due_at < coalesce(e.run_at, 'infinity')
+        union all
+        select 'history', e.id, 'has records, and is not marked for it: they will be lost'
+        from @schema@._private_executions e
+        where not e.is_durable and (exists (select from @schema@._private_steps s where s.execution_id = e.id)
+            or exists (select from @schema@._private_waits w where w.execution_id = e.id))
+        union all
         select 'I11', min(e.id::text)::uuid, format('%s live executions of key %L', count(*), e.dedupe_key)
         from @schema@._private_executions e
         where e.dedupe_key is not null group by e.queue, e.task, e.dedupe_key having count(*) > 1
@@ -292,7 +459,12 @@ begin
         union all
         select 'L1', e.id, format('%s, due %s', e.state, e.run_at)
         from @schema@._private_executions e
-        where p_settled and e.state <> 'waiting' and not (e.state = 'scheduled' and e.run_at > v_now)
+        where p_settled and not (e.state = 'scheduled' and e.run_at > v_now)
+            and not (e.state = 'waiting' and coalesce(e.run_at, 'infinity') > v_now)
+        union all
+        select 'L1', c.execution_id, format('to be cancelled since %s, %s', c.created_at, c.reason)
+        from @schema@._private_closings c
+        where p_settled
         union all
         select 'orphan', d.execution_id, format('dedupe key %L of no live execution', d.key)
         from @schema@._private_dedupe_keys d
