@@ -185,10 +185,12 @@ class ExecutionJournal:
         self._journal = journal
         self._claimed = claimed
         self._interruption = interruption
+        self._is_blank = claimed.claim_no == 1  # nobody had it before, and nothing has been written yet
 
     async def load(self) -> list[Record]:
-        if self._claimed.claim_no == 1:
-            return []  # nobody had it before
+        if self._is_blank:
+            self._is_blank = False
+            return []
         records = await self._journal.load(self._claimed)
         return self._revoked() if records is None else records
 
