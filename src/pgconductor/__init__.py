@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         StepFailed,
         Unavailable,
         Unstorable,
+        Unwinding,
         Verdict,
         WaitTimedOut,
         WaitTimeout,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
     from .sync_client import SyncClient
+    from .sync_context import SyncContext
     from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
@@ -98,6 +100,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "ChildHandle",
     "DurableNursery",
     "StepHandle",
+    "SyncContext",
     "Tries",
     # Invoking and waiting
     "Handle",
@@ -159,6 +162,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "StepFailed",
     "Unavailable",
     "Unstorable",
+    "Unwinding",
     "WaitTimedOut",
     "WaitTimeout",
 ]
@@ -227,6 +231,7 @@ _MODULES = {
     "StepFailed": "errors",
     "StepHandle": "children",
     "SyncClient": "sync_client",
+    "SyncContext": "sync_context",
     "SyncHandle": "handle",
     "SyncTaskCall": "tasks",
     "Task": "tasks",
@@ -235,6 +240,7 @@ _MODULES = {
     "TrioConnection": "db.connection",
     "Unavailable": "errors",
     "Unstorable": "errors",
+    "Unwinding": "errors",
     "Verdict": "errors",
     "WaitTimedOut": "errors",
     "WaitTimeout": "errors",

@@ -30,6 +30,7 @@ from .db.pool import Pool, open_pool
 from .db.schema import MigrationReport, SchemaVersion, check, migrate
 from .db.session import ask, connect, insert, insert_sync, is_async_connection
 from .db.sql_files import validate_schema_name
+from .db.transactions import PoolTransactions, ThreadTransactions
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
@@ -233,6 +234,15 @@ class Conductor(Tasks):
     def listen_conninfo(self) -> str:
         """The same for what needs a session of its own: LISTEN, migrations."""
         return self._require_open().listen_conninfo
+
+    @property
+    def transactions(self) -> PoolTransactions:
+        """What opens the transactions of steps, on connections of the client's pool. Raises `NotOpen`."""
+        return PoolTransactions(self._require_open().pool)
+
+    def thread_transactions(self) -> ThreadTransactions:
+        """The same on blocking connections, as many as the pool has; to be closed by the caller. Raises `NotOpen`."""
+        return ThreadTransactions(self.conninfo, self.prepare_threshold, self._pool_size)
 
     @property
     def prepare_threshold(self) -> int | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
@@ -22,9 +22,14 @@ from .errors import DurableMisuse, Misuse
 from .options import checked_instant, checked_seconds
 
 if TYPE_CHECKING:
+    from psycopg.rows import TupleRow
+
     from .children import DurableNursery, OnClose
+    from .db.connection import TrioConnection
     from .durable import Durable, TriesLike
+    from .sync_context import SyncContext
     from .tasks import Invocable
+    from .transactions import Isolation
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +39,10 @@ Ts = TypeVarTuple("Ts")
 Resources: TypeAlias = Mapping[type[Any], object]
 
 _LOGGER = "pgconductor.task"
+_UNATTACHED = (
+    "this context belongs to no execution: a handler that is called directly has no durable operations; invoke the "
+    "task, and run it with Orchestrator.drain()"
+)
 
 _INSTANT: ResultCodec[datetime] = ResultCodec("now", datetime, kind_of_value="value of")
 _ID: ResultCodec[UUID] = ResultCodec("uuid", UUID, kind_of_value="value of")
@@ -61,6 +70,18 @@ class Watch(Protocol):
         ...
 
 
+class Desk(Protocol):
+    """Where the thread of a plain ``def`` has its durable operations done; the engine implements it."""
+
+    def call(self, operation: Callable[[], Awaitable[T]], /) -> T:
+        """Run an operation in Trio for the thread of a plain ``def`` handler, which it blocks."""
+        ...
+
+    def lend(self, opening: Callable[[], AbstractAsyncContextManager[T]], /) -> AbstractContextManager[T]:
+        """The same for a block: it is entered and left in Trio, and runs in the thread."""
+        ...
+
+
 class Context:
     """The first parameter of a handler that asks for it by the annotation `Context`.
 
@@ -69,7 +90,8 @@ class Context:
     """
 
     __slots__ = (
-        "_durable", "_logger", "_open_durable", "_resources", "_watch", "attempt", "execution_id", "queue", "task",
+        "_desk", "_durable", "_logger", "_open_durable", "_resources", "_watch", "attempt", "execution_id", "queue",
+        "task",
     )  # fmt: skip
 
     def __init__(self, execution_id: UUID, attempt: int, *, task: str, queue: str, resources: Resources) -> None:
@@ -84,22 +106,23 @@ class Context:
         self._resources = resources
         self._logger: logging.LoggerAdapter[logging.Logger] | None = None
         self._watch: Watch | None = None
+        self._desk: Desk | None = None
         self._open_durable: Callable[[], Durable] | None = None
         self._durable: Durable | None = None
 
-    def attach(self, open_durable: Callable[[], Durable]) -> None:
-        """Let `open_durable` make what the durable operations need, when one is asked for; the engine's."""
+    def attach(self, open_durable: Callable[[], Durable], desk: Desk) -> None:
+        """Let `open_durable` make what the durable operations need, when one is asked for, and `desk` do them for a
+        thread; the engine's.
+        """
         self._open_durable = open_durable
+        self._desk = desk
 
     @property
     def durable(self) -> Durable:
         """What the durable operations use. Raises `DurableMisuse` where no engine runs the handler."""
         if self._durable is None:
             if self._open_durable is None:
-                raise DurableMisuse(
-                    "this context belongs to no execution: a handler that is called directly has no durable "
-                    "operations; invoke the task, and run it with Orchestrator.drain()"
-                )
+                raise DurableMisuse(_UNATTACHED)
             self._durable = self._open_durable()
         return self._durable
 
@@ -199,6 +222,65 @@ class Context:
         from .children import open_nursery
 
         return open_nursery(self.durable, name, on_parent_close)
+
+    @overload
+    def transaction(
+        self, name: str, fn: Callable[[TrioConnection[TupleRow], *Ts], Awaitable[T]], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> Coroutine[Any, Any, T]: ...  # fmt: skip
+    @overload
+    def transaction(
+        self, name: str, /, *, timeout: float | timedelta | None = None, isolation: Isolation = "read committed"
+    ) -> AbstractAsyncContextManager[TrioConnection[TupleRow]]: ...
+    def transaction(
+        self, name: str, fn: Callable[..., Any] | None = None, /, *args: object,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> Any:  # fmt: skip
+        """A step whose effects in this database happen exactly once: they and its record are one transaction.
+
+        ``await ctx.transaction(name, fn, *args)`` calls ``fn(conn, *args)``, async, and returns what it returns, which
+        must be JSON as a step's; a replay gets the record. `conn`: a connection of the conductor's pool in an open
+        transaction, which the engine commits when `fn` has returned and rolls back when it raises or the claim was
+        revoked. Savepoints are fine (``conn.transaction()``), `commit` and `rollback` are refused.
+        ``task.options(conn=conn).invoke()`` is part of it.
+
+        ``async with ctx.transaction(name) as conn:`` does the same for a block. At a replay the block runs again; its
+        statements are not executed but told what they returned, from a record of at most 256 KiB. So nothing else
+        must happen in it. The function form is the cheaper one.
+
+        `name`, `retry`, `timeout`: as for `step`; a block has one try. `isolation`: "read committed", "repeatable
+        read" or "serializable". Serialization failures, deadlocks and lost connections before the commit begin the
+        function anew, up to 20 times, before they count as its failure; in a block they count at once.
+
+        Raises `StepFailed`, as `step`; `DurableMisuse` also if the transaction was ended by hand, `NonDeterminism`.
+        """
+        from .durable import is_async
+        from .transactions import checked_isolation, open_block, run_transaction
+
+        seconds = None if timeout is None else checked_seconds("a transaction's timeout", timeout, minimum=0.001)
+        if fn is None:
+            if retry is not None:
+                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
+            return open_block(self.durable, name, seconds, checked_isolation(isolation))
+        if not is_async(fn):
+            raise DurableMisuse(
+                f"ctx.transaction({name!r}) in an async handler needs an async function; it gets an async connection"
+            )
+        return run_transaction(self.durable, name, fn, args, retry, seconds, checked_isolation(isolation))
+
+    @property
+    def sync(self) -> SyncContext:
+        """The durable operations for a plain ``def`` handler: the same methods, which block its thread."""
+        from .sync_context import SyncContext
+
+        return SyncContext(self)
+
+    @property
+    def desk(self) -> Desk:
+        """What does the operations of `sync`. Raises `DurableMisuse` where no engine runs the handler."""
+        if self._desk is None:
+            raise DurableMisuse(_UNATTACHED)
+        return self._desk
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.

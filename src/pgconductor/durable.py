@@ -50,6 +50,7 @@ from .records import error_record
 from .retry import Backoff, BackoffLike, Exponential, Fixed, checked_backoff, decide
 
 if TYPE_CHECKING:
+    from .db.transactions import OpenTransaction, Transactions
     from .tasks import Invocation
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ T = TypeVar("T")
 logger = logging.getLogger("pgconductor.task")
 
 SETTLE: Final = 0.01  # seconds without a new operation after which a parked execution is given up
-_LAST_WORDS: Final = 5.0  # seconds for writing what has happened already
+LAST_WORDS: Final = 5.0  # seconds for writing what has happened already
 _RETRY_READ: Final = 0.005  # the database's clock is a little behind ours
 MAX_TRIES: Final = 10_000
 
@@ -102,6 +103,10 @@ class Suspender(Protocol):
         """Where the current task is."""
         ...
 
+    async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        """Run a plain function: in the handler's thread if it has one, else in one of its own. Waits for its end."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Saved:
@@ -124,6 +129,15 @@ class Journal(Protocol):
 
     async def save_step(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
         """Record a step; return what is recorded, which may be of an earlier call. Raises `Unstorable`."""
+        ...
+
+    async def save_step_inside(
+        self, transaction: OpenTransaction, name: str, kind: str, position: int, value: str
+    ) -> Saved | None:
+        """Record a step in its own transaction, which is still to be committed. None: there is a record already.
+
+        Raises `Unavailable` if the transaction is lost, `DurableMisuse` if it is another than it was, psycopg's errors.
+        """
         ...
 
     async def start_waits(self, waits: Sequence[Mapping[str, object]]) -> list[Record]:
@@ -185,15 +199,19 @@ class Durable:
         rng: random.Random,
         limits: Limits,
         child_row: Callable[[Invocation[Any]], Mapping[str, object]],
+        transactions: Transactions | None = None,
     ) -> None:
-        """`attempt`: of this run. `child_row`: an invocation as `start_waits` takes it."""
+        """`attempt`: of this run. `child_row`: an invocation as `start_waits` takes it. `transactions`: for its steps,
+        None where there are none.
+        """
         self._attempt = attempt
         self.journal = journal
         self.suspender = suspender
         self.limits = limits
         self.child_row = child_row
+        self.rng = rng
+        self.transactions = transactions
         self._limiter = limiter
-        self._rng = rng
         self._history: History | None = None
         self._loading = trio.Lock()
         self._active = 0
@@ -211,10 +229,7 @@ class Durable:
         """Raise `DurableMisuse` where the operation must not be."""
         if self.is_over:
             raise DurableMisuse(f"{what}: the handler of this context has ended")
-        if (step := _step.get()) is not None:
-            raise DurableMisuse(
-                f"{what} inside the step {step!r}: a step is done as a whole or not at all; call it from the handler"
-            )
+        require_outside_steps(what)
         if not waits or self.suspender.is_unwinding:
             return  # unwinding: the checkpoint that follows raises Cancelled, or the shield lets it through
         place = self.suspender.locate()
@@ -252,7 +267,7 @@ class Durable:
         if self._history is None:
             async with self._loading:
                 if self._history is None:
-                    self._history = History(await _held(self.journal.load()), self._attempt)
+                    self._history = History(await held(self.journal.load()), self._attempt)
         return self._history
 
     def numbered(self, kind: str) -> str:
@@ -314,44 +329,43 @@ class Durable:
         while True:
             tries += 1
             try:
-                text = codec.encode(await self._try_step(name, call, timeout))
+                text = codec.encode(await self.call_step(name, call, timeout))
             except (DurableMisuse, NonDeterminism):
                 raise  # of the handler's code, not of what the step does
             except Exception as error:  # what a step raises is data
-                decision = decide(tries, policy.tries, backoff, self._rng, error)
+                decision = decide(tries, policy.tries, backoff, self.rng, error)
                 if decision.kind == "released":
                     raise  # Snooze: it has not failed
                 if decision.kind == "failed":
-                    return await self._save_failure(name, position, error, decision.verdict)
+                    return await self.save_failure(name, "step", position, error, decision.verdict)
                 logger.info("step %r failed, and is tried again in %.3g s: %r", name, decision.delay, error)
                 await trio.sleep(decision.delay)
             else:
                 try:
                     return await self.save(name, "step", position, text, None), None
                 except Unstorable as error:
-                    return await self._save_failure(name, position, error, None)
+                    return await self.save_failure(name, "step", position, error, None)
 
-    async def _save_failure(
-        self, name: str, position: int, error: BaseException, head: BaseException | None
+    async def save_failure(
+        self, name: str, kind: str, position: int, error: BaseException, head: BaseException | None
     ) -> tuple[Saved, BaseException]:
+        """Record that a step failed, by `error`; `head`: the verdict in it, if there is one."""
         described = json.dumps(describe_error(error, self.limits.error_bytes, head))
-        return await self.save(name, "step", position, None, described), error
+        return await self.save(name, kind, position, None, described), error
 
-    async def _try_step(self, name: str, call: Callable[[], Any], timeout: float | None) -> Any:
-        token = _step.set(name)
-        try:
+    async def call_step(self, name: str, call: Callable[[], Any], timeout: float | None) -> Any:
+        """Call a step's function once, with whatever it raises; `TimeoutError` after `timeout` seconds."""
+        with inside_step(name):
             if timeout is None:
-                return await self._call_step(call)
+                return await self._call_step(name, call)
             with trio.move_on_after(timeout):
-                return await self._call_step(call)
-        finally:
-            _step.reset(token)
-        raise TimeoutError(f"step {name!r} ran for more than {timeout:g} s")
+                return await self._call_step(name, call)
+        raise step_timeout(name, timeout)
 
-    async def _call_step(self, call: Callable[[], Any]) -> Any:
-        if _is_async(call):
+    async def _call_step(self, name: str, call: Callable[[], Any]) -> Any:
+        if is_async(call):
             return await call()
-        value = await trio.to_thread.run_sync(call, limiter=self._limiter)
+        value: Any = await self.suspender.run_sync(functools.partial(_call_inside, name, call), self._limiter)
         return await value if inspect.isawaitable(value) else value
 
     async def save(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
@@ -360,7 +374,7 @@ class Durable:
             return await self.journal.save_step(name, kind, position, value, error)
         except trio.Cancelled:
             # Again, in a shield: a scope around each save would cost as much as the rest (benchmarks/peers/steps.py).
-            with suppress(Revoked), trio.move_on_after(_LAST_WORDS, shield=True):
+            with suppress(Revoked), trio.move_on_after(LAST_WORDS, shield=True):
                 await self.journal.save_step(name, kind, position, value, error)
             raise
         except Revoked:
@@ -387,7 +401,7 @@ class Durable:
     async def start(self, specs: Sequence[Mapping[str, object]]) -> list[Record]:
         """Begin waits, whose names are in use already."""
         history = await self.history()
-        records = await _held(self.journal.start_waits([{**spec, "position": history.place()} for spec in specs]))
+        records = await held(self.journal.start_waits([{**spec, "position": history.place()} for spec in specs]))
         for record in records:
             history.note(record)
         return records
@@ -453,14 +467,7 @@ class Durable:
         self._active += 1  # nothing is suspended meanwhile
         try:
             async with self._reading:
-                records = await _held(self._read_once())
-            history = await self.history()
-            for record in records:
-                known = history.get(record.name)
-                if known is not None and known.outcome is None and record.outcome is not None:
-                    history.note(
-                        known._replace(outcome=record.outcome, value=record.value, error=record.error, due_in=None)
-                    )
+                self._deliver(await held(self._read_once()))
         finally:
             self._active -= 1
             for parked in self._parked:
@@ -468,8 +475,28 @@ class Durable:
                     parked.woken.set()
             self._wake_watch()
 
+    def _deliver(self, records: list[Record]) -> None:
+        history = self._history
+        assert history is not None
+        for record in records:
+            known = history.get(record.name)
+            if known is not None and known.outcome is None and record.outcome is not None:
+                history.note(
+                    known._replace(outcome=record.outcome, value=record.value, error=record.error, due_in=None)
+                )
+
+    async def look_up(self, name: str) -> Record | None:
+        """What the database has under a name: for an operation whose answer was lost. Others wait for their turn."""
+        async with self._reading:
+            self._must_reload = self._is_nudged = True  # should this be cancelled: what is read is told once
+            records = await held(self.journal.load())
+            self._must_reload = False
+            self._deliver(records)
+        self._wake_watch()
+        return next((record for record in records if record.name == name), None)
+
     async def _read_once(self) -> list[Record]:
-        with trio.move_on_after(_LAST_WORDS, shield=True):
+        with trio.move_on_after(LAST_WORDS, shield=True):
             records = None if self._must_reload else await self.journal.read_waits()
             if records is None:
                 records = await self.journal.load()
@@ -481,7 +508,7 @@ class Durable:
     async def close_children(self, names: Sequence[str], reason: str) -> None:
         """Cancel children, also for a cancelled caller; not while the engine unwinds the handler."""
         if names and not self.suspender.is_unwinding:
-            with suppress(Revoked), trio.move_on_after(_LAST_WORDS, shield=True):
+            with suppress(Revoked), trio.move_on_after(LAST_WORDS, shield=True):
                 await self.journal.close_children(names, reason)
 
     async def checkpoint(self) -> None:
@@ -501,13 +528,41 @@ class Durable:
             )
 
 
-async def _held(asking: Awaitable[T]) -> T:
+async def held(asking: Awaitable[T]) -> T:
     """What the journal answers, if the claim is still ours; else the attempt's scope ends us."""
     try:
         return await asking
     except Revoked:
         pass
     await trio.sleep_forever()
+
+
+def step_timeout(name: str, timeout: float | None) -> TimeoutError:
+    """The error of a step that took too long."""
+    return TimeoutError(f"step {name!r} ran for more than {timeout:g} s")
+
+
+def require_outside_steps(what: str) -> None:
+    """Raise `DurableMisuse` if the code that asks is a step's."""
+    if (step := _step.get()) is not None:
+        raise DurableMisuse(
+            f"{what} inside the step {step!r}: a step is done as a whole or not at all; call it from the handler"
+        )
+
+
+def _call_inside(name: str, call: Callable[[], T]) -> T:
+    with inside_step(name):
+        return call()
+
+
+@contextmanager
+def inside_step(name: str) -> Iterator[None]:
+    """The code of the block is a step's."""
+    token = _step.set(name)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 # Values
@@ -569,7 +624,8 @@ def _annotated_codec(name: str, inner: Callable[..., Any], limits: Limits) -> Re
         return _codec_of.__wrapped__(kind, limits)
 
 
-def _is_async(call: Callable[[], Any]) -> bool:
+def is_async(call: Callable[..., Any]) -> bool:
+    """Whether what is called returns an awaitable, as far as its definition tells."""
     inner: Any = call
     while isinstance(inner, functools.partial):
         inner = inner.func

@@ -38,6 +38,8 @@
         ├── HandlerTimeout            the handler ran for longer than its timeout (also a TimeoutError)
         └── DeadlineExceeded          the execution's deadline has passed (also a TimeoutError)
 
+    Unwinding                         not an error but a BaseException, as `trio.Cancelled` is: it ends a plain ``def``
+
 Messages name the object and the remedy. The cause, where a driver's error lies beneath, is chained.
 """
 
@@ -243,6 +245,14 @@ class WaitTimedOut(DurableError, TimeoutError):
 
 class HandlerCancelled(PgconductorError):
     """The handler is asked to end: its time is up, its cancellation was requested, or its worker stops."""
+
+
+class Unwinding(BaseException):
+    """A plain ``def`` handler leaves its thread: its execution waits, or was asked to end. Let it propagate.
+
+    Raised by the operations of `Context.sync`, as Trio raises `trio.Cancelled` in an async handler; no `Exception`, so
+    that ``except Exception`` lets it pass. ``finally`` blocks run each time an execution begins to wait.
+    """
 
 
 class AttemptError(PgconductorError):

@@ -41,6 +41,8 @@ POINTS: Final = frozenset(
         "flush.answered",
         "step.before",
         "step.answered",
+        "transaction.before_commit",
+        "transaction.committed",
         "wait.before",
         "wait.answered",
         "heartbeat.before",

@@ -215,6 +215,8 @@ _QUERIES = {
     "read_waits": "select execution_id, name, outcome, value, error from {s}.read_waits(%s, %s::uuid[], %s::int8[])",
     "save_steps": "select status, value, error from {s}.save_steps(%s, %s::uuid[], %s::int8[], %s::text[], %s::text[],"
     " %s::int[], %s::jsonb[], %s::jsonb[]) order by n /*save_steps*/",
+    "save_step_inside": "select status, value, error, pg_catalog.pg_current_xact_id()::text from {s}.save_steps(%s,"
+    " %s::uuid[], %s::int8[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::jsonb[]) /*save_step_inside*/",
     "start_waits": "select status, outcome, value, error, due_in, target"
     " from {s}.start_waits(%s, %s::uuid[], %s::int8[], %s::jsonb[]) order by n /*start_waits*/",
     "request_close": "select {s}.request_close(%s, %s, %s, %s::text[], %s)",
@@ -323,6 +325,15 @@ class Calls:
     def save_steps(self, owner: UUID, steps: Sequence[NewStep]) -> Call[list[SavedStep]]:
         columns = [list(column) for column in zip(*steps, strict=True)]
         return Call(self._query["save_steps"], (owner, *columns), lambda rows: [SavedStep._make(row) for row in rows])
+
+    def save_step_inside(self, owner: UUID, step: NewStep) -> Call[tuple[SavedStep, str]]:
+        """Save one step in the caller's transaction; the result tells the transaction's id too."""
+        columns = [[value] for value in step]
+        return Call(
+            self._query["save_step_inside"],
+            (owner, *columns),
+            lambda rows: (SavedStep._make(rows[0][:3]), str(rows[0][3])),
+        )
 
     def start_waits(self, owner: UUID, waits: Sequence[NewWait]) -> Call[list[StartedWait]]:
         columns = [list(column) for column in zip(*waits, strict=True)]

@@ -10,6 +10,9 @@ and the worker's stop are that scope for an async handler. A plain ``def`` runs 
 is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
 second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
 
+The durable operations of a plain ``def`` are tasks in a nursery beside its thread, which waits for them (`call`). They
+are cancelled when the handler is to end, and the thread is then told by `Unwinding`; what they call runs in the thread.
+
 An execution that is given up to wait is cancelled by the same scope (`durable.py`); from then on that is its outcome.
 
 Invariants: a returned value wins over whatever was asked; a requested cancellation over the worker's stop, since it is
@@ -23,8 +26,10 @@ import functools
 import logging
 import math
 import random
+import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
@@ -32,15 +37,28 @@ import trio
 from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
 from ..durable import Place
-from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
+from ..errors import (
+    DeadlineExceeded,
+    DurableMisuse,
+    HandlerCancelled,
+    HandlerTimeout,
+    InvalidPayload,
+    InvalidTask,
+    Unwinding,
+    leaves,
+)
 from ..model import Claimed, Outcome
 from ..retry import backoff_from_data, decide, verdict_in
 from ..tasks import Task
+from .thread_desk import ThreadDesk
 
 logger = logging.getLogger("pgconductor.worker")
 
 _encode_error = msgspec.json.Encoder().encode
 _NOTHING: Final = object()  # no value was returned
+
+
+T = TypeVar("T")
 
 
 class Interruption:
@@ -63,6 +81,7 @@ class Interruption:
     was_told = False  # the handler asked, and was told to end
     task: trio.lowlevel.Task | None = None  # that runs an async handler
     drains: Callable[[], bool] | None = None  # whether the worker stops
+    _desk: ThreadDesk | None = None  # where the thread of a plain def has its operations done
     _outer_deadline = math.inf  # of the scopes outside ours
 
     def __init__(self) -> None:
@@ -84,13 +103,17 @@ class Interruption:
         """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
         self.is_stopping = self.is_abandoned = True
         self._scope.cancel()
+        if self._desk is not None:
+            self._desk.leave_thread()
 
     # What a durable context asks: `durable.Suspender`
 
     @property
     def is_unwinding(self) -> bool:
         """Whether the handler has been asked to end, for whatever reason."""
-        return self.is_requested or self.is_stopping or self.is_suspended or self._scope.cancel_called
+        return (
+            self.is_requested or self.is_stopping or self.is_suspended or self._is_expired or self._scope.cancel_called
+        )
 
     @property
     def is_draining(self) -> bool:
@@ -101,7 +124,7 @@ class Interruption:
         """The execution waits: the handler is cancelled, and begins again when there is something to go on with."""
         if not self.is_requested and not self.is_stopping:
             self.is_suspended = True
-        self._scope.cancel()
+        self._ask()
 
     def give_way(self) -> None:
         """As `stop`, by the handler's own wish."""
@@ -121,9 +144,32 @@ class Interruption:
             scope.deadline = deadline
         return Place.BOUNDED if -math.inf < effective < self._outer_deadline else Place.INSIDE
 
+    async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        """Run a plain function: in the thread of the handler if it has one, else in one of its own."""
+        if self._desk is not None:
+            return await self._desk.run(call)
+        return await trio.to_thread.run_sync(call, limiter=limiter)
+
     def _ask(self) -> None:
         if not self._has_thread:
             self._scope.cancel()
+        elif self._desk is not None:
+            self._desk.cancel()
+
+    # What the thread of a plain def asks: `context.Desk`
+
+    def call(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run an operation in Trio, blocking this thread; raises what it raises, `Unwinding`, `DurableMisuse`."""
+        return self._required_desk().call(operation)
+
+    def lend(self, opening: Callable[[], AbstractAsyncContextManager[T]]) -> AbstractContextManager[T]:
+        """The same for a block, which is entered and left in Trio."""
+        return self._required_desk().lend(opening)
+
+    def _required_desk(self) -> ThreadDesk:
+        if self._desk is None:
+            raise DurableMisuse("ctx.sync is for plain def handlers; in an async handler await ctx's own methods")
+        return self._desk
 
     @property
     def is_cancelled(self) -> bool:
@@ -199,19 +245,19 @@ class Interruption:
         error: BaseException | None = None
         is_over = False
         with self._scope:
-            try:
-                if timeout is None:
+            async with trio.open_nursery() as nursery:
+                self._desk = desk = ThreadDesk(self, nursery)
+                if timeout is not None:
+                    nursery.start_soon(self._expire_after, timeout)
+                try:
                     value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
-                else:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._expire_after, timeout)
-                        value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
-                        nursery.cancel_scope.cancel()
-                is_over = True
-            finally:
-                # A body that has not begun does not begin now; one that has goes on. Each side first writes its own
-                # flag and then reads the other's.
-                self.is_abandoned = self.is_abandoned or not is_over
+                    is_over = True
+                finally:
+                    # A body that has not begun does not begin now; one that has goes on. Each side first writes its
+                    # own flag and then reads the other's.
+                    self.is_abandoned = self.is_abandoned or not is_over
+                    desk.close()
+                nursery.cancel_scope.cancel()
         if error is not None:
             try:
                 raise error
@@ -221,6 +267,8 @@ class Interruption:
 
     def _body(self, handler: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         self.is_body_running = True
+        assert self._desk is not None
+        self._desk.thread = threading.get_ident()
         try:
             if self.is_abandoned:
                 return _NOTHING, None
@@ -233,6 +281,7 @@ class Interruption:
     async def _expire_after(self, timeout: float) -> None:
         await trio.sleep(timeout)
         self._is_expired = True
+        self._ask()
 
 
 async def attempt(
@@ -393,7 +442,7 @@ def _as_data(raised: BaseException) -> BaseException | None:
 
 def _is_answer(error: BaseException) -> bool:
     """Whether the handler ended because it was told to, and no more."""
-    return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled)) for leaf in leaves(error))
+    return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled, Unwinding)) for leaf in leaves(error))
 
 
 # --- outcomes --------------------------------------------------------------------------------------------------------

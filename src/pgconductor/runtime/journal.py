@@ -26,6 +26,7 @@ import trio
 from ..db.call import Call
 from ..db.calls import Calls, NewStep, NewWait, ResolvedWait, SavedStep, StartedWait
 from ..db.link import Link, OutageLog, backoff
+from ..db.transactions import OpenTransaction
 from ..durable import Revoked, Saved
 from ..errors import DurableMisuse, LeaseLost, SchemaMissing, Unavailable, Unstorable
 from ..failpoints import failpoint
@@ -148,6 +149,20 @@ class Journal:
                 self._outages.warn("what executions record cannot be written: %s; trying again", error)
             await trio.sleep(backoff(failures, self._rng))
 
+    async def save_inside(self, transaction: OpenTransaction, step: NewStep) -> tuple[SavedStep, str]:
+        """Execute once, in the transaction, if the lease holds; return what was saved, and the transaction's id.
+
+        Raises `Revoked` when the lease is over, `Unavailable` if the transaction is lost, psycopg's errors.
+        """
+        try:
+            return await self._lease.attempt(transaction, lambda owner: self._calls.save_step_inside(owner, step))
+        except LeaseLost:
+            if self._lease.is_lost:
+                raise Revoked from None
+            self._lease.question()
+            await self._lease.until_answered()
+            raise Unavailable("the lease was in doubt when a transaction was to be committed") from None
+
     async def _save_steps(self, steps: list[NewStep]) -> list[SavedStep]:
         failpoint("step.before")
         saved = await self.ask(lambda owner: self._calls.save_steps(owner, steps))
@@ -193,10 +208,12 @@ class ExecutionJournal:
         self._journal = journal
         self._claimed = claimed
         self._interruption = interruption
+        self._is_blank = claimed.claim_no == 1  # nobody had it before, and nothing has been written yet
 
     async def load(self) -> list[Record]:
-        if self._claimed.claim_no == 1:
-            return []  # nobody had it before
+        if self._is_blank:
+            self._is_blank = False
+            return []
         records = await self._journal.load(self._claimed)
         return self._revoked() if records is None else records
 
@@ -206,6 +223,16 @@ class ExecutionJournal:
         if saved.status == "fenced":
             self._revoked()
         return Saved(value, error) if saved.status == "saved" else Saved(saved.value, saved.error)
+
+    async def save_step_inside(
+        self, transaction: OpenTransaction, name: str, kind: str, position: int, value: str
+    ) -> Saved | None:
+        step = NewStep(self._claimed.id, self._claimed.claim_no, name, kind, position, value)
+        saved, xid = await self._journal.save_inside(transaction, step)
+        transaction.require_id(xid)
+        if saved.status == "fenced":
+            self._revoked()
+        return Saved(value, None) if saved.status == "saved" else None
 
     async def start_waits(self, waits: Sequence[Mapping[str, object]]) -> list[Record]:
         rows = [NewWait(self._claimed.id, self._claimed.claim_no, json.dumps(wait)) for wait in waits]

@@ -22,7 +22,14 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    closing,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -269,11 +276,21 @@ class Orchestrator:
                 async with open_link(target, "control", outages, self._rng) as control:
                     queue_nos = await self._prepare(control)
                     async with self._open_resources() as resources:
-                        with _signal_receiver(self._wants_signals()) as signals:
+                        with (
+                            _signal_receiver(self._wants_signals()) as signals,
+                            closing(conductor.thread_transactions()) as in_threads,
+                        ):
                             process = Process(
                                 workers=self.workers,
                                 shared=Surroundings(
-                                    target, conductor.calls, resources, outages, self._rng, self._bounds.last_words
+                                    target,
+                                    conductor.calls,
+                                    resources,
+                                    outages,
+                                    self._rng,
+                                    self._bounds.last_words,
+                                    conductor.transactions,
+                                    in_threads,
                                 ),
                                 queue_nos=queue_nos,
                                 counts=self._counts,

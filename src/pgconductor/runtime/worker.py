@@ -36,6 +36,7 @@ import trio
 from ..context import Context, Resources
 from ..db.calls import Calls, Claim
 from ..db.link import Link, OutageLog, Target, backoff, open_link
+from ..db.transactions import Transactions
 from ..durable import Durable
 from ..errors import LeaseLost, SchemaMissing, Unavailable
 from ..failpoints import failpoint
@@ -104,7 +105,10 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the pipelines of one process share. `last_words`: seconds for writing outcomes at the end."""
+    """What the pipelines of one process share. `last_words`: seconds for writing outcomes at the end.
+
+    `transactions`: for the steps of async handlers, `thread_transactions`: of plain functions.
+    """
 
     target: Target
     calls: Calls
@@ -112,6 +116,8 @@ class Surroundings:
     outages: OutageLog
     rng: random.Random
     last_words: float
+    transactions: Transactions | None = None
+    thread_transactions: Transactions | None = None
 
 
 class Pipeline:
@@ -573,7 +579,7 @@ class Pipeline:
             claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._shared.resources
         )
         payload = partial(self._load, link, claimed) if claimed.payload is None else claimed.payload
-        ctx.attach(partial(self._open_durable, claimed, task, interruption))
+        ctx.attach(partial(self._open_durable, claimed, task, interruption), interruption)
         outcome: Outcome | None = None
         try:
             outcome = await attempt(
@@ -592,7 +598,14 @@ class Pipeline:
         interruption.drains = self._is_draining
         journal = ExecutionJournal(self._journal, claimed, interruption)
         durable = self._durables[claimed.id] = Durable(
-            claimed.attempt, journal, interruption, self._limiter, self._rng, task.limits, child_row
+            claimed.attempt,
+            journal,
+            interruption,
+            self._limiter,
+            self._rng,
+            task.limits,
+            child_row,
+            self._shared.transactions if task.is_async else self._shared.thread_transactions,
         )
         return durable
 
