@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         NotOpen,
         PgconductorError,
         PoolTimeout,
+        PromiseRejected,
         Refused,
         ResultNotKept,
         RetryAfter,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         WaitTimedOut,
         WaitTimeout,
     )
+    from .events import Promise
     from .handle import Handle, SyncHandle
     from .model import (
         CancelCounts,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         DeadLetter,
         FailedAttempt,
         OrchestratorStatus,
+        PromiseAnswer,
         QueueStatus,
         Retry,
         RetryCounts,
@@ -97,6 +100,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     # Durable operations
     "ChildHandle",
     "DurableNursery",
+    "Promise",
     "StepHandle",
     "Tries",
     # Invoking and waiting
@@ -116,6 +120,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "MigrationReport",
     "OrchestratorStatistics",
     "OrchestratorStatus",
+    "PromiseAnswer",
     "QueueStatus",
     "Retry",
     "RetryCounts",
@@ -152,6 +157,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "NotOpen",
     "PgconductorError",
     "PoolTimeout",
+    "PromiseRejected",
     "Refused",
     "ResultNotKept",
     "SchemaMissing",
@@ -213,6 +219,9 @@ _MODULES = {
     "Pool": "db.pool",
     "PoolStatistics": "db.pool",
     "PoolTimeout": "errors",
+    "Promise": "events",
+    "PromiseAnswer": "model",
+    "PromiseRejected": "errors",
     "QueueStatus": "model",
     "Refused": "errors",
     "ResultNotKept": "errors",
