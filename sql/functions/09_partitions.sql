@@ -154,7 +154,8 @@ begin
         ), held as materialized (
             select row.* from o cross join lateral (
                 select e.ctid as tid, e.id, e.attempt, e.depth, e.root_id, e.deadline_at, e.is_durable from @schema@._private_queue_{no} e
-                where e.id = o.id and e.claim_no = o.claim_no and e.owner = p_owner and e.state = 'running' offset 0
+                -- In a form that only the index of ids answers, see flush.
+                where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running') offset 0
                 for no key update) row
         ), marked as (
             update @schema@._private_queue_{no} e set is_durable = true from held h where e.ctid = h.tid and not h.is_durable

@@ -45,7 +45,8 @@ as $$
             select from @schema@._private_waits w where w.execution_id = p_id and w.scope = s.scope and w.resolved_at is null))
 $$;
 
--- Lock executions and their parents, in the order of partition and id, which is the order of all who lock several.
+-- Lock executions and their parents, in the order of partition and id, which is the order of all who lock several. Where none
+-- has a parent nothing is locked: then the caller's own order is enough.
 create or replace function @schema@._private_lock_family(p_ids uuid[]) returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -54,13 +55,22 @@ create or replace function @schema@._private_lock_family(p_ids uuid[]) returns v
 as $$
 declare
     v_ids uuid[];
+    v_parents uuid[] := '{}';
     v_no int;
 begin
-    -- A parent never changes, so it may be read before the row is locked.
-    v_ids := p_ids || array(
-        select distinct e.parent_id from unnest(p_ids) as i
-            join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
-        where e.parent_id is not null);
+    -- A parent never changes, so it may be read before the row is locked. By partition: through the table all would be locked.
+    for v_no in
+        select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n
+        where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1
+    loop
+        execute format('select array(select distinct e.parent_id from @schema@.%I e where e.id = any ($1) and e.parent_id is not null)',
+            '_private_queue_' || v_no) into v_ids using p_ids;
+        v_parents := v_parents || v_ids;
+    end loop;
+    if v_parents = '{}' then
+        return;
+    end if;
+    v_ids := p_ids || v_parents;
     for v_no in
         select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(v_ids) as i) n
         where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1
@@ -74,6 +84,7 @@ create or replace function @schema@._private_try_lock(p_id uuid) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_no constant int := @schema@._private_queue_no(p_id);
@@ -281,7 +292,8 @@ begin
         case when o.attempt is not null and s.name is null then x.value::text end,
         case when o.attempt is not null and s.name is null then x.error::text end
     from o left join saved s on s.execution_id = o.id and s.name = o.name
-        left join @schema@._private_steps x on s.name is null and x.execution_id = o.id and x.name = o.name
+        left join lateral (select x.value, x.error from @schema@._private_steps x
+            where s.name is null and x.execution_id = o.id and x.name = o.name offset 0) x on true
     order by o.n;
 end $$;
 
@@ -340,7 +352,8 @@ begin
             cross join lateral (select coalesce(c.queue, t.queue, 'default') as queue) r
             left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published
         where (w.kind <> 'child' or h.depth < 16)
-            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name)
+            -- One look for each, by the key: offset 0 keeps the planner from reading all waits there are.
+            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name offset 0)
     ), begun as (
         insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, match, due_at, on_close,
             created_at, resolved_at, outcome, is_seen)
@@ -369,7 +382,8 @@ begin
         w.outcome, w.value::text, w.error::text, date_part('epoch', w.due_at - v_now), w.target
     from unnest(p_ids, p_waits) with ordinality as o (id, wait, n)
         left join unnest(v_held) as h (id) on h.id = o.id
-        left join @schema@._private_waits w on w.execution_id = h.id and w.name = o.wait ->> 'name'
+        left join lateral (select w.* from @schema@._private_waits w
+            where w.execution_id = h.id and w.name = o.wait ->> 'name' offset 0) w on true
     order by o.n;
 end $$;
 
@@ -379,6 +393,7 @@ create or replace function @schema@.request_close(p_owner uuid, p_id uuid, p_cla
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_count bigint;
@@ -395,10 +410,11 @@ end $$;
 -- Cancel children whose parent has ended or asked for it, at most p_limit. Each ends at once, or its owner is told, as by cancel;
 -- its own children follow when it has ended. Returns how many it dealt with: call again until that is 0. Locks: as cancel,
 -- after its rows of the closings, of which it passes over those that another call deals with.
-create or replace function @schema@.close_children(p_limit int default 200) returns bigint
+create or replace function @schema@.close_children(p_limit int default 1000) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
     set lock_timeout = '1s'
 as $$
 declare

@@ -65,6 +65,25 @@ begin
     return v_id;
 end $$;
 
+-- Whether an execution is live, and invoked by that role, if one is given.
+create or replace function @schema@._private_is_live(p_id uuid, p_creator oid) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $$
+declare
+    v_no constant int := @schema@._private_queue_no(p_id);
+    v_is_live boolean;
+begin
+    if p_id is null or v_no > 0 and not exists (select from @schema@._private_queues q where q.no = v_no) then
+        return false;
+    end if;
+    execute format('select exists (select from @schema@.%I where id = $1 and ($2 is null or created_by = $2))',
+        '_private_queue_' || v_no) into v_is_live using p_id, p_creator;
+    return v_is_live;
+end $$;
+
 -- Send an event to all who wait for it, or will while it is kept; returns its id. From any SQL client, in its own transaction:
 --   select pgconductor.emit('paid', '{"order": 17}');
 -- retention: how long it is kept for executions that do not wait yet; '0' is for those that wait when it is delivered.
@@ -89,9 +108,8 @@ create or replace function @schema@.send(execution_id uuid, channel text, payloa
     set jit = off
 as $$
 begin
-    if not exists (select from @schema@._private_executions e
-        where e.queue_no = @schema@._private_queue_no(send.execution_id) and e.id = send.execution_id
-            and (e.created_by = quote_ident(session_user)::regrole or @schema@._private_may_cancel_all()))
+    if not @schema@._private_is_live(send.execution_id,
+        case when @schema@._private_may_cancel_all() is not true then quote_ident(session_user)::regrole end)
     then
         return false;
     end if;
@@ -175,8 +193,7 @@ begin
             v_value := to_jsonb(@schema@._private_put('event', v_effect.effect ->> 'event', null, v_effect.effect -> 'payload', null,
                 (v_effect.effect ->> 'retention')::float8));
         when 'send' then
-            v_value := to_jsonb(exists (select from @schema@._private_executions e
-                where e.queue_no = @schema@._private_queue_no((v_effect.effect ->> 'to')::uuid) and e.id = (v_effect.effect ->> 'to')::uuid));
+            v_value := to_jsonb(@schema@._private_is_live((v_effect.effect ->> 'to')::uuid, null));
             if v_value = 'true' then
                 perform @schema@._private_put('message', v_effect.effect ->> 'channel', (v_effect.effect ->> 'to')::uuid,
                     v_effect.effect -> 'payload', null, null);
@@ -209,24 +226,28 @@ begin
     loop
         -- Of an execution's waits for one name one at a time, the first that something fits: no two are to have the same event.
         with pending as materialized (
-            select w.execution_id, w.name, w.kind, w.target, w.match, w.position from @schema@._private_waits w
-            where w.execution_id = any (p_ids) and w.resolved_at is null and w.kind in ('event', 'message', 'promise')
-                and (p_names is null or (w.execution_id, w.name) in (select o.id, o.name from unnest(p_ids, p_names) as o (id, name)))
-                and (p_due is null or w.due_at <= p_due)
+            -- By keys, whatever the statistics say: hence offset 0, here and below.
+            select w.* from unnest(p_ids, p_names) as o (id, name) cross join lateral (
+                select w.execution_id, w.name, w.kind, w.target, w.match, w.position, w.due_at from @schema@._private_waits w
+                where o.name is not null and w.execution_id = o.id and w.name = o.name and w.resolved_at is null
+                union all
+                select w.execution_id, w.name, w.kind, w.target, w.match, w.position, w.due_at from @schema@._private_waits w
+                where o.name is null and w.execution_id = o.id and w.resolved_at is null offset 0) w
+            where w.kind in ('event', 'message', 'promise') and (p_due is null or w.due_at <= p_due)
         ), found as materialized (
             select distinct on (p.execution_id, p.kind, p.target) p.execution_id, p.name, p.kind, v.id, v.payload, v.error
             from pending p cross join lateral (
                 (select v.id, v.payload, null::jsonb as error from @schema@._private_events v
                 where p.kind = 'event' and v.kind = 'event' and v.name = p.target and (v.expires_at > v_now or v.delivered_at is null)
                     and (p.match is null or v.payload @> p.match)
-                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id)
-                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id)
+                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
+                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
                 order by v.id limit 1)
                 union all
                 (select v.id, v.payload, null from @schema@._private_events v
                 where p.kind = 'message' and v.kind <> 'event' and v.kind = 'message' and v.execution_id = p.execution_id and v.name = p.target
-                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id)
-                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id)
+                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
+                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
                 order by v.id limit 1)
                 union all
                 (select v.id, v.payload, v.error from @schema@._private_events v
@@ -295,8 +316,8 @@ create or replace function @schema@._private_receivers(p_id bigint) returns seto
 as $$
     select w.execution_id from @schema@._private_events e join @schema@._private_waits w on w.kind = 'event' and w.target = e.name
     where e.id = p_id and e.kind = 'event' and w.resolved_at is null and (w.match is null or e.payload @> w.match)
-        and not exists (select from @schema@._private_waits x where x.execution_id = w.execution_id and x.event_id = e.id)
-        and not exists (select from @schema@._private_steps x where x.execution_id = w.execution_id and x.event_id = e.id)
+        and not exists (select from @schema@._private_waits x where x.execution_id = w.execution_id and x.event_id = e.id offset 0)
+        and not exists (select from @schema@._private_steps x where x.execution_id = w.execution_id and x.event_id = e.id offset 0)
     union all
     select e.execution_id from @schema@._private_events e where e.id = p_id and e.kind = 'message'
     union all
@@ -363,8 +384,8 @@ begin
     end loop;
     -- What nobody is there for any more, or was received already by a wait that could not remove it.
     delete from @schema@._private_events e where e.id = any (v_ids) and (
-        e.kind = 'message' and e.execution_id = any (v_wanted) and e.execution_id <> all (v_locked) and not exists (
-            select from @schema@._private_executions x where x.queue_no = @schema@._private_queue_no(e.execution_id) and x.id = e.execution_id)
+        e.kind = 'message' and e.execution_id = any (v_wanted) and e.execution_id <> all (v_locked)
+            and not @schema@._private_is_live(e.execution_id, null)
         or e.kind = 'message' and e.execution_id = any (v_locked) and (
             exists (select from @schema@._private_waits x where x.execution_id = e.execution_id and x.event_id = e.id)
             or exists (select from @schema@._private_steps x where x.execution_id = e.execution_id and x.event_id = e.id))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, ParamSpec, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
@@ -172,14 +173,26 @@ class DurableNursery:
         /,
         *args: *Ts,
         retry: TriesLike = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[T]: ...
     @overload
     def start_step(
-        self, name: str, fn: Callable[[*Ts], T], /, *args: *Ts, retry: TriesLike = None, timeout: float | None = None
+        self,
+        name: str,
+        fn: Callable[[*Ts], T],
+        /,
+        *args: *Ts,
+        retry: TriesLike = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[T]: ...
     def start_step(
-        self, name: str, fn: Callable[..., Any], /, *args: object, retry: TriesLike = None, timeout: float | None = None
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        /,
+        *args: object,
+        retry: TriesLike = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[Any]:
         """Run a step beside the others; parameters as `Context.step`. Does not wait."""
         handle: StepHandle[Any] = StepHandle(self._take(name))
@@ -200,7 +213,7 @@ class DurableNursery:
         fn: Callable[..., Any],
         args: Iterable[object],
         retry: TriesLike,
-        timeout: float | None,
+        timeout: float | timedelta | None,
     ) -> None:
         handle.set(await self.durable.step(handle.name, fn, tuple(args), retry, timeout))
 
@@ -292,6 +305,7 @@ class _Failed(Exception):
 @asynccontextmanager
 async def open_nursery(durable: Durable, name: str, on_close: OnClose) -> AsyncIterator[DurableNursery]:
     """See `Context.nursery`."""
+    on_close = checked_on_close(on_close)
     durable.require_place(f"ctx.nursery({name!r})", waits=True)
     (await durable.history()).begin_scope(name)
     reason = f"nursery {printable(name)} of its parent was left by an error"

@@ -17,14 +17,14 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
-from .children import DurableNursery, OnClose, checked_on_close, invoke_child, open_nursery
 from .codec import ResultCodec
-from .durable import Durable, TriesLike
 from .errors import DurableMisuse, Misuse
 from .events import Promise, emit, make_promise, receive, send, set_progress, wait_for_event
 from .options import checked_instant, checked_seconds
 
 if TYPE_CHECKING:
+    from .children import DurableNursery, OnClose
+    from .durable import Durable, TriesLike
     from .tasks import Invocable
 
 T = TypeVar("T")
@@ -151,7 +151,7 @@ class Context:
         Waits for `fn` and until the record is durable. Raises `StepFailed` when no tries remain, the same at a replay
         (the first time with what `fn` raised as cause); `DurableMisuse`, `NonDeterminism`; `Snooze` of `fn` passes.
         """
-        return await self.durable.step(name, fn, args, retry, _seconds_or_none(timeout))
+        return await self.durable.step(name, fn, args, retry, timeout)
 
     async def sleep(self, name: str, duration: float | timedelta) -> None:
         """Sleep, without a slot if it is long: recorded at once, so that it goes on though every process dies.
@@ -177,10 +177,14 @@ class Context:
         is recorded; `DurableMisuse` (also beyond a depth of 16), `NonDeterminism`. Cancelling it by a scope of the
         handler's own cancels the child.
         """
+        from .children import invoke_child  # here and below: declaring tasks and producing need no event loop
+
         return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
 
     async def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `invoke`, but the child goes on when its parent has ended, however that ends."""
+        from .children import invoke_child
+
         return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
 
     def nursery(self, name: str, *, on_parent_close: OnClose = "cancel") -> AbstractAsyncContextManager[DurableNursery]:
@@ -193,7 +197,9 @@ class Context:
         Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
         `StepFailed`, and what the block raised.
         """
-        return open_nursery(self.durable, name, checked_on_close(on_parent_close))
+        from .children import open_nursery
+
+        return open_nursery(self.durable, name, on_parent_close)
 
     # Events, messages, promises
 
@@ -340,10 +346,6 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
-
-
-def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
-    return None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

@@ -34,8 +34,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -43,7 +45,7 @@ from .codec import Limits, ResultCodec, describe_error, printable
 from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed, Unstorable
 from .history import History
 from .model import Record
-from .options import checked_int
+from .options import checked_int, checked_seconds
 from .records import error_record
 from .retry import Backoff, BackoffLike, Exponential, Fixed, checked_backoff, decide
 
@@ -271,20 +273,24 @@ class Durable:
     # Steps
 
     async def step(
-        self, name: str, fn: Callable[..., Any], args: Sequence[object], retry: TriesLike, timeout: float | None
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        args: Sequence[object],
+        retry: TriesLike,
+        timeout: float | timedelta | None,
     ) -> Any:
         """See `Context.step`."""
         what = f"ctx.step({name!r})"
         policy = checked_retry(retry)
+        limit = None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
         with self.operation(what):
             codec = value_codec(name, fn, self.limits)
             history = await self.history()
             record = history.begin(name, "step", alone=self.is_alone)
             if record is None:
                 position = history.place()
-                saved, cause = await self._run_step(
-                    name, position, functools.partial(fn, *args), codec, policy, timeout
-                )
+                saved, cause = await self._run_step(name, position, functools.partial(fn, *args), codec, policy, limit)
             else:
                 await trio.lowlevel.checkpoint()
                 saved, cause = Saved(record.value, record.error), None
@@ -362,22 +368,32 @@ class Durable:
     async def _try_step(self, name: str, call: Callable[[], Any], timeout: float | None) -> Any:
         token = _step.set(name)
         try:
-            with trio.CancelScope(deadline=trio.current_time() + (math.inf if timeout is None else timeout)) as scope:
-                if _is_async(call):
-                    return await call()
-                value = await trio.to_thread.run_sync(call, limiter=self._limiter)
-                return await value if inspect.isawaitable(value) else value
+            if timeout is None:
+                return await self._call_step(call)
+            with trio.move_on_after(timeout):
+                return await self._call_step(call)
         finally:
             _step.reset(token)
-        assert scope.cancelled_caught
         raise TimeoutError(f"step {name!r} ran for more than {timeout:g} s")
+
+    async def _call_step(self, call: Callable[[], Any]) -> Any:
+        if _is_async(call):
+            return await call()
+        value = await trio.to_thread.run_sync(call, limiter=self._limiter)
+        return await value if inspect.isawaitable(value) else value
 
     async def save(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
         """Record what has happened. A cancelled caller waits for it, for a bounded time."""
-        with suppress(Revoked), trio.move_on_after(_LAST_WORDS, shield=True):
+        try:
             return await self.journal.save_step(name, kind, position, value, error)
-        # Cancelled, or it goes on waiting for the database.
-        return await _held(self.journal.save_step(name, kind, position, value, error))
+        except trio.Cancelled:
+            # Again, in a shield: a scope around each save would cost as much as the rest (benchmarks/peers/steps.py).
+            with suppress(Revoked), trio.move_on_after(_LAST_WORDS, shield=True):
+                await self.journal.save_step(name, kind, position, value, error)
+            raise
+        except Revoked:
+            pass
+        await trio.sleep_forever()  # the attempt's scope ends us
 
     # Waits
 
@@ -555,6 +571,20 @@ def value_codec(name: str, fn: Callable[..., Any], limits: Limits) -> ResultCode
         raise InvalidOption(f"ctx.step({name!r}, ...) needs a function, not {type(inner).__name__}")
     if "return" not in getattr(inner, "__annotations__", {}):
         return _codec_of(Any, limits)
+    known = _codecs.get(inner) if inspect.isfunction(inner) else None
+    if known is not None and known[0] is limits:
+        return known[1]
+    codec = _annotated_codec(name, inner, limits)
+    if inspect.isfunction(inner):
+        _codecs[inner] = limits, codec
+    return codec
+
+
+# Reading annotations takes longer than all else that a step needs here (benchmarks/peers/steps.py).
+_codecs: WeakKeyDictionary[Callable[..., Any], tuple[Limits, ResultCodec[Any]]] = WeakKeyDictionary()
+
+
+def _annotated_codec(name: str, inner: Callable[..., Any], limits: Limits) -> ResultCodec[Any]:
     try:
         kind = typing.get_type_hints(inner, include_extras=True)["return"]
     except Exception as error:

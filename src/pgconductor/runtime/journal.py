@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar, cast
 from uuid import UUID
 
 import trio
@@ -50,14 +51,16 @@ _MAX_DEPTH = 16
 
 
 class _Entry(Generic[T, A]):
-    """A request on its way: `answer` is set when it is answered, `error` if it cannot be."""
+    """A request on its way: when it `is_done` there is an `answer`, or an `error`."""
 
-    __slots__ = ("answer", "error", "request", "turn")
+    __slots__ = ("answer", "error", "is_done", "is_given_up", "request", "turn")
 
     def __init__(self, request: T) -> None:
         self.request = request
         self.answer: A | None = None
+        self.is_done = False
         self.error: Exception | None = None
+        self.is_given_up = False
         self.turn = trio.Event()
 
 
@@ -66,7 +69,7 @@ class Combiner(Generic[T, A]):
 
     def __init__(self, send: Callable[[list[T]], Awaitable[list[A]]]) -> None:
         self._send = send
-        self._waiting: list[_Entry[T, A]] = []
+        self._waiting: deque[_Entry[T, A]] = deque()
         self._is_sending = False
 
     async def ask(self, request: T) -> A:
@@ -74,48 +77,53 @@ class Combiner(Generic[T, A]):
         entry: _Entry[T, A] = _Entry(request)
         self._waiting.append(entry)
         try:
-            while entry.answer is None and entry.error is None:
+            while not entry.is_done:
                 if self._is_sending:
                     await entry.turn.wait()
                     entry.turn = trio.Event()
                 else:
                     await self._send_waiting()
-        finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+        except BaseException:
+            entry.is_given_up = True
+            self._pass_on()
+            raise
         if entry.error is not None:
             raise entry.error
-        assert entry.answer is not None
-        return entry.answer
+        return cast(A, entry.answer)
 
     async def _send_waiting(self) -> None:
+        waiting, batch = self._waiting, list[_Entry[T, A]]()
+        while waiting and len(batch) < _MAX_BATCH:
+            if not (entry := waiting.popleft()).is_given_up:
+                batch.append(entry)
         self._is_sending = True
         try:
-            await self._answer(self._waiting[:_MAX_BATCH])
+            await self._answer(batch)
         finally:
             self._is_sending = False
-            for entry in self._waiting[:1]:
-                entry.turn.set()
+            waiting.extendleft(e for e in reversed(batch) if not e.is_done)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Let the next one send what waits."""
+        while self._waiting and self._waiting[0].is_given_up:
+            self._waiting.popleft()
+        if self._waiting and not self._is_sending:
+            self._waiting[0].turn.set()
 
     async def _answer(self, batch: list[_Entry[T, A]]) -> None:
         try:
             answers = await self._send([entry.request for entry in batch])
         except Unstorable as error:
-            if len(batch) == 1:
-                batch[0].error = error
-                self._settle(batch)
-            else:
-                for entry in batch:  # one of them it is
+            if len(batch) > 1:  # one of them it is
+                for entry in batch:
                     await self._answer([entry])
-            return
+                return
+            batch[0].error = error
+            answers = [cast(A, None)]
         for entry, answer in zip(batch, answers, strict=True):
             entry.answer = answer
-        self._settle(batch)
-
-    def _settle(self, batch: list[_Entry[T, A]]) -> None:
-        for entry in batch:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            entry.is_done = True
             entry.turn.set()
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, assert_type
+from uuid import UUID
 
 import psycopg
 
+from pgconductor.children import ChildHandle, DurableNursery, StepHandle
 from pgconductor.context import Context
+from pgconductor.durable import Tries
 from pgconductor.errors import NoRetry, RetryAfter, Snooze
 from pgconductor.handle import Handle, SyncHandle
 from pgconductor.retry import Delays, Exponential, Linear
@@ -152,3 +155,43 @@ def verdicts(kind: int) -> None:
     if kind == 2:
         raise RetryAfter(timedelta(seconds=30), "busy")
     raise Snooze(60)
+
+
+async def load(day: date) -> Report:
+    return Report(day)
+
+
+def count(words: list[str], least: int) -> int:
+    return len(words) + least
+
+
+async def durable(conductor: Tasks, ctx: Context, later: datetime) -> None:
+    @conductor.task
+    async def greet(ctx: Context, name: str) -> str:
+        return name
+
+    @conductor.task
+    def plain(name: str) -> int:
+        return len(name)
+
+    assert_type(await ctx.step("load", load, date(2024, 1, 1)), Report)
+    assert_type(await ctx.step("count", count, ["a"], 1, retry=3, timeout=5), int)
+    assert_type(await ctx.step("lambda", lambda: 1.5, retry=Tries(5, backoff=[1, 2])), float)
+    assert_type(await ctx.invoke("hello", greet, name="Ada"), str)
+    assert_type(await ctx.invoke("hello", greet.options(priority=3, delay=5), "Ada"), str)
+    assert_type(await ctx.invoke_abandoned("plain", plain, "Ada"), int)
+    await ctx.sleep("short", 0.5)
+    await ctx.sleep("long", timedelta(days=400))
+    await ctx.sleep_until("later", later)
+    await ctx.checkpoint()
+    assert_type(await ctx.now(), datetime)
+    assert_type(await ctx.uuid(name="id"), UUID)
+    assert_type(await ctx.random(), float)
+    async with ctx.nursery("all", on_parent_close="abandon") as nursery:
+        assert_type(nursery, DurableNursery)
+        assert_type(nursery.invoke(greet, name="Ada"), ChildHandle[str])
+        assert_type(nursery.invoke_as("named", plain.bind("Ada")), ChildHandle[int])
+        assert_type(nursery.start_step("load", load, date(2024, 1, 1)), StepHandle[Report])
+        assert_type(nursery.start_step("count", count, ["a"], 1, timeout=timedelta(minutes=1)), StepHandle[int])
+    assert_type(await nursery.invoke(greet, name="Ada").result(), str)
+    assert_type(nursery.start_step("again", load, date(2024, 1, 1)).value, Report)
