@@ -96,15 +96,20 @@ begin
         order by g.finished_at, g.id
         returning id
     ), steps as (
-        -- All but the failures at the end: those are tried again. A child's wait that was not over is one of them.
-        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target)
-        select g.id, s.name, s.kind, s.position, s.claim_no, coalesce(s.attempt, 1), s.created_at, s.value, s.error, s.outcome, s.target
+        -- All but the failures at the end: those are tried again. A wait that was not over is one of them.
+        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target, event_id)
+        select g.id, s.name, s.kind, s.position, s.claim_no, coalesce(s.attempt, 1), s.created_at, s.value, s.error, s.outcome, s.target, s.event_id
         from gone g cross join lateral jsonb_to_recordset(g.steps) as s (name text, kind text, position int, claim_no bigint,
-            attempt int, created_at timestamptz, value jsonb, error jsonb, outcome text, target text)
-        where s.kind <> 'child' or s.outcome is not null
+            attempt int, created_at timestamptz, value jsonb, error jsonb, outcome text, target text, event_id bigint)
+        where s.kind not in ('sleep', 'child', 'event', 'message', 'promise') or s.outcome is not null
     )
     select coalesce(array_agg(a.id), '{}') into v_retried from again a;
     perform @schema@._private_forget_failures(v_retried);
+    -- Promises that it has not heard of are open again.
+    insert into @schema@._private_promises (id, execution_id, created_at)
+    select (s.value #>> '{}')::uuid, s.execution_id, v_now from @schema@._private_steps s
+    where s.execution_id = any (v_retried) and s.kind = 'new_promise' and not exists (
+        select from @schema@._private_steps x where x.execution_id = s.execution_id and x.kind = 'promise' and x.target = s.value #>> '{}');
     -- Keys of rows that somebody else moved or removed in the meantime.
     delete from @schema@._private_dedupe_keys d where d.execution_id = any (v_keyed) and d.execution_id <> all (v_retried);
 

@@ -13,14 +13,14 @@ create or replace function @schema@._private_history(p_id uuid) returns jsonb
     set search_path = pg_catalog, pg_temp
 as $$
     select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', x.name, 'kind', x.kind, 'position', x.position, 'claim_no', x.claim_no,
-        'attempt', x.attempt, 'created_at', x.created_at, 'outcome', x.outcome, 'target', x.target))
+        'attempt', x.attempt, 'created_at', x.created_at, 'outcome', x.outcome, 'target', x.target, 'event_id', x.event_id))
         || case when x.value is null then '{}' else jsonb_build_object('value', x.value) end
         || case when x.error is null then '{}' else jsonb_build_object('error', x.error) end order by x.position, x.name)
     from (
-        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.outcome, s.target, s.value, s.error
+        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.outcome, s.target, s.event_id, s.value, s.error
         from @schema@._private_steps s where s.execution_id = p_id
         union all
-        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.outcome, w.target, w.value, w.error
+        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.outcome, w.target, w.event_id, w.value, w.error
         from @schema@._private_waits w where w.execution_id = p_id
     ) x
 $$;
@@ -198,6 +198,7 @@ begin
         return;
     end if;
     v_now := @schema@._private_clock();
+    perform @schema@._private_receive_due(array[p_id], v_now);
     perform @schema@._private_settle(p_id, v_now);
     return query
     select ''::text, 'claim'::text, -1, null::int, null::text, null::text, null::text, null::text, null::text, null::float8
@@ -239,6 +240,7 @@ declare
 begin
     v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
     v_now := @schema@._private_clock();
+    perform @schema@._private_receive_due(v_held, v_now);
     return query
     with due as (
         update @schema@._private_waits w set resolved_at = v_now, is_seen = true,
@@ -297,10 +299,11 @@ end $$;
 
 -- Begin waits of running executions: what each waits for is recorded, and a child made, in one transaction. Arrays of one
 -- length; p_waits: objects with name, kind (sleep, child, or one of 16_events.sql), position; scope; due_at (an instant) or due_in
--- (seconds); target; of a child on_close and child: {task, payload, queue, priority, run_at, delay, timeout, deadline_at,
+-- (seconds); target; of an event match; of a child on_close and child: {task, payload, queue, priority, run_at, delay, timeout, deadline_at,
 -- deadline_in, max_attempts, tags, backoff}. A child's deadline is at most its parent's.
 -- Returns a row per position: "open" (whether begun now or before), "resolved" with outcome, value and error, "fenced", or
--- "too_deep" (a child of the depth 16). due_in, target: of an open wait. Commits durably. Locks: the executions' rows.
+-- "too_deep" (a child of the depth 16). due_in, target: of an open wait. Commits durably. Locks: the names of events, shared,
+-- then the executions' rows.
 create or replace function @schema@.start_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_waits jsonb[])
     returns table (n int, status text, outcome text, value text, error text, due_in double precision, target text)
     language plpgsql volatile
@@ -319,6 +322,10 @@ declare
     v_published int;
     v_me constant oid := quote_ident(session_user)::regrole;
 begin
+    -- Before the rows: who delivers has the locks of names first, too.
+    perform pg_advisory_xact_lock_shared(x.k) from (
+        select distinct @schema@._private_key_e(w.wait ->> 'kind', w.wait ->> 'target', case when w.wait ->> 'kind' = 'message' then w.id end) as k
+        from unnest(p_ids, p_waits) as w (id, wait) where w.wait ->> 'kind' in ('event', 'message', 'promise') order by 1) x;
     select array_agg(h.id), array_agg(h.attempt), array_agg(h.depth), array_agg(h.root_id), array_agg(h.deadline_at)
     into v_held, v_attempts, v_depths, v_roots, v_deadlines
     from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h;
@@ -328,7 +335,7 @@ begin
     perform pg_get_constraintdef(0);
     with o as materialized (
         select o.n, o.id, o.claim_no, h.attempt, h.depth, coalesce(h.root_id, o.id) as root_id, h.deadline_at as parent_deadline,
-            w.name, w.kind, w.position, w.scope, w.target, w.on_close,
+            w.name, w.kind, w.position, w.scope, w.target, w.match, w.on_close,
             case when w.due_in is null then w.due_at else v_now + make_interval(secs => w.due_in) end as due_at, c.*,
             coalesce(q.no, 0) as queue_no, r.queue as to_queue,
             case when w.kind = 'child' then @schema@._private_new_id(coalesce(q.no, 0), v_now) end as child_id,
@@ -337,7 +344,7 @@ begin
         from unnest(p_ids, p_claim_nos, p_waits) with ordinality as o (id, claim_no, wait, n)
             join unnest(v_held, v_attempts, v_depths, v_roots, v_deadlines) as h (id, attempt, depth, root_id, deadline_at) on h.id = o.id
             cross join lateral jsonb_to_record(o.wait) as w (name text, kind text, position int, scope text, due_at timestamptz,
-                due_in double precision, target text, on_close text, child jsonb)
+                due_in double precision, target text, match jsonb, on_close text, child jsonb)
             cross join lateral jsonb_to_record(coalesce(w.child, '{}')) as c (task text, payload jsonb, queue text, priority int,
                 run_at timestamptz, delay double precision, timeout double precision, deadline_at timestamptz, deadline_in double precision,
                 max_attempts int, tags text[], backoff jsonb, version text)
@@ -348,9 +355,9 @@ begin
             -- One look for each, by the key: offset 0 keeps the planner from reading all waits there are.
             and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name offset 0)
     ), begun as (
-        insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, due_at, on_close,
+        insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, match, due_at, on_close,
             created_at, resolved_at, outcome, is_seen)
-        select o.id, o.name, o.kind, o.position, o.claim_no, o.attempt, o.scope, coalesce(o.child_id::text, o.target), o.due_at, o.on_close, v_now,
+        select o.id, o.name, o.kind, o.position, o.claim_no, o.attempt, o.scope, coalesce(o.child_id::text, o.target), o.match, o.due_at, o.on_close, v_now,
             case when o.kind = 'sleep' and o.due_at <= v_now then v_now end,
             case when o.kind = 'sleep' and o.due_at <= v_now then 'elapsed' end, o.kind = 'sleep' and o.due_at <= v_now
         from o order by o.id, o.name
@@ -366,6 +373,10 @@ begin
     )
     insert into @schema@._private_payloads (execution_id, payload)
     select o.child_id, o.payload from o where o.kind = 'child' and @schema@._private_is_large(o.payload);
+    -- What is there already, in a new statement (16_events.sql).
+    perform @schema@._private_receive(array_agg(o.id), array_agg(o.wait ->> 'name'), null, true)
+    from unnest(p_ids, p_waits) as o (id, wait)
+    where o.id = any (v_held) and o.wait ->> 'kind' in ('event', 'message', 'promise') having count(*) > 0;
     return query
     select o.n::int, case when h.id is null then 'fenced' when w.name is null then 'too_deep' when w.resolved_at is null then 'open' else 'resolved' end,
         w.outcome, w.value::text, w.error::text, date_part('epoch', w.due_at - v_now), w.target

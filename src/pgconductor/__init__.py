@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         NotOpen,
         PgconductorError,
         PoolTimeout,
+        PromiseRejected,
         Refused,
         ResultNotKept,
         RetryAfter,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         WaitTimedOut,
         WaitTimeout,
     )
+    from .events import Promise
     from .handle import Handle, SyncHandle
     from .model import (
         CancelCounts,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         DeadLetter,
         FailedAttempt,
         OrchestratorStatus,
+        PromiseAnswer,
         QueueStatus,
         Retry,
         RetryCounts,
@@ -99,6 +102,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     # Durable operations
     "ChildHandle",
     "DurableNursery",
+    "Promise",
     "StepHandle",
     "SyncContext",
     "Tries",
@@ -119,6 +123,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "MigrationReport",
     "OrchestratorStatistics",
     "OrchestratorStatus",
+    "PromiseAnswer",
     "QueueStatus",
     "Retry",
     "RetryCounts",
@@ -155,6 +160,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "NotOpen",
     "PgconductorError",
     "PoolTimeout",
+    "PromiseRejected",
     "Refused",
     "ResultNotKept",
     "SchemaMissing",
@@ -217,6 +223,9 @@ _MODULES = {
     "Pool": "db.pool",
     "PoolStatistics": "db.pool",
     "PoolTimeout": "errors",
+    "Promise": "events",
+    "PromiseAnswer": "model",
+    "PromiseRejected": "errors",
     "QueueStatus": "model",
     "Refused": "errors",
     "ResultNotKept": "errors",

@@ -40,6 +40,7 @@ from .model import (
     DeadLetter,
     FailedAttempt,
     OrchestratorStatus,
+    PromiseAnswer,
     QueueStatus,
     Retry,
     RetryCounts,
@@ -385,6 +386,60 @@ class Conductor(Tasks):
             everything=everything,
         )
         return await follow(steps, self._ask)
+
+    # Events, messages, promises
+
+    async def emit(
+        self,
+        event: str,
+        payload: object = None,
+        /,
+        *,
+        retention: float | timedelta | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> int:
+        """Send an event to every execution that waits for it, or will while it is kept. Waits for the database only.
+
+        `event`: its name, 1 to 128 bytes. `payload`: any JSON value. `retention`: how long it is kept for executions
+        that do not wait yet, seconds or a `timedelta` up to a century; None is a day, 0 is for those that wait now.
+        `conn`: the caller's connection; the event is part of its transaction, and delivered when that has committed.
+
+        Returns the event's id. Raises `InvalidPayload`, `InvalidOption`, `NotOpen`, `SchemaMissing`, and `Unavailable`:
+        then it may have been sent or not.
+        """
+        return await self._ask(self._verbs.emit(event, payload, retention), conn)
+
+    async def send(
+        self,
+        execution: UUID | AnyHandle[Any],
+        channel: str,
+        payload: object = None,
+        /,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> bool:
+        """Send a message to one execution, by handle or id; as `Handle.send`. `conn`: as `emit`."""
+        return await self._ask(self._verbs.send(execution, channel, payload), conn)
+
+    async def resolve_promise(
+        self, promise: UUID, value: object = None, /, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> PromiseAnswer:
+        """Resolve a promise by its id, with any JSON value; the first who resolves or rejects it counts.
+
+        `conn`: as `emit`. Waits for the database, and for an open transaction that resolves the same. Returns what came
+        of it. Raises as `emit`; after `Unavailable` ask again: "already" is then this call's, or another's before it.
+        """
+        return await self._ask(self._verbs.resolve_promise(promise, value), conn)
+
+    async def reject_promise(
+        self, promise: UUID, message: str = "rejected", /, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> PromiseAnswer:
+        """Reject a promise: `PromiseRejected` is raised in its handler. `message`: 1 to 8,000 bytes."""
+        return await self._ask(self._verbs.reject_promise(promise, message), conn)
+
+    async def progress(self, execution_id: UUID) -> Any:
+        """Return an execution's progress, as `Handle.progress`, for an id that was kept."""
+        return self._verbs.decode_progress(execution_id, await self._ask(self._verbs.progress(execution_id)))
 
     # Dead letters
 

@@ -19,6 +19,7 @@ from uuid import UUID
 
 from .codec import ResultCodec
 from .errors import DurableMisuse, Misuse
+from .events import Promise, emit, make_promise, receive, send, set_progress, wait_for_event
 from .options import checked_instant, checked_seconds
 
 if TYPE_CHECKING:
@@ -281,6 +282,84 @@ class Context:
         if self._desk is None:
             raise DurableMisuse(_UNATTACHED)
         return self._desk
+
+    # Events, messages, promises
+
+    @overload
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: type[T],
+    ) -> T: ...  # fmt: skip
+    @overload
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any: ...  # fmt: skip
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any:  # fmt: skip
+        """Wait for an event, without a slot if it takes long, and return its payload.
+
+        `name`: as for `step`. `event`: the event's name, 1 to 128 bytes; otherwise `name`. `match`: what the payload
+        must hold, compared as JSON: all of it, at any depth. `timeout`: seconds or a `timedelta`, from when the wait is
+        recorded. `type`: the annotation of the payload.
+
+        It gets the oldest event that fits, is still kept (also one from before this execution began), and was not
+        received by this execution before. Others may receive the same. Raises `WaitTimedOut`, the same at a replay;
+        `InvalidPayload` for a payload that does not fit the type, `DurableMisuse`, `InvalidOption`, `NonDeterminism`.
+        """
+        return await wait_for_event(self.durable, name, event, match, timeout, type)
+
+    @overload
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: type[T]
+    ) -> T: ...
+    @overload
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any: ...
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any:
+        """Wait for a message to this execution (`Handle.send`), and return its payload; the oldest comes first.
+
+        `channel`: of the message, 1 to 128 bytes; otherwise `name`. Each message is received once. The rest as
+        `wait_for_event`.
+        """
+        return await receive(self.durable, name, channel, timeout, type)
+
+    async def promise(self, name: str) -> Promise:
+        """Make a promise that the outside resolves or rejects, once, by its id; the same one at each replay.
+
+        `name`: as for `step`, 1 to 121 bytes. Give `promise.id` away in a step, then await ``promise.result()``. The id
+        is a secret: whoever has it may resolve it, until this execution ends. Raises `DurableMisuse`, `NonDeterminism`.
+        """
+        return await make_promise(self.durable, name)
+
+    async def emit(
+        self, name: str, event: str | None = None, payload: object = None, /, *,
+        retention: float | timedelta | None = None,
+    ) -> None:  # fmt: skip
+        """Send an event, exactly once: recorded in the transaction that sends it.
+
+        `name`: as for `step`. `event`: the event's name; otherwise `name`. `payload`: any JSON value. `retention`: as
+        `Conductor.emit`. Raises `InvalidPayload`, `InvalidOption`, `DurableMisuse`, `NonDeterminism`.
+        """
+        await emit(self.durable, name, event, payload, retention)
+
+    async def send(
+        self, name: str, execution_id: UUID, channel: str | None = None, payload: object = None, /
+    ) -> bool:  # fmt: skip
+        """Send a message to an execution, exactly once; whether there is such a live execution. The rest as `emit`."""
+        return await send(self.durable, name, execution_id, channel, payload)
+
+    async def set_progress(self, value: object) -> None:
+        """Tell how far this execution has come: any JSON value, read by `Handle.progress`. The latest counts.
+
+        Nothing is recorded for a replay; it may be called in a step. Raises `InvalidPayload`.
+        """
+        await set_progress(self.durable, value)
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.

@@ -155,6 +155,14 @@ class Journal(Protocol):
         """Cancel the children behind these waits."""
         ...
 
+    async def save_effect(self, name: str, position: int, effect: Mapping[str, object]) -> str | None:
+        """Do something in the schema itself and record it; return what is recorded. Raises `Unstorable`."""
+        ...
+
+    async def set_progress(self, value: str) -> None:
+        """Tell how far the execution has come. Raises `Unstorable`."""
+        ...
+
 
 _SOON: Final = Exponential(initial=0.1, maximum=10.0)
 
@@ -314,6 +322,26 @@ class Durable:
                 await trio.lowlevel.checkpoint()
                 saved = Saved(record.value, record.error)
         return returned(name, saved, codec, None)
+
+    async def effect(self, what: str, name: str, kind: str, spec: Mapping[str, object], codec: ResultCodec[Any]) -> Any:
+        """Do something in the schema itself, exactly once, and return what is recorded of it; `spec`: see
+        `save_effects` in SQL.
+        """
+        with self.operation(what):
+            history = await self.history()
+            record = history.begin(name, kind, alone=self.is_alone)
+            if record is None:
+                value = await held(self.journal.save_effect(name, history.place(), {"kind": kind, **spec}))
+            else:
+                await trio.lowlevel.checkpoint()
+                value = record.value
+        return codec.decode("null" if value is None else value)
+
+    async def tell_progress(self, value: str) -> None:
+        """See `Context.set_progress`. Allowed in steps too: nothing is recorded that a replay would ask for."""
+        if self.is_over:
+            raise DurableMisuse("ctx.set_progress(): the handler of this context has ended")
+        await held(self.journal.set_progress(value))
 
     async def _run_step(
         self,

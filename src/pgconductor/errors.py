@@ -32,6 +32,7 @@
     │   │   ├── ChildFailed
     │   │   ├── ChildTimedOut         by its timeout or deadline (also a TimeoutError)
     │   │   └── ChildCancelled
+    │   ├── PromiseRejected           whoever was asked has said no
     │   └── WaitTimedOut              nothing came in time (also a TimeoutError)
     ├── HandlerCancelled              `Context.check_cancelled` raises it: a handler in a thread is asked to end
     └── AttemptError                  the engine ended an attempt; recorded with its execution, raised by nobody
@@ -237,6 +238,10 @@ class ChildCancelled(ChildError):
     """A child execution was cancelled. `reason`: as given, None if none was."""
 
     reason: str | None = None
+
+
+class PromiseRejected(DurableError):
+    """A promise was rejected; ``error["message"]`` is what was said."""
 
 
 class WaitTimedOut(DurableError, TimeoutError):

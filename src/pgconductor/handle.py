@@ -35,6 +35,14 @@ class Source(Protocol):
         """Return the errors of an execution's attempts, oldest first."""
         ...
 
+    async def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send a message; whether there is such an execution."""
+        ...
+
+    async def progress(self, execution_id: UUID) -> Any:
+        """Return what the execution last told."""
+        ...
+
 
 class SyncSource(Protocol):
     """The same by blocking the thread; the sync client implements it."""
@@ -49,6 +57,14 @@ class SyncSource(Protocol):
 
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's attempts, oldest first."""
+        ...
+
+    def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send a message; whether there is such an execution."""
+        ...
+
+    def progress(self, execution_id: UUID) -> Any:
+        """Return what the execution last told."""
         ...
 
 
@@ -104,6 +120,21 @@ class Handle(AnyHandle[R]):
         """
         return await self._source.execution_errors(self.id)
 
+    async def send(self, channel: str, payload: object = None, /) -> bool:
+        """Send a message to the execution, which it gets by `Context.receive`; kept until then, or until it ends.
+
+        `channel`: 1 to 128 bytes. `payload`: any JSON value. Returns whether it is live, and yours to send to. Raises
+        `InvalidPayload`, `InvalidOption`, `NotOpen`, `Unavailable`: then it may have been sent or not.
+        """
+        return await self._source.send(self.id, channel, payload)
+
+    async def progress(self) -> Any:
+        """Return what the handler last told by `Context.set_progress`, live or finished; None if nothing, or not kept.
+
+        Raises `NotOpen`, `Unavailable`.
+        """
+        return await self._source.progress(self.id)
+
 
 class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
@@ -125,6 +156,14 @@ class SyncHandle(AnyHandle[R]):
     def errors(self) -> list[FailedAttempt]:
         """Return the errors of its failed attempts; as `Handle.errors`."""
         return self._source.execution_errors(self.id)
+
+    def send(self, channel: str, payload: object = None, /) -> bool:
+        """Send a message to the execution; as `Handle.send`."""
+        return self._source.send(self.id, channel, payload)
+
+    def progress(self) -> Any:
+        """Return what the handler last told; as `Handle.progress`."""
+        return self._source.progress(self.id)
 
 
 def checked_timeout(timeout: Any) -> float | None:

@@ -83,6 +83,14 @@ class Cancellation(StrEnum):
     UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
 
 
+class PromiseAnswer(StrEnum):
+    """What resolving or rejecting a promise did."""
+
+    RESOLVED = "resolved"  # now, by this call, in whichever way
+    ALREADY = "already"  # it was resolved or rejected before; that counts
+    UNKNOWN = "unknown"  # there is no such promise, or its execution has ended
+
+
 class CancelCounts(NamedTuple):
     """What a cancellation by filter did: executions ended at once, and running ones whose handlers are cancelled."""
 

@@ -36,6 +36,7 @@ from .model import (
     Ended,
     FailedAttempt,
     OrchestratorStatus,
+    PromiseAnswer,
     QueueStatus,
     Retry,
     RetryCounts,
@@ -84,6 +85,14 @@ class OpenClients:
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Read with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("errors").execution_errors(execution_id)
+
+    def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("send").send(execution, channel, payload)
+
+    def progress(self, execution_id: UUID) -> Any:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("progress").progress(execution_id)
 
     def _latest(self, method: str) -> SyncClient:
         with self._lock:
@@ -256,6 +265,48 @@ class SyncClient:
             everything=everything,
         )
         return follow_sync(steps, self._ask)
+
+    # Events, messages, promises
+
+    def emit(
+        self,
+        event: str,
+        payload: object = None,
+        /,
+        *,
+        retention: float | timedelta | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> int:
+        """As `Conductor.emit`."""
+        return self._ask(self._verbs.emit(event, payload, retention), conn)
+
+    def send(
+        self,
+        execution: UUID | AnyHandle[Any],
+        channel: str,
+        payload: object = None,
+        /,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> bool:
+        """As `Conductor.send`."""
+        return self._ask(self._verbs.send(execution, channel, payload), conn)
+
+    def resolve_promise(
+        self, promise: UUID, value: object = None, /, *, conn: psycopg.Connection[Any] | None = None
+    ) -> PromiseAnswer:
+        """As `Conductor.resolve_promise`."""
+        return self._ask(self._verbs.resolve_promise(promise, value), conn)
+
+    def reject_promise(
+        self, promise: UUID, message: str = "rejected", /, *, conn: psycopg.Connection[Any] | None = None
+    ) -> PromiseAnswer:
+        """As `Conductor.reject_promise`."""
+        return self._ask(self._verbs.reject_promise(promise, message), conn)
+
+    def progress(self, execution_id: UUID) -> Any:
+        """As `Conductor.progress`."""
+        return self._verbs.decode_progress(execution_id, self._ask(self._verbs.progress(execution_id)))
 
     # Dead letters
 

@@ -19,6 +19,7 @@ from .codec import Limits
 from .db.call import Call
 from .db.calls import Calls, NewExecution
 from .errors import InvalidOption, Unavailable, WaitTimeout
+from .events import checked_event, checked_retention, encoded, payload_codec
 from .handle import AnyHandle
 from .model import (
     CancelCounts,
@@ -28,6 +29,7 @@ from .model import (
     FailedAttempt,
     Invoked,
     OrchestratorStatus,
+    PromiseAnswer,
     QueueStatus,
     Retry,
     RetryCounts,
@@ -41,6 +43,7 @@ from .tasks import Task, checked_tags
 T = TypeVar("T")
 
 MAX_REASON_BYTES: Final = 1_000
+MAX_MESSAGE_BYTES: Final = 8_000  # of a rejection
 MAX_COUNT: Final = 2**31 - 1
 _CHUNK: Final = 1_000  # executions per statement of a verb that takes a filter
 
@@ -205,6 +208,41 @@ class Verbs:
             requested += counts.requested
         return CancelCounts(cancelled, requested)
 
+    # Events
+
+    def emit(self, event: str, payload: object, retention: object) -> Request[int]:
+        """Send an event. Not repeated unasked: it would be sent twice. Raises `InvalidOption`, `InvalidPayload`."""
+        call = self._calls.emit(
+            checked_event("the name of an event", event), encoded(payload, self._limits), checked_retention(retention)
+        )
+        return Request(call, "sending an event", is_repeatable=False)
+
+    def send(self, execution: UUID | AnyHandle[Any], channel: str, payload: object) -> Request[bool]:
+        """Send a message; as `emit`."""
+        call = self._calls.send(
+            _id_of("send", execution), checked_event("the name of a channel", channel), encoded(payload, self._limits)
+        )
+        return Request(call, "sending a message", is_repeatable=False)
+
+    def resolve_promise(self, promise: UUID, value: object) -> Request[PromiseAnswer]:
+        """Resolve a promise. Not repeated unasked: the answer would be that of the second. Raises `InvalidOption`."""
+        call = self._calls.resolve_promise(_promise_id(promise), encoded(value, self._limits))
+        return Request(call, "resolving a promise", is_repeatable=False)
+
+    def reject_promise(self, promise: UUID, message: str) -> Request[PromiseAnswer]:
+        """Reject a promise; as `resolve_promise`."""
+        call = self._calls.reject_promise(
+            _promise_id(promise), checked_text("message", message, max_bytes=MAX_MESSAGE_BYTES)
+        )
+        return Request(call, "rejecting a promise", is_repeatable=False)
+
+    def progress(self, execution: UUID) -> Request[dict[UUID, str | None]]:
+        return Request(self._calls.progress([execution]), "reading the progress")
+
+    def decode_progress(self, execution: UUID, told: dict[UUID, str | None]) -> Any:
+        """What `progress` was answered, as a value."""
+        return payload_codec(Any, self._limits).decode(told.get(execution) or "null")
+
     # Dead letters
 
     def dead_letters(
@@ -306,6 +344,12 @@ def _id_of(verb: str, execution: object) -> UUID:
     if isinstance(execution, UUID):
         return execution
     raise InvalidOption(f"{verb} takes handles and ids (uuid.UUID), not {type(execution).__name__}")
+
+
+def _promise_id(promise: object) -> UUID:
+    if isinstance(promise, UUID):
+        return promise
+    raise InvalidOption(f"a promise is named by its id (uuid.UUID), not {type(promise).__name__}")
 
 
 def _checked_states(states: States, allowed: Sequence[State]) -> list[State]:

@@ -13,7 +13,12 @@ CALLS: dict[str, set[str]] = {
     "invoke": {P, W},
     "invoke_many": {P, W},
     "cancel": {P, W, O},  # of producers and workers: what their login role has invoked
+    "emit": {P, W, O},
+    "send": {P, W, O},  # of producers and workers: to what their login role has invoked
+    "resolve_promise": {P, W, O},  # by whoever has the id, which is a secret
+    "reject_promise": {P, W, O},
     "results": {P, W},
+    "progress": {P, W},
     "standing": {P, W},
     "execution_errors": {P, W, V, O},
     "_private_results_channel": {P, W},
@@ -34,6 +39,10 @@ CALLS: dict[str, set[str]] = {
     "flush": {W},
     "release_unknown": {W},
     "recover": {W},
+    "save_effects": {W},
+    "set_progress": {W},
+    "deliver_events": {W},
+    "_private_errands_channel": {W},
     "load_history": {W},
     "read_waits": {W},
     "save_steps": {W},
@@ -73,6 +82,7 @@ AS_OWNER = set(CALLS) - {
     "_private_key_w",
     "_private_channel",
     "_private_control_channel",
+    "_private_errands_channel",
     "_private_kind_producer",
     "_private_kind_worker",
     "_private_kind_viewer",

@@ -42,6 +42,12 @@ class Source:
     async def execution_errors(self, execution_id: Any) -> Any:
         raise AssertionError("not asked for here")
 
+    async def send(self, execution: Any, channel: str, payload: object = None, /) -> bool:
+        raise AssertionError("not asked for here")
+
+    async def progress(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
@@ -53,6 +59,12 @@ class SyncSource:
         raise AssertionError("not asked for here")
 
     def execution_errors(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    def send(self, execution: Any, channel: str, payload: object = None, /) -> bool:
+        raise AssertionError("not asked for here")
+
+    def progress(self, execution_id: Any) -> Any:
         raise AssertionError("not asked for here")
 
 

@@ -24,6 +24,7 @@ from ..model import (
     Maintenance,
     OrchestratorStatus,
     Outcome,
+    PromiseAnswer,
     QueueStatus,
     Record,
     Retry,
@@ -85,6 +86,39 @@ class SavedStep(NamedTuple):
     status: str
     value: str | None
     error: str | None
+
+
+class NewEffect(NamedTuple):
+    """One position of `save_effects`; `effect` is its JSON object."""
+
+    execution: UUID
+    claim_no: int
+    name: str
+    position: int
+    effect: str
+
+
+class SavedEffect(NamedTuple):
+    """What became of it: "saved", "stored" (it had been done), "fenced"; and its value, JSON text."""
+
+    status: str
+    value: str | None
+
+
+class NewProgress(NamedTuple):
+    """One position of `set_progress`; `value` is JSON text."""
+
+    execution: UUID
+    claim_no: int
+    value: str
+
+
+class Delivery(NamedTuple):
+    """What a delivery did: where to go on, None if there was nothing; whether something was left for later."""
+
+    upto: int | None
+    delivered: int
+    is_left: bool
 
 
 class NewWait(NamedTuple):
@@ -187,6 +221,10 @@ def _count(rows: list[Row]) -> int:
     return int(rows[0][0])
 
 
+def _promise_answer(rows: list[Row]) -> PromiseAnswer:
+    return PromiseAnswer(rows[0][0])
+
+
 def _text_or_none(rows: list[Row]) -> str | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns text
 
@@ -221,6 +259,16 @@ _QUERIES = {
     " from {s}.start_waits(%s, %s::uuid[], %s::int8[], %s::jsonb[]) order by n /*start_waits*/",
     "request_close": "select {s}.request_close(%s, %s, %s, %s::text[], %s)",
     "close_children": "select {s}.close_children()",
+    "save_effects": "select status, value from {s}.save_effects(%s, %s::uuid[], %s::bigint[], %s::text[], %s::int[],"
+    " %s::jsonb[]) order by n /*save_effects*/",
+    "set_progress": "select {s}.set_progress(%s, %s::uuid[], %s::bigint[], %s::jsonb[])",
+    "deliver_events": "select upto, delivered, is_left from {s}.deliver_events(%s, %s) /*deliver_events*/",
+    "errands_channel": "select {s}._private_errands_channel()",
+    "emit": "select {s}.emit(%s, %s::jsonb, make_interval(secs => %s))",
+    "send": "select {s}.send(%s, %s, %s::jsonb)",
+    "resolve_promise": "select {s}.resolve_promise(%s, %s::jsonb)",
+    "reject_promise": "select {s}.reject_promise(%s, %s)",
+    "progress": "select id, progress from {s}.progress(%s::uuid[])",
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
@@ -348,6 +396,46 @@ class Calls:
     def close_children(self) -> Call[int]:
         """Cancel children that were noted for it; again until the answer is 0."""
         return Call(self._query["close_children"], (), _count)
+
+    # Events
+
+    def save_effects(self, owner: UUID, effects: Sequence[NewEffect]) -> Call[list[SavedEffect]]:
+        """Do what handlers do to the schema itself, each with its record."""
+        columns = [list(column) for column in zip(*effects, strict=True)]
+        return Call(
+            self._query["save_effects"], (owner, *columns), lambda rows: [SavedEffect._make(row) for row in rows]
+        )
+
+    def set_progress(self, owner: UUID, told: Sequence[NewProgress]) -> Call[frozenset[int]]:
+        """Result: positions, from 0, whose claims are revoked."""
+        columns = [list(column) for column in zip(*told, strict=True)]
+        return Call(self._query["set_progress"], (owner, *columns), lambda rows: frozenset(row[0] - 1 for row in rows))
+
+    def deliver_events(self, after: int = 0, limit: int = 200) -> Call[Delivery]:
+        """Deliver what is in the inbox behind the id `after`; again with `upto`, until that is None."""
+        return Call(self._query["deliver_events"], (after, limit), lambda rows: Delivery._make(rows[0]))
+
+    def errands_channel(self) -> Call[str]:
+        """The channel that tells all orchestrators of errands."""
+        return Call(self._query["errands_channel"], (), lambda rows: str(_scalar(rows)))
+
+    def emit(self, event: str, payload: str, retention: float) -> Call[int]:
+        """Result: the event's id. `payload`: JSON text. `retention`: seconds."""
+        return Call(self._query["emit"], (event, payload, retention), _count)
+
+    def send(self, execution: UUID, channel: str, payload: str) -> Call[bool]:
+        """Result: whether there is such a receiver."""
+        return Call(self._query["send"], (execution, channel, payload), lambda rows: bool(_scalar(rows)))
+
+    def resolve_promise(self, promise: UUID, value: str) -> Call[PromiseAnswer]:
+        return Call(self._query["resolve_promise"], (promise, value), _promise_answer)
+
+    def reject_promise(self, promise: UUID, message: str) -> Call[PromiseAnswer]:
+        return Call(self._query["reject_promise"], (promise, message), _promise_answer)
+
+    def progress(self, executions: list[UUID]) -> Call[dict[UUID, str | None]]:
+        """JSON texts, None of those that told nothing; what is not kept is missing."""
+        return Call(self._query["progress"], (executions,), lambda rows: {row[0]: row[1] for row in rows})
 
     def release_unknown(self, owner: UUID, queue: str, known: list[UUID]) -> Call[int]:
         return Call(self._query["release_unknown"], (owner, queue, known), _count)

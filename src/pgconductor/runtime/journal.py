@@ -24,7 +24,17 @@ from uuid import UUID
 import trio
 
 from ..db.call import Call
-from ..db.calls import Calls, NewStep, NewWait, ResolvedWait, SavedStep, StartedWait
+from ..db.calls import (
+    Calls,
+    NewEffect,
+    NewProgress,
+    NewStep,
+    NewWait,
+    ResolvedWait,
+    SavedEffect,
+    SavedStep,
+    StartedWait,
+)
 from ..db.link import Link, OutageLog, backoff
 from ..db.transactions import OpenTransaction
 from ..durable import Revoked, Saved
@@ -130,6 +140,8 @@ class Journal:
         self.steps = Combiner(self._save_steps)
         self.waits = Combiner(self._start_waits)
         self.readings = Combiner(self._read_waits)
+        self.effects = Combiner(self._save_effects)
+        self.progress = Combiner(self._set_progress)
 
     async def ask(self, make: Callable[[UUID], Call[T]]) -> T:
         """Execute until the database has answered. Raises `Revoked` when the lease is over, `Unstorable`."""
@@ -176,6 +188,17 @@ class Journal:
         failpoint("wait.answered")
         answers = iter(started)
         return [[next(answers) for _ in some] for some in waits]
+
+    async def _save_effects(self, effects: list[NewEffect]) -> list[SavedEffect]:
+        failpoint("effect.before")
+        saved = await self.ask(lambda owner: self._calls.save_effects(owner, effects))
+        failpoint("effect.answered")
+        return saved
+
+    async def _set_progress(self, told: list[NewProgress]) -> list[bool]:
+        """For each whether the claim holds."""
+        revoked = await self.ask(lambda owner: self._calls.set_progress(owner, told))
+        return [position not in revoked for position in range(len(told))]
 
     async def _read_waits(self, claims: list[tuple[UUID, int]]) -> list[list[ResolvedWait] | None]:
         """Once: what it tells it tells once, so a lost answer is made up for by loading the history."""
@@ -233,6 +256,15 @@ class ExecutionJournal:
         if saved.status == "fenced":
             self._revoked()
         return Saved(value, None) if saved.status == "saved" else None
+
+    async def save_effect(self, name: str, position: int, effect: Mapping[str, object]) -> str | None:
+        request = NewEffect(self._claimed.id, self._claimed.claim_no, name, position, json.dumps(effect))
+        saved = await self._journal.effects.ask(request)
+        return self._revoked() if saved.status == "fenced" else saved.value
+
+    async def set_progress(self, value: str) -> None:
+        if not await self._journal.progress.ask(NewProgress(self._claimed.id, self._claimed.claim_no, value)):
+            self._revoked()
 
     async def start_waits(self, waits: Sequence[Mapping[str, object]]) -> list[Record]:
         rows = [NewWait(self._claimed.id, self._claimed.claim_no, json.dumps(wait)) for wait in waits]
