@@ -9,7 +9,7 @@ the claim is revoked the attempt is abandoned, and if the lease is over its scop
 `Revoked`.
 
 Cancellation: a request of a cancelled caller may be carried out or not. If it was sending for others too, one of them
-sends what was not answered.
+sends what was not answered; but readings are told once, so those are told that their answer is lost.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, NoReturn, TypeVar
 from uuid import UUID
 
@@ -40,52 +41,64 @@ _MAX_DEPTH = 16
 
 
 class _Entry(Generic[T, A]):
-    """A request on its way: `answer` is set when it is answered, `error` if it cannot be."""
+    """A request on its way: `answers` has one item when it is answered, `error` is set if it cannot be."""
 
-    __slots__ = ("answer", "error", "request", "turn")
+    __slots__ = ("answers", "error", "request", "turn")
 
     def __init__(self, request: T) -> None:
         self.request = request
-        self.answer: A | None = None
+        self.answers: list[A] = []  # a list, since any answer may be None
         self.error: Exception | None = None
         self.turn = trio.Event()
 
+    @property
+    def is_settled(self) -> bool:
+        return bool(self.answers) or self.error is not None
+
 
 class Combiner(Generic[T, A]):
-    """Joins requests that come while another is being sent."""
+    """Joins requests that come while another is being sent.
 
-    def __init__(self, send: Callable[[list[T]], Awaitable[list[A]]]) -> None:
+    `lost`: the answer of those whose request was sent without an answer, when whoever sent it was interrupted; without
+    one they are sent again.
+    """
+
+    def __init__(self, send: Callable[[list[T]], Awaitable[list[A]]], *, lost: Callable[[], A] | None = None) -> None:
         self._send = send
-        self._waiting: list[_Entry[T, A]] = []
+        self._lost = lost
+        self._waiting: dict[_Entry[T, A], None] = {}  # in order
         self._is_sending = False
 
     async def ask(self, request: T) -> A:
         """Return the answer. Raises what sending this request alone raises."""
         entry: _Entry[T, A] = _Entry(request)
-        self._waiting.append(entry)
+        self._waiting[entry] = None
         try:
-            while entry.answer is None and entry.error is None:
+            while not entry.is_settled:
                 if self._is_sending:
                     await entry.turn.wait()
                     entry.turn = trio.Event()
                 else:
                     await self._send_waiting()
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            self._waiting.pop(entry, None)
+            if not self._is_sending:
+                self._wake_next()  # it may have been this one's turn
         if entry.error is not None:
             raise entry.error
-        assert entry.answer is not None
-        return entry.answer
+        return entry.answers[0]
+
+    def _wake_next(self) -> None:
+        if self._waiting:
+            next(iter(self._waiting)).turn.set()
 
     async def _send_waiting(self) -> None:
         self._is_sending = True
         try:
-            await self._answer(self._waiting[:_MAX_BATCH])
+            await self._answer(list(islice(self._waiting, _MAX_BATCH)))
         finally:
             self._is_sending = False
-            for entry in self._waiting[:1]:
-                entry.turn.set()
+            self._wake_next()
 
     async def _answer(self, batch: list[_Entry[T, A]]) -> None:
         try:
@@ -98,14 +111,19 @@ class Combiner(Generic[T, A]):
                 for entry in batch:  # one of them it is
                     await self._answer([entry])
             return
+        except BaseException:
+            if self._lost is not None:
+                for entry in batch:
+                    entry.answers.append(self._lost())
+                self._settle(batch)
+            raise
         for entry, answer in zip(batch, answers, strict=True):
-            entry.answer = answer
+            entry.answers.append(answer)
         self._settle(batch)
 
     def _settle(self, batch: list[_Entry[T, A]]) -> None:
         for entry in batch:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            self._waiting.pop(entry, None)
             entry.turn.set()
 
 
@@ -120,7 +138,10 @@ class Journal:
         self._rng = rng
         self.steps = Combiner(self._save_steps)
         self.waits = Combiner(self._start_waits)
-        self.readings = Combiner(self._read_waits)
+        self.readings: Combiner[tuple[UUID, int], list[ResolvedWait] | None] = Combiner(
+            self._read_waits,
+            lost=lambda: None,  # it may have been told, and is told once
+        )
 
     async def ask(self, make: Callable[[UUID], Call[T]]) -> T:
         """Execute until the database has answered. Raises `Revoked` when the lease is over, `Unstorable`."""
@@ -186,8 +207,8 @@ class ExecutionJournal:
         self._claimed = claimed
         self._interruption = interruption
 
-    async def load(self) -> list[Record]:
-        if self._claimed.claim_no == 1:
+    async def load(self, *, is_first: bool) -> list[Record]:
+        if is_first and self._claimed.claim_no == 1:
             return []  # nobody had it before
         records = await self._journal.load(self._claimed)
         return self._revoked() if records is None else records
@@ -212,8 +233,8 @@ class ExecutionJournal:
                 f"child {wait['name']!r}: children are nested at most {_MAX_DEPTH} deep; does the task invoke itself?"
             )
         return Record(
-            wait["name"], wait["kind"], wait["position"], 0, started.outcome, started.target, wait.get("scope"),
-            started.value, started.error, started.due_in,
+            wait["name"], wait["kind"], wait["position"], self._claimed.attempt, started.outcome, started.target,
+            wait.get("scope"), started.value, started.error, started.due_in,
         )  # fmt: skip
 
     async def read_waits(self) -> list[Record] | None:
