@@ -109,8 +109,8 @@ def test_steps_come_back_with_it(db: Database) -> None:
     columns = "name, kind, position, claim_no, created_at, value, error"
     db.rows(
         f"insert into {{s}}._private_steps (execution_id, {columns})"
-        " values (%s, 'a', 'step', 0, 1, now(), '{\"x\": [1, null]}', null),"
-        " (%s, 'b', 'step', 1, 1, now(), null, '{}')",
+        " values (%s, 'a', 'step', 1, 1, now(), '{\"x\": [1, null]}', null),"
+        " (%s, 'b', 'step', 0, 1, now(), null, '{}')",  # dealt with: something was begun after it
         one,
         one,
     )
