@@ -91,6 +91,10 @@ class Context:
         """Let `open_durable` make what the durable operations need, when one is asked for; the engine's."""
         self._open_durable = open_durable
 
+    def close(self) -> None:
+        """The handler has ended: nothing durable is begun any more; the engine's."""
+        self._open_durable = _refuse
+
     @property
     def durable(self) -> Durable:
         """What the durable operations use. Raises `DurableMisuse` where no engine runs the handler."""
@@ -261,6 +265,10 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
+
+
+def _refuse() -> Durable:
+    raise DurableMisuse("the handler of this context has ended")
 
 
 def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
