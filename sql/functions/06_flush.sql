@@ -73,7 +73,9 @@ declare
     v_parents uuid[];
     v_woken uuid[] := '{}';
 begin
-    if p_family then
+    -- Rows that go on are written after those that end, so not in the order of ids; others may hold one of them while they
+    -- wait for another, as the parents of what they end.
+    if p_family or (cardinality(p_ids) > 1 and p_outcomes && array['retried', 'released', 'waiting']) then
         perform @schema@._private_lock_family(p_ids);
     end if;
     -- An id that was made up may name a partition that is not there.

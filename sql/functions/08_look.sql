@@ -97,10 +97,11 @@ as $$
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 
--- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until
--- the next one is due, if that is within p_horizon; null: nothing to wait for.
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready, running or to be cancelled because its
+-- parent has ended, else the seconds until the next one is due, if that is within p_horizon; null: nothing to wait for.
+-- Stable: several queues in one statement are seen at one moment, so nothing passes from one to another in between.
 create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
-    language plpgsql volatile
+    language plpgsql stable
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
     set jit = off
@@ -126,6 +127,11 @@ begin
         end if;
         v_next := least(v_next, v_due);
     end loop;
+    if exists (select from @schema@._private_closings c
+            join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(c.execution_id) and e.id = c.execution_id
+        where e.queue = p_queue and e.task = any (p_tasks)) then
+        return 0;
+    end if;
     if v_next <= v_now + make_interval(secs => p_horizon) then
         return greatest(0, date_part('epoch', v_next - v_now));
     end if;

@@ -121,6 +121,15 @@ begin
         exit when not found;
     end loop;
     if 'waiting' = any (p_outcomes) then
+        -- Waits that a task of the handler's waits for by itself: of a nursery's such a one is a scope of its own, and if one
+        -- is resolved though its handler has been told, it was interrupted before it could go on.
+        if exists (select from unnest(p_outcomes, p_results) as o (outcome, result) where o.outcome = 'waiting' and o.result is not null) then
+            update @schema@._private_waits w set is_seen = false, scope = case when w.scope is not null then w.name end
+            from unnest(p_ids, p_claim_nos, p_outcomes, p_results) as o (id, claim_no, outcome, result)
+                join @schema@._private_queue_{no} e on e.id = o.id and e.state = 'waiting' and e.outcome_claim = o.claim_no
+                cross join lateral jsonb_array_elements_text(o.result) as a (name)
+            where o.outcome = 'waiting' and w.execution_id = o.id and w.name = a.name and (w.is_seen or w.scope <> w.name);
+        end if;
         -- What was resolved before we had the rows' locks: nobody else tells them (the resolver's side: _private_wake).
         return query
             update @schema@._private_queue_{no} e set state = 'ready', run_at = v_now

@@ -7,26 +7,32 @@
 -- looks at the row (_private_wake): waiting, it is made ready. The flush that parks the execution holds the row too, and
 -- then looks at the waits, in a statement of its own. So one comes after the other, and the second sees what the first wrote.
 
--- All records of an execution, oldest first, as its finished row keeps them; null if there are none.
+-- All records of an execution, oldest first, as its finished row keeps them; null if there are none. Only a wait that is open has
+-- no outcome.
 create or replace function @schema@._private_history(p_id uuid) returns jsonb
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', x.name, 'kind', x.kind, 'position', x.position, 'claim_no', x.claim_no,
-        'attempt', x.attempt, 'created_at', x.created_at, 'outcome', x.outcome, 'target', x.target, 'event_id', x.event_id))
+        'attempt', x.attempt, 'created_at', x.created_at, 'resolved_at', x.resolved_at, 'outcome', x.outcome, 'target', x.target,
+            'event_id', x.event_id))
         || case when x.value is null then '{}' else jsonb_build_object('value', x.value) end
         || case when x.error is null then '{}' else jsonb_build_object('error', x.error) end order by x.position, x.name)
     from (
-        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.outcome, s.target, s.event_id, s.value, s.error
+        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, null::timestamptz as resolved_at,
+            coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome, s.target, s.event_id, s.value,
+            s.error
         from @schema@._private_steps s where s.execution_id = p_id
         union all
-        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.outcome, w.target, w.event_id, w.value, w.error
+        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.resolved_at, w.outcome, w.target, w.event_id, w.value,
+            w.error
         from @schema@._private_waits w where w.execution_id = p_id
     ) x
 $$;
 
--- Whether a waiting execution has something to go on with: a plain wait of it was resolved, or all of a scope were, or one
--- of a scope failed, and it has not been told. By indexes of what is open and what is unseen: a scope may have 10,000 waits.
+-- Whether a waiting execution has something to go on with: a plain wait of it was resolved, or all of a scope were, or the
+-- first of a scope failed (the others are then waited for together), and it has not been told. By indexes of what is open and
+-- what is unseen: a scope may have 10,000 waits.
 create or replace function @schema@._private_is_resumable(p_id uuid) returns boolean
     language sql stable
     set search_path = pg_catalog, pg_temp
@@ -40,7 +46,12 @@ as $$
         from scopes s where s.scope is not null
     )
     select exists (select from @schema@._private_waits w where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
-            and (w.scope is null or w.outcome <> 'completed'))
+            and w.scope is null)
+        or exists (select from scopes s where s.scope is not null
+            and exists (select from @schema@._private_waits w where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
+                and w.scope = s.scope and w.outcome <> 'completed')
+            and not exists (select from @schema@._private_waits w where w.execution_id = p_id and w.is_seen and w.scope = s.scope
+                and w.outcome <> 'completed'))
         or exists (select from scopes s where s.scope is not null and not exists (
             select from @schema@._private_waits w where w.execution_id = p_id and w.scope = s.scope and w.resolved_at is null))
 $$;
@@ -138,25 +149,39 @@ begin
     return v_queues;
 end $$;
 
--- Before another attempt: forget the failures that nothing was recorded after, so that they are tried again. Failures with a
--- later record were dealt with by the handler, and stay. The caller holds the executions' rows.
+-- The failures of executions that nothing was begun after: another attempt is to try them again. What failed before something else was begun was dealt with by the handler, and
+-- stays. The place of a step that failed is when it failed (durable.py), that of a wait when it was begun: what was begun
+-- beside it has a later place, but not a later time.
+create or replace function @schema@._private_trailing_failures(p_ids uuid[]) returns table (execution_id uuid, name text)
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select x.execution_id, x.name from (
+        select r.execution_id, r.name, r.failed_at, max(case when r.failed_at is null then r.created_at end)
+            over (partition by r.execution_id order by r.position desc rows between unbounded preceding and 1 preceding) as later_at
+        from (
+            select s.execution_id, s.name, s.position, s.created_at,
+                case when s.error is not null or s.outcome = 'timed_out' then '-infinity'::timestamptz end as failed_at
+            from @schema@._private_steps s where s.execution_id = any (p_ids)
+            union all
+            select w.execution_id, w.name, w.position, w.created_at,
+                case when w.error is not null or w.outcome = 'timed_out' then w.resolved_at end
+            from @schema@._private_waits w where w.execution_id = any (p_ids)
+        ) r
+    ) x where x.failed_at is not null and (x.later_at is null or x.later_at < x.failed_at)
+$$;
+
+-- Before another attempt: forget the failures that nothing was begun after. The caller holds the executions' rows.
 create or replace function @schema@._private_forget_failures(p_ids uuid[]) returns void
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
-    with last as materialized (
-        select i.id, greatest(
-            (select max(s.position) from @schema@._private_steps s where s.execution_id = i.id and s.error is null
-                and s.outcome is distinct from 'timed_out'),
-            (select max(w.position) from @schema@._private_waits w where w.execution_id = i.id and w.error is null
-                and w.outcome is distinct from 'timed_out')) as position
-        from unnest(p_ids) as i (id)
+    with forgotten as materialized (
+        select t.execution_id, t.name from @schema@._private_trailing_failures(p_ids) t
     ), steps as (
-        delete from @schema@._private_steps s using last l
-        where s.execution_id = l.id and (s.error is not null or s.outcome = 'timed_out') and s.position > coalesce(l.position, -1)
+        delete from @schema@._private_steps s using forgotten f where s.execution_id = f.execution_id and s.name = f.name
     )
-    delete from @schema@._private_waits w using last l
-    where w.execution_id = l.id and (w.error is not null or w.outcome = 'timed_out') and w.position > coalesce(l.position, -1)
+    delete from @schema@._private_waits w using forgotten f where w.execution_id = f.execution_id and w.name = f.name
 $$;
 
 -- Of these claims those that hold, locked and marked as having a history.
@@ -408,8 +433,9 @@ begin
 end $$;
 
 -- Cancel children whose parent has ended or asked for it, at most p_limit. Each ends at once, or its owner is told, as by cancel;
--- its own children follow when it has ended. Returns how many it dealt with: call again until that is 0. Locks: as cancel,
--- after its rows of the closings, of which it passes over those that another call deals with.
+-- its own children follow when it has ended. Returns how many it dealt with: call again until that is 0. Those that somebody
+-- has locked for a second, with their parents, are left for later, and keep nobody else waiting. Locks: as cancel, after its
+-- rows of the closings, of which it passes over those that another call deals with.
 create or replace function @schema@.close_children(p_limit int default 1000) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -419,16 +445,23 @@ create or replace function @schema@.close_children(p_limit int default 1000) ret
 as $$
 declare
     v_closing record;
+    v_ids uuid[];
     v_count bigint := 0;
 begin
-    -- The rows of all in one order, before those of each reason.
+    v_ids := array(select c.execution_id from (
+        select c.execution_id from @schema@._private_closings c order by c.execution_id limit p_limit for update skip locked) c);
+    begin
+        -- The rows of all in one order, before those of each reason.
+        perform @schema@._private_lock_family(v_ids);
+    exception when lock_not_available then
+        v_ids := array(
+            select i from unnest(v_ids) as i
+                left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
+            where @schema@._private_try_lock(i) and (e.parent_id is null or @schema@._private_try_lock(e.parent_id)));
+    end;
     for v_closing in
-        with taken as materialized (
-            select c.* from @schema@._private_closings c order by c.execution_id limit p_limit for update skip locked
-        ), locked as materialized (
-            select @schema@._private_lock_family(array(select t.execution_id from taken t))
-        )
-        select t.reason, array_agg(t.execution_id) as ids from taken t, locked group by t.reason order by t.reason
+        select c.reason, array_agg(c.execution_id) as ids from @schema@._private_closings c where c.execution_id = any (v_ids)
+        group by c.reason order by c.reason
     loop
         perform @schema@._private_cancel(v_closing.ids, v_closing.reason);
         delete from @schema@._private_closings c where c.execution_id = any (v_closing.ids);

@@ -118,6 +118,10 @@ class Context:
         self._open_durable = open_durable
         self._desk = desk
 
+    def close(self) -> None:
+        """The handler has ended: nothing durable is begun any more; the engine's."""
+        self._open_durable = _refuse
+
     @property
     def durable(self) -> Durable:
         """What the durable operations use. Raises `DurableMisuse` where no engine runs the handler."""
@@ -428,6 +432,10 @@ class Context:
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
+
+
+def _refuse() -> Durable:
+    raise DurableMisuse("the handler of this context has ended")
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

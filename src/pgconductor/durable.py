@@ -5,17 +5,20 @@ knows the history, runs steps, and begins and ends waits; what is recorded it ha
 claim.
 
 Suspension. A wait first records itself and then parks its task. When at least one task is parked, no operation is
-active and none began for `SETTLE` seconds, the execution is given up: the engine cancels the scope of the attempt
-(`Suspender.suspend`), the handler unwinds, and the execution becomes `waiting`. When a wait is resolved it is claimed
-again, from the start: operations that are recorded return at once. A wait that is resolved before that simply returns.
+active, and none began and no wait ended for `SETTLE` seconds and some turns of Trio's loop, the execution is given up:
+the engine cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution becomes
+`waiting`. When a wait is resolved it is claimed again, from the start: operations that are recorded return at once. A
+wait that is resolved before that simply returns.
 
 So between operations a handler must not wait for anything but the context and its own tasks: it would be cut short when
 another branch parks. What must not be parked is refused before anything is recorded: under a shield or outside the
 attempt's scope, where the unwinding would not reach; under a finite deadline of the user's, which a replay would begin
-anew; inside a step.
+anew; inside a step. While a handler unwinds to begin again, nothing is recorded: its next run would not find it where
+it belongs.
 
 Invariants: what an operation returns is what is recorded, encoded and decoded again, so that a replay gets the same. A
-wait that was read from the database is delivered, or the history is loaded again: the database tells it once.
+wait that was read from the database is delivered, or the history is loaded again: the database tells it once. Should an
+execution be given up all the same, the database is told which waits its tasks are parked for, and looks at those again.
 
 Cancellation: a step's value is written in a bounded shield once its function has returned. A parked child whose wait is
 cancelled by the handler's own scope is cancelled too; an unwinding that the engine began leaves children alone.
@@ -42,7 +45,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 from .codec import Limits, ResultCodec, describe_error, printable
-from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed, Unstorable
+from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed
 from .history import History
 from .model import Record
 from .options import checked_int, checked_seconds
@@ -59,7 +62,9 @@ logger = logging.getLogger("pgconductor.task")
 
 SETTLE: Final = 0.01  # seconds without a new operation after which a parked execution is given up
 LAST_WORDS: Final = 5.0  # seconds for writing what has happened already
+_TURNS: Final = 8  # of Trio's loop besides: when it was busy, seconds pass in which no task had its turn
 _RETRY_READ: Final = 0.005  # the database's clock is a little behind ours
+_MAX_RETRY_READ: Final = 1.0
 MAX_TRIES: Final = 10_000
 
 _step: ContextVar[str | None] = ContextVar("pgconductor_step", default=None)  # the step that this code is in
@@ -82,17 +87,22 @@ class Suspender(Protocol):
         ...
 
     @property
+    def will_replay(self) -> bool:
+        """Whether it has asked for that so that the handler begins again, with the same history."""
+        ...
+
+    @property
     def is_draining(self) -> bool:
         """Whether the worker is stopping, and waits for handlers."""
         ...
 
     @property
-    def task(self) -> trio.lowlevel.Task | None:
-        """The task that runs the handler, None if that is a thread."""
+    def is_alone(self) -> bool:
+        """Whether the code that asks is all there is of the handler: its own task, with no nursery open."""
         ...
 
-    def suspend(self) -> None:
-        """Unwind: the execution waits."""
+    def suspend(self, awaited: Sequence[str]) -> None:
+        """Unwind: the execution waits. `awaited`: the waits any of which is to wake it."""
         ...
 
     def give_way(self) -> None:
@@ -123,8 +133,8 @@ class Revoked(Exception):
 class Journal(Protocol):
     """Writes for the claim of one execution. All methods raise `Revoked`."""
 
-    async def load(self) -> list[Record]:
-        """Return what is recorded."""
+    async def load(self, *, is_first: bool) -> list[Record]:
+        """Return what is recorded. `is_first`: before this run has recorded anything."""
         ...
 
     async def save_step(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
@@ -188,10 +198,11 @@ TriesLike: TypeAlias = Tries | int | None
 @dataclass(slots=True, eq=False)
 class Parked:
     """A task that waits. `is_over`: whether it need wait no longer. `due_at`: when to ask the database, by Trio's
-    clock."""
+    clock. `name`: the wait, if it waits for a single one."""
 
     is_over: Callable[[], bool]
     due_at: float
+    name: str | None
     woken: trio.Event
 
 
@@ -223,7 +234,10 @@ class Durable:
         self._history: History | None = None
         self._loading = trio.Lock()
         self._active = 0
-        self._begun_at = -math.inf
+        self._stirred_at = -math.inf  # when an operation began or a wait ended
+        self._stirs = 0
+        self._has_waits = False
+        self._due_at: dict[str, float] = {}  # of open waits, by Trio's clock
         self._parked: dict[Parked, None] = {}  # in order; the first of them watches for the time to suspend
         self._is_nudged = False  # something may have been resolved
         self._must_reload = False
@@ -238,6 +252,11 @@ class Durable:
         if self.is_over:
             raise DurableMisuse(f"{what}: the handler of this context has ended")
         require_outside_steps(what)
+        if self.suspender.will_replay and trio.current_effective_deadline() != -math.inf:
+            raise DurableMisuse(
+                f"{what} under a shield while the handler ends to begin again later: it would be recorded where the "
+                f"next run does not ask for it"
+            )
         if not waits or self.suspender.is_unwinding:
             return  # unwinding: the checkpoint that follows raises Cancelled, or the shield lets it through
         place = self.suspender.locate()
@@ -248,7 +267,7 @@ class Durable:
         if place is Place.BOUNDED:
             raise DurableMisuse(
                 f"{what} under a deadline of Trio's (move_on_after, fail_after): it would begin anew at each replay; "
-                f"use the timeout= of the operation"
+                f"use the timeout= of the operation, or of the child: task.options(timeout=...)"
             )
 
     @contextmanager
@@ -256,7 +275,7 @@ class Durable:
         """An operation is active inside the block, so nothing is suspended."""
         self.require_place(what, waits=waits)
         self._active += 1
-        self._begun_at = trio.current_time()
+        self._stir()
         try:
             yield
         finally:
@@ -264,22 +283,36 @@ class Durable:
             if self._active == 0:
                 self._wake_watch()
 
+    def _stir(self) -> None:
+        self._stirs += 1
+        self._stirred_at = trio.current_time()
+
     @property
     def is_alone(self) -> bool:
         """Whether the code that asks is all there is of the handler: its own task, with no nursery open."""
-        task = trio.lowlevel.current_task()
-        return task is self.suspender.task and not task.child_nurseries
+        return self.suspender.is_alone
 
     async def history(self) -> History:
-        """The history, loaded when first asked for."""
+        """The history, loaded when first asked for. A cancelled caller gets none: its operation does not begin."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._history is None:
             async with self._loading:
                 if self._history is None:
-                    self._history = History(await held(self.journal.load()), self._attempt)
+                    records = await held(self.journal.load(is_first=True))
+                    for record in records:
+                        self._note_due(record)
+                    self._history = History(records, self._attempt)
         return self._history
+
+    def _note_due(self, record: Record) -> None:
+        if record.outcome is None:
+            self._has_waits = True
+            if record.due_in is not None:
+                self._due_at[record.name] = trio.current_time() + record.due_in
 
     def numbered(self, kind: str) -> str:
         """A name for an operation that was given none: the first, second, ... of its kind."""
+        self.require_place(f"ctx.{kind}()")
         if not self.is_alone:
             raise DurableMisuse(f"ctx.{kind}() in a handler with branches needs a name=: branches come in any order")
         self._numbers[kind] = number = self._numbers.get(kind, 0) + 1
@@ -353,31 +386,38 @@ class Durable:
         timeout: float | None,
     ) -> tuple[Saved, BaseException | None]:
         tries = 0
+        value: Any = None
         backoff: Backoff = checked_backoff("Tries(backoff=)", policy.backoff)
         while True:
             tries += 1
             try:
-                text = codec.encode(await self.call_step(name, call, timeout))
+                value = await self.call_step(name, call, timeout)
             except (DurableMisuse, NonDeterminism):
                 raise  # of the handler's code, not of what the step does
             except Exception as error:  # what a step raises is data
+                # But not what it raises because it was cancelled, which a replay would raise again.
+                await trio.lowlevel.checkpoint_if_cancelled()
                 decision = decide(tries, policy.tries, backoff, self.rng, error)
                 if decision.kind == "released":
                     raise  # Snooze: it has not failed
                 if decision.kind == "failed":
-                    return await self.save_failure(name, "step", position, error, decision.verdict)
+                    return await self.save_failure(name, "step", error, decision.verdict)
                 logger.info("step %r failed, and is tried again in %.3g s: %r", name, decision.delay, error)
                 await trio.sleep(decision.delay)
             else:
-                try:
-                    return await self.save(name, "step", position, text, None), None
-                except Unstorable as error:
-                    return await self.save_failure(name, "step", position, error, None)
+                break
+        # It has been done, and is not done again because its value does not fit.
+        try:
+            return await self.save(name, "step", position, codec.encode(value), None), None
+        except Exception as error:  # noqa: BLE001  # what the value's own classes raise
+            return await self.save_failure(name, "step", error, None)
 
     async def save_failure(
-        self, name: str, kind: str, position: int, error: BaseException, head: BaseException | None
+        self, name: str, kind: str, error: BaseException, head: BaseException | None
     ) -> tuple[Saved, BaseException]:
         """Record that a step failed, by `error`; `head`: the verdict in it, if there is one."""
+        # Its place is where it failed, not where it began: what begins after that has dealt with it.
+        position = cast(History, self._history).place()
         described = json.dumps(describe_error(error, self.limits.error_bytes, head))
         return await self.save(name, kind, position, None, described), error
 
@@ -422,16 +462,18 @@ class Durable:
             elif record.outcome is not None:
                 await trio.lowlevel.checkpoint()
         if record.outcome is None:
-            await self.park(lambda: self.outcome(name) is not None, record.due_in)
+            await self.park_for(name)
             record = cast(Record, history.get(name))
         return record
 
     async def start(self, specs: Sequence[Mapping[str, object]]) -> list[Record]:
         """Begin waits, whose names are in use already."""
         history = await self.history()
+        self._has_waits = True
         records = await held(self.journal.start_waits([{**spec, "position": history.place()} for spec in specs]))
         for record in records:
             history.note(record)
+            self._note_due(record)
         return records
 
     def outcome(self, name: str) -> str | None:
@@ -443,47 +485,74 @@ class Durable:
         """What is recorded under a name, as far as it is loaded."""
         return None if self._history is None else self._history.get(name)
 
+    def has_failed_child(self, scope: str) -> bool:
+        """Whether a child of this nursery is known to have ended otherwise than by completing."""
+        return self._history is not None and self._history.has_failed_child(scope)
+
     def nudge(self) -> None:
         """Something may have been resolved: have it read, by whoever is parked now or next."""
-        self._is_nudged = True
-        self._wake_watch()
+        if self._has_waits:
+            self._is_nudged = True
+            self._wake_watch()
 
     @property
     def has_open_children(self) -> bool:
         """Whether there are children that had not ended when that was last read."""
         return self._history is not None and self._history.has_open("child")
 
-    @property
-    def is_parked(self) -> bool:
-        return bool(self._parked)
+    async def park_for(self, name: str) -> None:
+        """Wait until a wait has ended, here, or by giving up the execution."""
+        await self._park(lambda: self.outcome(name) is not None, self._due_at.get(name, math.inf), name)
 
-    async def park(self, is_over: Callable[[], bool], due_in: float | None = None) -> None:
-        """Wait until `is_over`, here, or by giving up the execution."""
-        due_at = math.inf if due_in is None else trio.current_time() + due_in
-        parked = Parked(is_over, due_at, trio.Event())
+    async def park(self, is_over: Callable[[], bool]) -> None:
+        """The same for waits of one scope: until `is_over`."""
+        await self._park(is_over, math.inf, None)
+
+    async def _park(self, is_over: Callable[[], bool], due_at: float, name: str | None) -> None:
+        parked = Parked(is_over, due_at, name, trio.Event())
         self._parked[parked] = None
+        nap = _RETRY_READ
         try:
             while not is_over():
                 now = trio.current_time()
                 if self._is_nudged or now >= parked.due_at:
                     await self._read()
-                    parked.due_at = (
-                        max(parked.due_at, trio.current_time() + _RETRY_READ) if due_in is not None else math.inf
-                    )
+                    if now >= parked.due_at:
+                        parked.due_at = trio.current_time() + nap
+                        nap = min(2 * nap, _MAX_RETRY_READ)
                     continue
                 until = parked.due_at
                 if self._active == 0 and next(iter(self._parked)) is parked:
-                    settled_at = self._begun_at + SETTLE
-                    if now >= settled_at:
-                        self.suspender.suspend()
+                    settled_at = self._stirred_at + SETTLE
+                    if now < settled_at:
+                        until = min(until, settled_at)
+                    elif await self._is_quiet():
+                        self.suspender.suspend([one.name for one in self._parked if one.name is not None])
                         await trio.sleep_forever()
-                    until = min(until, settled_at)
+                    else:
+                        continue
                 parked.woken = trio.Event()
                 with trio.CancelScope(deadline=until):
                     await parked.woken.wait()
         finally:
             del self._parked[parked]
+            self._stir()  # whoever waited goes on
             self._wake_watch()
+
+    async def _is_quiet(self) -> bool:
+        """Whether nothing stirs although every task has its turn."""
+        stirs = self._stirs
+        for _ in range(_TURNS):
+            await trio.lowlevel.checkpoint()
+            if self._active or self._is_nudged or self._stirs != stirs:
+                return False
+        return not self._wake_over()
+
+    def _wake_over(self) -> bool:
+        over = [parked for parked in self._parked if parked.is_over()]
+        for parked in over:
+            parked.woken.set()
+        return bool(over)
 
     def _wake_watch(self) -> None:
         if self._parked:
@@ -493,14 +562,15 @@ class Durable:
         """Have the database tell what was resolved; in a shield, since it tells it once."""
         self._is_nudged = False
         self._active += 1  # nothing is suspended meanwhile
+        has_read = False
         try:
             async with self._reading:
                 self._deliver(await held(self._read_once()))
+            has_read = True
         finally:
             self._active -= 1
-            for parked in self._parked:
-                if parked.is_over():
-                    parked.woken.set()
+            self._is_nudged = self._is_nudged or not has_read
+            self._wake_over()
             self._wake_watch()
 
     def _deliver(self, records: list[Record]) -> None:
@@ -517,7 +587,7 @@ class Durable:
         """What the database has under a name: for an operation whose answer was lost. Others wait for their turn."""
         async with self._reading:
             self._must_reload = self._is_nudged = True  # should this be cancelled: what is read is told once
-            records = await held(self.journal.load())
+            records = await held(self.journal.load(is_first=False))
             self._must_reload = False
             self._deliver(records)
         self._wake_watch()
@@ -527,7 +597,7 @@ class Durable:
         with trio.move_on_after(LAST_WORDS, shield=True):
             records = None if self._must_reload else await self.journal.read_waits()
             if records is None:
-                records = await self.journal.load()
+                records = await self.journal.load(is_first=False)
             self._must_reload = False
             return records
         self._must_reload = self._is_nudged = True
@@ -535,6 +605,10 @@ class Durable:
 
     async def close_children(self, names: Sequence[str], reason: str) -> None:
         """Cancel children, also for a cancelled caller; not while the engine unwinds the handler."""
+        if names:
+            await (
+                trio.lowlevel.cancel_shielded_checkpoint()
+            )  # if it is not the handler's own scope we have been told then
         if names and not self.suspender.is_unwinding:
             with suppress(Revoked), trio.move_on_after(LAST_WORDS, shield=True):
                 await self.journal.close_children(names, reason)

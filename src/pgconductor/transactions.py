@@ -162,7 +162,7 @@ class _Step:
             if decision.kind == "released":
                 raise error  # Snooze: it has not failed
             if decision.kind == "failed":
-                return await self._durable.save_failure(self._name, self._kind, self._position, error, decision.verdict)
+                return await self._durable.save_failure(self._name, self._kind, error, decision.verdict)
             await trio.sleep(decision.delay)
 
     async def _try(
@@ -208,7 +208,7 @@ class _Step:
                 raise  # Snooze: it has not failed
             failure, verdict = error, decision.verdict
         if failure is not None:
-            saved, cause = await durable.save_failure(self._name, self._kind, self._position, failure, verdict)
+            saved, cause = await durable.save_failure(self._name, self._kind, failure, verdict)
             returned(self._name, saved, _ANY, cause)  # raises StepFailed
 
     async def _open(self, stack: AsyncExitStack, tape: Tape | None) -> OpenTransaction:

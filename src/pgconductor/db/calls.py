@@ -305,7 +305,8 @@ _QUERIES = {
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
     " queues"
     " from {s}.orchestrator_status()",
-    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
+    "drain_wait": "select min(w) from unnest(%s::text[], %s::jsonb[]) as x (queue, tasks) cross join lateral"
+    " {s}.drain_wait(x.queue, array(select jsonb_array_elements_text(x.tasks)), %s) as w",
     "channel": "select {s}._private_channel(%s)",
     "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
@@ -575,9 +576,12 @@ class Calls:
             lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
-    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
-        """Seconds until one of these tasks is due, 0 if one is ready or running; None: nothing within the horizon."""
-        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
+    def drain_wait(self, tasks: Mapping[str, Sequence[str]], horizon: float) -> Call[float | None]:
+        """Seconds until one of these tasks, by queue, is due, 0 if one is ready or running; None: nothing within the
+        horizon.
+        """
+        names = [json.dumps(list(of_queue)) for of_queue in tasks.values()]
+        return Call(self._query["drain_wait"], (list(tasks), names, horizon), _float_or_none)
 
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""

@@ -27,7 +27,7 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Final, TypeVar
 
@@ -54,7 +54,7 @@ from .thread_desk import ThreadDesk
 
 logger = logging.getLogger("pgconductor.worker")
 
-_encode_error = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode
 _NOTHING: Final = object()  # no value was returned
 
 
@@ -73,16 +73,17 @@ class Interruption:
     is_stopping = False  # the worker stops
     is_abandoned = False  # its thread is not waited for
     is_suspended = False  # it waits: what the handler returns or raises from now on means nothing
+    awaited: Sequence[str] = ()  # the waits any of which is to wake it
     is_body_running = False  # in a thread, and not known to have ended
     reason: str | None = None  # of the requested cancellation
     unwound: BaseException | None = None  # what left an async handler: tells where it was
     _is_expired = False  # the time of a plain def is up
     _has_thread = False  # the scope is for abandoning it only
     was_told = False  # the handler asked, and was told to end
-    task: trio.lowlevel.Task | None = None  # that runs an async handler
+    _task: trio.lowlevel.Task | None = None  # that runs an async handler
+    _nurseries = 0  # of that task, when the handler began
     drains: Callable[[], bool] | None = None  # whether the worker stops
     _desk: ThreadDesk | None = None  # where the thread of a plain def has its operations done
-    _outer_deadline = math.inf  # of the scopes outside ours
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
@@ -98,6 +99,10 @@ class Interruption:
         """The worker stops: an async handler is cancelled, a plain ``def`` is asked to end. Idempotent."""
         self.is_stopping = True
         self._ask()
+
+    def note_end(self) -> None:
+        """A scope outside is cancelled: as `stop`, which is not needed any more."""
+        self.is_stopping = True
 
     def abandon(self) -> None:
         """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
@@ -116,14 +121,26 @@ class Interruption:
         )
 
     @property
+    def will_replay(self) -> bool:
+        """Whether it was asked to end so that it begins again later, with the same history."""
+        return self.is_suspended or (self.is_stopping and not self.is_requested)
+
+    @property
     def is_draining(self) -> bool:
         """Whether the worker stops, and waits for its handlers."""
         return self.drains is not None and self.drains()
 
-    def suspend(self) -> None:
+    @property
+    def is_alone(self) -> bool:
+        """Whether the code that asks is all there is of the handler: its own task, with no nursery open."""
+        task = trio.lowlevel.current_task()
+        return task is self._task and len(task.child_nurseries) == self._nurseries
+
+    def suspend(self, awaited: Sequence[str]) -> None:
         """The execution waits: the handler is cancelled, and begins again when there is something to go on with."""
         if not self.is_requested and not self.is_stopping:
             self.is_suspended = True
+            self.awaited = awaited
         self._ask()
 
     def give_way(self) -> None:
@@ -138,11 +155,11 @@ class Interruption:
             scope.deadline = -math.inf
             if trio.current_effective_deadline() != -math.inf:
                 return Place.OUTSIDE
-            scope.deadline = math.inf
+            scope.deadline, scope.shield = math.inf, True  # what is left are the handler's own
             effective = trio.current_effective_deadline()
         finally:
-            scope.deadline = deadline
-        return Place.BOUNDED if -math.inf < effective < self._outer_deadline else Place.INSIDE
+            scope.deadline, scope.shield = deadline, False
+        return Place.BOUNDED if -math.inf < effective < math.inf else Place.INSIDE
 
     async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         """Run a plain function: in the thread of the handler if it has one, else in one of its own."""
@@ -221,12 +238,16 @@ class Interruption:
         self._scope = trio.CancelScope()  # one serves but once
         return loaded
 
+    def note_task(self) -> None:
+        """The current task is the handler's, or does for its thread what it asks."""
+        self._task = trio.lowlevel.current_task()
+        self._nurseries = len(self._task.child_nurseries)
+
     async def run(self, handler: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
         """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
         if timeout is not None:
             self._scope.deadline = trio.current_time() + timeout
-        self.task = trio.lowlevel.current_task()
-        self._outer_deadline = trio.current_effective_deadline()
+        self.note_task()
         with self._scope:
             try:
                 return await handler()
@@ -344,7 +365,7 @@ async def attempt(
     try:
         if inner.is_suspended:
             _log_ignored(task, claimed, value, error)
-            return waiting(task, claimed)
+            return waiting(task, claimed, inner.awaited)
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
         if inner.is_body_running:
@@ -453,9 +474,13 @@ def released(task: Task[..., Any], claimed: Claimed, delay: float = 0.0) -> Outc
     return Outcome(claimed.id, claimed.claim_no, "released", delay=delay, keep=task.keep_failed)
 
 
-def waiting(task: Task[..., Any], claimed: Claimed) -> Outcome:
-    """The outcome of an execution that waits for its waits, and gives the attempt back."""
-    return Outcome(claimed.id, claimed.claim_no, "waiting", keep=task.keep_failed)
+def waiting(task: Task[..., Any], claimed: Claimed, awaited: Sequence[str] = ()) -> Outcome:
+    """The outcome of an execution that waits for its waits, and gives the attempt back.
+
+    `awaited`: waits any of which is to wake it, of a nursery's too.
+    """
+    names = _encode(awaited).decode() if awaited else None
+    return Outcome(claimed.id, claimed.claim_no, "waiting", names, keep=task.keep_failed)
 
 
 def cancelled(task: Task[..., Any], claimed: Claimed, error: BaseException | None = None) -> Outcome:
@@ -512,4 +537,4 @@ def retried_or_failed(
 
 
 def _describe(task: Task[..., Any], error: BaseException, head: BaseException | None = None) -> str:
-    return _encode_error(describe_error(error, task.limits.error_bytes, head)).decode()
+    return _encode(describe_error(error, task.limits.error_bytes, head)).decode()

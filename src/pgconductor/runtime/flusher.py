@@ -41,6 +41,7 @@ from .lease import Lease
 logger = logging.getLogger("pgconductor.worker")
 
 MAX_FLUSH = 1000
+_ENDS = ("completed", "failed", "cancelled")
 
 
 @dataclass(slots=True, eq=False)
@@ -206,7 +207,7 @@ class Flusher:
         has_left = False
         for outcome in batch:
             held = self.held.pop(outcome.id, None)
-            has_left = has_left or (held is not None and held.leaves_children)
+            has_left = has_left or (held is not None and held.leaves_children and outcome.kind in _ENDS)
         if has_left:
             self._left()
         self._size = min(2 * self._size, self._max_batch)

@@ -9,16 +9,16 @@ the claim is revoked the attempt is abandoned, and if the lease is over its scop
 `Revoked`.
 
 Cancellation: a request of a cancelled caller may be carried out or not. If it was sending for others too, one of them
-sends what was not answered.
+sends what was not answered; but readings are told once, so those are told that their answer is lost.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from itertools import islice
+from typing import Any, Generic, NoReturn, TypeVar
 from uuid import UUID
 
 import trio
@@ -52,65 +52,64 @@ _MAX_DEPTH = 16
 
 
 class _Entry(Generic[T, A]):
-    """A request on its way: when it `is_done` there is an `answer`, or an `error`."""
+    """A request on its way: `answers` has one item when it is answered, `error` is set if it cannot be."""
 
-    __slots__ = ("answer", "error", "is_done", "is_given_up", "request", "turn")
+    __slots__ = ("answers", "error", "request", "turn")
 
     def __init__(self, request: T) -> None:
         self.request = request
-        self.answer: A | None = None
-        self.is_done = False
+        self.answers: list[A] = []  # a list, since any answer may be None
         self.error: Exception | None = None
-        self.is_given_up = False
         self.turn = trio.Event()
+
+    @property
+    def is_settled(self) -> bool:
+        return bool(self.answers) or self.error is not None
 
 
 class Combiner(Generic[T, A]):
-    """Joins requests that come while another is being sent."""
+    """Joins requests that come while another is being sent.
 
-    def __init__(self, send: Callable[[list[T]], Awaitable[list[A]]]) -> None:
+    `lost`: the answer of those whose request was sent without an answer, when whoever sent it was interrupted; without
+    one they are sent again.
+    """
+
+    def __init__(self, send: Callable[[list[T]], Awaitable[list[A]]], *, lost: Callable[[], A] | None = None) -> None:
         self._send = send
-        self._waiting: deque[_Entry[T, A]] = deque()
+        self._lost = lost
+        self._waiting: dict[_Entry[T, A], None] = {}  # in order
         self._is_sending = False
 
     async def ask(self, request: T) -> A:
         """Return the answer. Raises what sending this request alone raises."""
         entry: _Entry[T, A] = _Entry(request)
-        self._waiting.append(entry)
+        self._waiting[entry] = None
         try:
-            while not entry.is_done:
+            while not entry.is_settled:
                 if self._is_sending:
                     await entry.turn.wait()
                     entry.turn = trio.Event()
                 else:
                     await self._send_waiting()
-        except BaseException:
-            entry.is_given_up = True
-            self._pass_on()
-            raise
+        finally:
+            self._waiting.pop(entry, None)
+            if not self._is_sending:
+                self._wake_next()  # it may have been this one's turn
         if entry.error is not None:
             raise entry.error
-        return cast(A, entry.answer)
+        return entry.answers[0]
+
+    def _wake_next(self) -> None:
+        if self._waiting:
+            next(iter(self._waiting)).turn.set()
 
     async def _send_waiting(self) -> None:
-        waiting, batch = self._waiting, list[_Entry[T, A]]()
-        while waiting and len(batch) < _MAX_BATCH:
-            if not (entry := waiting.popleft()).is_given_up:
-                batch.append(entry)
         self._is_sending = True
         try:
-            await self._answer(batch)
+            await self._answer(list(islice(self._waiting, _MAX_BATCH)))
         finally:
             self._is_sending = False
-            waiting.extendleft(e for e in reversed(batch) if not e.is_done)
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        """Let the next one send what waits."""
-        while self._waiting and self._waiting[0].is_given_up:
-            self._waiting.popleft()
-        if self._waiting and not self._is_sending:
-            self._waiting[0].turn.set()
+            self._wake_next()
 
     async def _answer(self, batch: list[_Entry[T, A]]) -> None:
         try:
@@ -119,12 +118,23 @@ class Combiner(Generic[T, A]):
             if len(batch) > 1:  # one of them it is
                 for entry in batch:
                     await self._answer([entry])
-                return
-            batch[0].error = error
-            answers = [cast(A, None)]
+            else:
+                batch[0].error = error
+                self._settle(batch)
+            return
+        except BaseException:
+            if self._lost is not None:
+                for entry in batch:
+                    entry.answers.append(self._lost())
+                self._settle(batch)
+            raise
         for entry, answer in zip(batch, answers, strict=True):
-            entry.answer = answer
-            entry.is_done = True
+            entry.answers.append(answer)
+        self._settle(batch)
+
+    def _settle(self, batch: list[_Entry[T, A]]) -> None:
+        for entry in batch:
+            self._waiting.pop(entry, None)
             entry.turn.set()
 
 
@@ -139,7 +149,10 @@ class Journal:
         self._rng = rng
         self.steps = Combiner(self._save_steps)
         self.waits = Combiner(self._start_waits)
-        self.readings = Combiner(self._read_waits)
+        self.readings: Combiner[tuple[UUID, int], list[ResolvedWait] | None] = Combiner(
+            self._read_waits,
+            lost=lambda: None,  # it may have been told, and is told once
+        )
         self.effects = Combiner(self._save_effects)
         self.progress = Combiner(self._set_progress)
 
@@ -231,12 +244,10 @@ class ExecutionJournal:
         self._journal = journal
         self._claimed = claimed
         self._interruption = interruption
-        self._is_blank = claimed.claim_no == 1  # nobody had it before, and nothing has been written yet
 
-    async def load(self) -> list[Record]:
-        if self._is_blank:
-            self._is_blank = False
-            return []
+    async def load(self, *, is_first: bool) -> list[Record]:
+        if is_first and self._claimed.claim_no == 1:
+            return []  # nobody had it before
         records = await self._journal.load(self._claimed)
         return self._revoked() if records is None else records
 
@@ -279,8 +290,8 @@ class ExecutionJournal:
                 f"child {wait['name']!r}: children are nested at most {_MAX_DEPTH} deep; does the task invoke itself?"
             )
         return Record(
-            wait["name"], wait["kind"], wait["position"], 0, started.outcome, started.target, wait.get("scope"),
-            started.value, started.error, started.due_in,
+            wait["name"], wait["kind"], wait["position"], self._claimed.attempt, started.outcome, started.target,
+            wait.get("scope"), started.value, started.error, started.due_in,
         )  # fmt: skip
 
     async def read_waits(self) -> list[Record] | None:

@@ -66,6 +66,7 @@ logger = logging.getLogger("pgconductor.orchestrator")
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
 _SHOWN_IDS = 100
+_LOOKS_PER_ERRAND = 50  # of a drain: it does not wait for a heartbeat to tell of something to be cancelled
 _PUBLISHING_STEPS, _PUBLISHING_PAUSE = 15, 0.01
 
 
@@ -217,7 +218,11 @@ class Orchestrator:
         """
 
         async def until_drained(link: Link) -> None:
+            looks = 0
             while (wait := await self._drain_wait(link, horizon)) is not None:
+                looks += 1
+                if looks % _LOOKS_PER_ERRAND == 0:
+                    self._run_errands()
                 if wait == 0:
                     await trio.sleep(0.005)
                 elif advance is None:
@@ -245,12 +250,12 @@ class Orchestrator:
         )
 
     async def _drain_wait(self, link: Link, horizon: float) -> float | None:
-        calls = self._conductor.calls
-        waits = [
-            await link.insist(calls.drain_wait(worker.queue, [task.name for task in worker.tasks], horizon))
-            for worker in self.workers
-        ]
-        return min((wait for wait in waits if wait is not None), default=None)
+        tasks = {worker.queue: [task.name for task in worker.tasks] for worker in self.workers}
+        return await link.insist(self._conductor.calls.drain_wait(tasks, horizon))
+
+    def _run_errands(self) -> None:
+        for pipeline in self._pipelines[:1]:
+            pipeline.errands.note()
 
     # Preparing
 

@@ -29,8 +29,11 @@ T = TypeVar("T")
 class Handler(Protocol):
     """The handler, as the desk sees it."""
 
-    task: trio.lowlevel.Task | None
     was_told: bool
+
+    def note_task(self) -> None:
+        """The current task is the one that does what the handler asks."""
+        ...
 
     @property
     def is_unwinding(self) -> bool:
@@ -166,7 +169,7 @@ class ThreadDesk:
 
     async def _serve(self, operation: Callable[[], Awaitable[Any]], counter: _Counter) -> None:
         answer: _Answer | None = None
-        self._handler.task = trio.lowlevel.current_task()
+        self._handler.note_task()
         _counter.set(counter)
         scope = trio.CancelScope()
         self._scopes[scope] = None

@@ -158,7 +158,7 @@ class Pipeline:
             may_grow=lambda: bool(self._running or self._stock), written=self._note_room, left=errands.note,
         )  # fmt: skip
         self._held = self._flusher.held
-        self._errands = errands
+        self.errands = errands
         self._journal: Journal | None = None
         self._durables: dict[UUID, Durable] = {}  # of the running handlers that have asked for something durable
         # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
@@ -177,6 +177,8 @@ class Pipeline:
         self.has_abandoned = False  # a handler's thread runs on: its claim may only lapse
         self.unwritten: list[UUID] = []
         self._intake = trio.CancelScope()
+        self._runners = self.worker.concurrency  # that have not ended
+        self._watching = trio.CancelScope()
 
     def statistics(self) -> WorkerStatistics:
         counts, flushed = self._counts, self._counts.flushed
@@ -248,8 +250,7 @@ class Pipeline:
     def nudge(self) -> None:
         """Somebody may have resolved what handlers here are parked for."""
         for durable in self._durables.values():
-            if durable.is_parked:
-                durable.nudge()
+            durable.nudge()
 
     # Succession
 
@@ -345,6 +346,7 @@ class Pipeline:
                     async with trio.open_nursery() as outer:
                         outer.start_soon(flusher.run, flushes, name=f"flush {queue}")
                         async with trio.open_nursery() as runners:
+                            runners.start_soon(self._watch_end, name=f"end of {queue}")
                             for number in range(self.worker.concurrency):
                                 runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
                             try:
@@ -521,6 +523,17 @@ class Pipeline:
         if released:
             logger.info("queue %r: %d executions of a claim whose reply was lost were given back", queue, released)
 
+    async def _watch_end(self) -> None:
+        """If a scope outside is cancelled, tell those whose handlers it cancels: it is not a scope of theirs."""
+        with self._watching:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if not self._watching.cancel_called:
+                    for held in self._held.values():
+                        if held.interruption is not None:
+                            held.interruption.note_end()
+
     def _note_room(self) -> None:
         if not self._room.is_set() and self._wants_more():
             self._room.set()
@@ -539,6 +552,9 @@ class Pipeline:
                 self._note_idle()
                 self._note_room()
                 if self._is_stopping and not self._stock:
+                    self._runners -= 1
+                    if self._runners == 0:
+                        self._watching.cancel()
                     return
                 await self._idle_runners.park()
                 continue
@@ -587,6 +603,7 @@ class Pipeline:
             )
         finally:
             durable = self._durables.pop(claimed.id, None) if self._durables else None
+            ctx.close()
             if durable is not None:
                 durable.end(completed=outcome is not None and outcome.kind == "completed")
                 held.leaves_children = durable.has_open_children
