@@ -344,7 +344,6 @@ class _ChildFailed(Exception):
 @asynccontextmanager
 async def open_nursery(durable: Durable, name: str, on_close: OnClose) -> AsyncIterator[DurableNursery]:
     """See `Context.nursery`."""
-    on_close = checked_on_close(on_close)
     durable.require_place(f"ctx.nursery({name!r})", waits=True)
     (await durable.history()).begin_scope(name)
     reason = f"nursery {printable(name)} of its parent was left by an error"

@@ -224,9 +224,9 @@ class Context:
         Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
         `StepFailed`, and what the block raised.
         """
-        from .children import open_nursery
+        from .children import checked_on_close, open_nursery
 
-        return open_nursery(self.durable, name, on_parent_close)
+        return open_nursery(self.durable, name, checked_on_close(on_parent_close))
 
     @overload
     def transaction(

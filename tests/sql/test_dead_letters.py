@@ -112,7 +112,7 @@ def test_steps_come_back_with_it(db: Database) -> None:
         f"insert into {{s}}._private_steps (execution_id, {columns})"
         " select %s, s.n, s.k, s.p, s.c, s.t, now(), v::jsonb, e::jsonb, null, null from (values"
         " ('a', 'step', 0, 1, 2), ('b', 'step', 1, 1, 1), ('c', 'step', 2, 1, 2)) s (n, k, p, c, t)"
-        " join (values ('a', '{\"x\": [1]}', null), ('b', null, '{}'), ('c', 'null', null)) v (n, v, e) using (n)",
+        " join (values ('a', '{\"x\": [1]}', null), ('b', null, '{}'), ('c', '3', null)) v (n, v, e) using (n)",
         one,
     )
     before = db.rows(f"select {columns} from {{s}}._private_steps order by name")
