@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -26,6 +26,7 @@ from pgconductor import (
     Orchestrator,
     StepFailed,
     Task,
+    TrioConnection,
     Unwinding,
 )
 from pgconductor.model import State
@@ -343,9 +344,9 @@ async def test_errors_and_misuse_of_transactions_roll_back(conductor: Conductor,
         with pytest.raises(DurableMisuse, match="inside the step 'step'"):
             sync.step("step", sync.now)
         with pytest.raises(DurableMisuse, match="needs a plain def"):
-            sync.transaction("coroutine", coroutine)
+            cast(Any, sync).transaction("coroutine", coroutine)
         with pytest.raises(DurableMisuse, match="needs a plain def"):
-            sync.step("coroutine", trio.sleep, 0)
+            cast(Any, sync).step("coroutine", trio.sleep, 0)
 
     async with conductor:
         handle = await order.invoke()
@@ -399,6 +400,50 @@ async def test_sync_is_for_the_thread_of_the_handler(conductor: Conductor) -> No
     assert told == ["x"]
     with pytest.raises(DurableMisuse, match="belongs to no execution"):
         Context(handle.id, 1, task="t", queue="q", resources={}).sync.now()
+
+
+async def test_resources_are_there_inside_steps_of_both_kinds(conductor: Conductor) -> None:
+    """A step's function needs the client or the pool that the lifespan opened, wherever it runs."""
+
+    class Shop:
+        name = "corner shop"
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[Shop]:
+        yield Shop()
+
+    @conductor.task
+    async def order(ctx: Context) -> list[str]:
+        async def asked() -> str:
+            return ctx.resource(Shop).name
+
+        async def charged(conn: TrioConnection[Any]) -> str:
+            return ctx.resource(Shop).name
+
+        def called() -> str:
+            return ctx.resource(Shop).name
+
+        return [
+            await ctx.step("async", asked),
+            await ctx.step("sync", called),
+            await ctx.transaction("transaction", charged),
+        ]
+
+    @conductor.task
+    def plain(ctx: Context) -> list[str]:
+        def called() -> str:
+            return ctx.resource(Shop).name
+
+        def charged(conn: Conn) -> str:
+            return ctx.resource(Shop).name
+
+        return [ctx.sync.step("step", called), ctx.sync.transaction("transaction", charged)]
+
+    async with conductor:
+        handles = [await order.invoke(), await plain.invoke()]
+        with trio.fail_after(LIMIT):
+            await Orchestrator(conductor, tasks=[order, plain], resources=lifespan).drain()
+        assert [await handle.result(timeout=0) for handle in handles] == [["corner shop"] * 3, ["corner shop"] * 2]
 
 
 async def test_connections_for_threads_are_bounded_and_used_again(pgconductor_dsn: str, query: Query) -> None:
