@@ -253,7 +253,9 @@ _QUERIES = {
     "read_waits": "select execution_id, name, outcome, value, error from {s}.read_waits(%s, %s::uuid[], %s::int8[])",
     "save_steps": "select status, value, error from {s}.save_steps(%s, %s::uuid[], %s::int8[], %s::text[], %s::text[],"
     " %s::int[], %s::jsonb[], %s::jsonb[]) order by n /*save_steps*/",
-    "save_step_inside": "select status, value, error, pg_catalog.pg_current_xact_id()::text from {s}.save_steps(%s,"
+    # Only COMMIT follows: a process that freezes now is not to keep the execution's row locked for ever.
+    "save_step_inside": "select status, value, error, pg_catalog.pg_current_xact_id()::text,"
+    " pg_catalog.set_config('idle_in_transaction_session_timeout', '10s', true) from {s}.save_steps(%s,"
     " %s::uuid[], %s::int8[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::jsonb[]) /*save_step_inside*/",
     "start_waits": "select status, outcome, value, error, due_in, target"
     " from {s}.start_waits(%s, %s::uuid[], %s::int8[], %s::jsonb[]) order by n /*start_waits*/",

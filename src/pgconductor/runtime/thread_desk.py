@@ -178,6 +178,7 @@ class ThreadDesk:
                 if self._handler.is_unwinding:
                     scope.cancel()
                 try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
                     answer = _Answer(await operation())
                 except trio.Cancelled:
                     raise
@@ -192,6 +193,7 @@ class ThreadDesk:
 
     async def run(self, call: Callable[[], T]) -> T:
         """Have a function called in the thread, for the operation that asks. Waits for its end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         errand = _Errand(call, self._token)
         _counter.get().put(errand)
         await self._until_over(errand)
@@ -200,6 +202,7 @@ class ThreadDesk:
         return value
 
     async def _lend(self, value: object) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
         errand = _Errand(_nothing, self._token)
         _counter.get().put(_Lent(value, errand))
         await self._until_over(errand)
