@@ -13,16 +13,18 @@ import functools
 import json
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 from uuid import UUID
 
 from .codec import Limits, ResultCodec, printable
-from .durable import Durable
 from .errors import InvalidOption, PromiseRejected, WaitTimedOut
 from .history import MAX_NAME_BYTES
 from .model import Record
 from .options import MAX_DELAY, checked_seconds, checked_text
 from .records import error_record
+
+if TYPE_CHECKING:
+    from .durable import Durable
 
 T = TypeVar("T")
 
