@@ -266,7 +266,7 @@ _QUERIES = {
     "set_progress": "select {s}.set_progress(%s, %s::uuid[], %s::bigint[], %s::jsonb[])",
     "deliver_events": "select upto, delivered, is_left from {s}.deliver_events(%s, %s) /*deliver_events*/",
     "errands_channel": "select {s}._private_errands_channel()",
-    "emit": "select {s}.emit(%s, %s::jsonb, make_interval(secs => %s))",
+    "emit": "select {s}.emit(%s, %s::jsonb, make_interval(secs => %s)) /*emit*/",
     "send": "select {s}.send(%s, %s, %s::jsonb)",
     "resolve_promise": "select {s}.resolve_promise(%s, %s::jsonb)",
     "reject_promise": "select {s}.reject_promise(%s, %s)",

@@ -10,11 +10,15 @@ from uuid import UUID
 import psycopg
 
 from pgconductor.children import ChildHandle, DurableNursery, StepHandle
+from pgconductor.conductor import Conductor
 from pgconductor.context import Context
 from pgconductor.durable import Tries
 from pgconductor.errors import NoRetry, RetryAfter, Snooze
+from pgconductor.events import Promise
 from pgconductor.handle import Handle, SyncHandle
+from pgconductor.model import PromiseAnswer
 from pgconductor.retry import Delays, Exponential, Linear
+from pgconductor.sync_client import SyncClient
 from pgconductor.tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Tasks, Worker
 
 
@@ -147,6 +151,41 @@ async def resources(ctx: Context) -> None:
     ctx.logger.info("started")
     assert_type(ctx.is_cancelled, bool)
     ctx.check_cancelled()
+
+
+async def events(ctx: Context, handle: Handle[str], sync_handle: SyncHandle[str]) -> None:
+    assert_type(await ctx.wait_for_event("paid", type=Report), Report)
+    assert_type(await ctx.wait_for_event("w", "paid", match={"n": 1}, timeout=5, type=list[int]), list[int])
+    assert_type(await ctx.wait_for_event("w", timeout=timedelta(days=1)), Any)
+    assert_type(await ctx.receive("m", "channel", timeout=5.0, type=str), str)
+    assert_type(await ctx.receive("m"), Any)
+    promise = await ctx.promise("approval")
+    assert_type(promise, Promise)
+    assert_type(promise.id, UUID)
+    assert_type(await promise.result(type=Report, timeout=timedelta(days=3)), Report)
+    assert_type(await promise.result(), Any)
+    await ctx.emit("say", "paid", {"n": 1}, retention=timedelta(hours=1))
+    assert_type(await ctx.send("tell", promise.id, "channel", 1), bool)
+    await ctx.set_progress({"done": 1})
+    assert_type(await handle.send("channel", [1, 2]), bool)
+    assert_type(await handle.progress(), Any)
+    assert_type(sync_handle.send("channel"), bool)
+    assert_type(sync_handle.progress(), Any)
+
+
+async def sending(
+    conductor: Conductor,
+    client: SyncClient,
+    trio_conn: psycopg.AsyncConnection[Any],
+    sync_conn: psycopg.Connection[Any],
+    some: UUID,
+) -> None:
+    assert_type(await conductor.emit("paid", Report(date(2030, 1, 1)), retention=60, conn=trio_conn), int)
+    assert_type(await conductor.send(some, "channel", 1), bool)
+    assert_type(await conductor.resolve_promise(some, "yes"), PromiseAnswer)
+    assert_type(await conductor.reject_promise(some, "no", conn=trio_conn), PromiseAnswer)
+    assert_type(client.emit("paid", conn=sync_conn), int)
+    assert_type(client.resolve_promise(some), PromiseAnswer)
 
 
 def verdicts(kind: int) -> None:
