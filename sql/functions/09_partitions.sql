@@ -124,9 +124,12 @@ begin
             returning null::uuid, false, e.queue, null::uuid;
     end if;
     if 'retried' = any (p_outcomes) then
+        -- Of those that were written, now or by an earlier flush of the same claim: nobody has had them since.
         perform @schema@._private_forget_failures(array(
-            select e.id from unnest(p_ids, p_outcomes) as o (id, outcome) join @schema@._private_queue_{no} e on e.id = o.id
-            where o.outcome = 'retried' and e.is_durable and e.state <> 'running'));
+            select e.id from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome)
+                join @schema@._private_queue_{no} e on e.id = o.id
+            where o.outcome = 'retried' and e.is_durable and e.state <> 'running'
+                and (e.outcome, e.outcome_claim) = ('retried', o.claim_no)));
     end if;
 end $body$
     $template$, '{no}', p_no::text);
