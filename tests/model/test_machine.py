@@ -297,12 +297,12 @@ def run(seed: int, events: int) -> Counter[str]:
         if isinstance(event, Recover):
             for name, count in zip(("recovered", "crash loop", "cancelled by recovery"), answer, strict=True):
                 counts[name] += count
+        if isinstance(event, SaveSteps | StartWaits):
+            counts.update(f"{type(event).__name__}: {row.status}" for row in answer)
         if isinstance(event, Retry):
             counts.update(f"retry: {status}" for status in answer.values())
         if answer == LEASE_LOST:
             counts["lease lost"] += 1
-        if isinstance(event, SaveSteps | StartWaits):
-            counts.update(f"{type(event).__name__}: {row.status}" for row in answer)
         if isinstance(event, RequestClose | CloseChildren) and answer:
             counts[f"{type(event).__name__}: some"] += 1
         counts.update(

@@ -203,6 +203,7 @@ _VERBS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     ),
     "begin_wait": (4, {**_K, "pick": PICK, "waits": st.lists(WAITS, min_size=1, max_size=3)}),
     "record_stale": (2, {"pick": PICK, "waits": st.lists(WAITS, min_size=1, max_size=1)}),
+    "fail_stale": (3, {**_K, "queue": REGISTERED, "pick": PICK}),
     "park": (3, {**_K, "picks": PICKS}),
     "wait_for_children": (
         8,
@@ -623,6 +624,17 @@ class Stateful(RuleBasedStateMachine):
             self.step(LoadHistory(owner, execution, claim_no))
             self.step(RequestClose(owner, execution, claim_no, tuple("cde"), "late"))
 
+    def fail_stale(self, k: int, queue: str, pick: int) -> None:
+        """A claim that is over is told to have failed, when another has given the execution back with a failure."""
+        for execution, _ in self.one_of(k, queue, pick):
+            self.write(k, [execution], "released")
+            self.claim(k, queue, 50, TASKS)
+            if execution in self.workers[k].held:
+                self.record(k, list(self.workers[k].held).index(execution), "t", fails=True, times=1)
+                self.write(k, [execution], "released")
+            for owner, _, claim_no in [token for token in self.tokens if token[1] == execution][-2:]:
+                self.step(Flush(owner, (Outcome(execution, claim_no, "retried", None, "E"),)))
+
     def park(self, k: int, picks: list[int]) -> None:
         """Give up what has something to wait for, or to be told of."""
         held = self.holding(k, picks)
@@ -642,6 +654,8 @@ class Stateful(RuleBasedStateMachine):
             if meanwhile == "retry" and execution in self.workers[k].held:
                 self.write(k, [execution], "retried")
             self.end_children(k, execution, kind)
+            if execution in self.workers[k].held:
+                self.read_waits(k, [list(self.workers[k].held).index(execution)])
             self.advance_clock(3.0)
             self.claim(k, queue, 50, TASKS)
             if execution in self.workers[k].held:
