@@ -119,3 +119,14 @@ def test_flush_that_is_fenced_forgets_no_failure(audited: Audited) -> None:
     assert db.flush(zombie, outcome(stale, "retried")) == {claim.id: "fenced"}
     assert records(audited) == [("broken", None)]
     assert audited.check() == []
+
+
+def test_flush_that_is_sent_again_forgets_nothing_that_came_after_it(audited: Audited) -> None:
+    """The child fails while the parent's reply is on its way: sent again, the flush would take away what nobody saw."""
+    db = audited.db
+    owner, parent, grown = family(audited)
+    assert db.flush(owner, outcome(parent, "retried")) == {}
+    assert db.flush(owner, outcome(grown, "failed")) == {}
+    assert records(audited) == [("child", "failed"), ("step", None)]
+    assert db.flush(owner, outcome(parent, "retried")) == {parent.id: "already"}
+    assert records(audited) == [("child", "failed"), ("step", None)]
