@@ -57,8 +57,8 @@ from sql.audited import open_audited
 from sql.database import Session
 from sql.modelled import Modelled, comparable
 
-from pgconductor.db.calls import Claim
-from pgconductor.model import Claimed, Invoked, Outcome
+from pgconductor.db.calls import Claim, StartedWait
+from pgconductor.model import Claimed, Invoked, Outcome, Record
 from pgconductor.testing import Databases
 
 HOLDER, OTHER = UUID(int=1), UUID(int=2)
@@ -513,13 +513,8 @@ def is_one_of(found: dict[str, str], expected: list[dict[str, str]], *, by_row: 
 def told(scene: Scene, answer: Any) -> str:
     """An answer in words, without ids that were made in the run."""
     known = set(scene.ids)
-    if isinstance(answer, list) and any(not isinstance(item, Invoked) for item in answer):  # pyright: ignore[reportUnknownVariableType]
-        rows = cast("list[Any]", answer)
-        known_targets = set(map(str, known))
-        return repr([r if getattr(r, "target", None) in known_targets else _aimless(r) for r in rows])
     if isinstance(answer, list):
-        items = cast("list[Invoked]", answer)
-        return repr([(i.id if i.id in known else NOBODY, i.created) for i in items])
+        return repr([_told_of(item, known) for item in cast("list[object]", answer)])
     if isinstance(answer, Claim):
         return repr(sorted((c.id if c.id in known else NOBODY, c.claim_no, c.attempt) for c in answer.claimed))
     if isinstance(answer, tuple) and not isinstance(answer, Claim | Claimed):
@@ -529,9 +524,13 @@ def told(scene: Scene, answer: Any) -> str:
     return repr(answer)
 
 
-def _aimless(row: Any) -> Any:
-    """Without the id of a child that was made in the run."""
-    return row._replace(target=None) if hasattr(row, "target") else row
+def _told_of(item: object, known: set[UUID]) -> object:
+    """One position of an answer."""
+    if isinstance(item, Invoked):
+        return (item.id if item.id in known else NOBODY, item.created)
+    if isinstance(item, StartedWait | Record) and item.target not in map(str, known):
+        return item._replace(target=None)
+    return item
 
 
 # --- the stage ---
