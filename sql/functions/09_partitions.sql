@@ -25,7 +25,15 @@ declare
     v_now timestamptz;
     v_left int := cardinality(p_ids);
     v_written int;
+    v_retried uuid[] := '{}';
 begin
+    if 'retried' = any (p_outcomes) then
+        -- Those that this call will write: a flush that is sent again forgets nothing that came after the first.
+        v_retried := array(
+            select o.id from unnest(p_ids, p_claim_nos, p_outcomes) as o (id, claim_no, outcome) cross join lateral (
+                select e.claim_no, e.owner, e.state, e.is_durable from @schema@._private_queue_{no} e where e.id = o.id offset 0) row
+            where o.outcome = 'retried' and row.is_durable and (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner, 'running'));
+    end if;
     loop
         v_now := @schema@._private_clock();
         return query
@@ -138,10 +146,10 @@ begin
                 and @schema@._private_is_resumable(e.id)
             returning null::uuid, false, e.queue, null::uuid;
     end if;
-    if 'retried' = any (p_outcomes) then
+    if v_retried <> '{}' then
         perform @schema@._private_forget_failures(array(
-            select e.id from unnest(p_ids, p_outcomes) as o (id, outcome) join @schema@._private_queue_{no} e on e.id = o.id
-            where o.outcome = 'retried' and e.is_durable and e.state <> 'running'));
+            select e.id from unnest(v_retried) as i join @schema@._private_queue_{no} e on e.id = i
+            where e.outcome = 'retried' and e.state <> 'running'));
     end if;
 end $body$
     $template$, '{no}', p_no::text);

@@ -5,25 +5,31 @@ of a verb, with what only the database can know (new ids) put in; an answer is w
 here reads a clock, a database or a random number. What concurrency adds (locks, skipped rows) is not here: every verb
 runs alone.
 
+Verbs take sets of rows, one partition after the other, and what is of one partition happens at once: of a parent and a
+child that end together the parent knows no more than before.
+
 `breaches(before, event, after)` are the invariants I1 to I14 of the specification, as far as the verbs are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
-from pgconductor.db.calls import Claim
-from pgconductor.model import Cancellation, Claimed, Invoked, Outcome, Signals
+from pgconductor.db.calls import Claim, ResolvedWait, SavedStep, StartedWait
+from pgconductor.model import Cancellation, Claimed, Invoked, Outcome, Record, Signals
+
+T = TypeVar("T")
 
 OVERFLOW = 0  # number of the partition of queues that nobody has registered
 DAY = 86400.0
 WEEK = 7 * DAY
 MAX_CRASHES = 3
 MAX_ERRORS = 50
-REQUEUED = ("retried", "released", "recovered")
+MAX_DEPTH = 16
 ENDED = ("completed", "failed", "cancelled")
 LEASE_LOST = "lease lost"  # the answer of a verb that raises LeaseLost
 
@@ -47,7 +53,7 @@ class Execution:
     task: str
     state: str
     priority: int
-    run_at: float
+    run_at: float | None  # None: it waits for nothing that has a time
     created_at: float
     payload: str
     is_large: bool
@@ -67,11 +73,58 @@ class Execution:
     errors: tuple[Error, ...] = ()
     cancel_requested_at: float | None = None
     cancel_reason: str | None = None
+    parent: UUID | None = None
+    root: UUID | None = None
+    depth: int = 0
+    wait_name: str | None = None  # of the parent's wait for it
+    on_close: str | None = None  # of its parent
+    is_durable: bool = False  # it has records
 
     @property
     def order(self) -> tuple[int, float, UUID]:
         """In which order a claim takes them."""
-        return (-self.priority, self.run_at, self.id)
+        return (-self.priority, -1e99 if self.run_at is None else self.run_at, self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an execution has done, or a wait of a former life. `error`: its type, or "reason ..." of a cancellation."""
+
+    name: str
+    kind: str
+    position: int
+    claim_no: int
+    attempt: int
+    at: float
+    value: str | None = None
+    error: str | None = None
+    outcome: str | None = None
+    target: str | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.error is not None or self.outcome == "timed_out"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait(Step):
+    """What an execution waits for; `outcome` is None while it is open."""
+
+    scope: str | None = None
+    due_at: float | None = None
+    on_close: str | None = None
+    resolved_at: float | None = None
+    is_seen: bool = False
+
+    def past(self) -> Step:
+        """As the finished row keeps it."""
+        return Step(
+            self.name, self.kind, self.position, self.claim_no, self.attempt, self.at, self.value, self.error,
+            self.outcome, self.target,
+        )  # fmt: skip
+
+
+Key: TypeAlias = tuple[UUID, str]  # execution and name of a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +135,7 @@ class Finished:
     finished_at: float
     expires_at: float | None
     result: str | None
+    history: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +173,9 @@ class State:
     orchestrators: Mapping[UUID, Orchestrator] = field(default_factory=dict[UUID, Orchestrator])
     live: Mapping[UUID, Execution] = field(default_factory=dict[UUID, Execution])
     finished: Mapping[UUID, Finished] = field(default_factory=dict[UUID, Finished])
+    steps: Mapping[Key, Step] = field(default_factory=dict[Key, Step])
+    waits: Mapping[Key, Wait] = field(default_factory=dict[Key, Wait])
+    closings: Mapping[UUID, tuple[str, float]] = field(default_factory=dict[UUID, tuple[str, float]])  # reason, when
     sessions: frozenset[UUID] = frozenset()  # orchestrators whose session lock is held
 
     def is_alive(self, owner: UUID) -> bool:
@@ -129,6 +186,22 @@ class State:
     def keys(self) -> dict[tuple[str, str, str], UUID]:
         """The dedupe keys that are taken, and by whom."""
         return {(e.queue, e.task, e.key): e.id for e in self.live.values() if e.key is not None}
+
+    def records(self, execution: UUID) -> list[Step]:
+        """All of an execution, in the order of the finished row."""
+        mine: list[Step] = [s for (i, _), s in self.steps.items() if i == execution]
+        mine += [w for (i, _), w in self.waits.items() if i == execution]
+        return sorted(mine, key=lambda r: (r.position, r.name))
+
+    def waits_of(self, execution: UUID) -> list[Wait]:
+        return [w for (i, _), w in self.waits.items() if i == execution]
+
+    def is_resumable(self, execution: UUID) -> bool:
+        """Whether a waiting execution has something to go on with that it has not been told."""
+        waits = self.waits_of(execution)
+        fresh = [w for w in waits if w.resolved_at is not None and not w.is_seen]
+        open_scopes = {w.scope for w in waits if w.resolved_at is None}
+        return any(w.scope is None or w.outcome != "completed" or w.scope not in open_scopes for w in fresh)
 
     def keep_failed(self, task: str) -> float | None:
         row = self.tasks.get(task)
@@ -248,6 +321,78 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRecord:
+    """One position of `save_steps`: exactly one of `value` (JSON text) and `error` (its type)."""
+
+    execution: UUID
+    claim_no: int
+    name: str
+    value: str | None = "1"
+    error: str | None = None
+    position: int = 0
+    kind: str = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSteps:
+    owner: UUID
+    items: tuple[NewRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BegunWait:
+    """One position of `start_waits`. Of a child `new`, whose id it gets if it is made."""
+
+    execution: UUID
+    claim_no: int
+    name: str
+    position: int = 0
+    scope: str | None = None
+    due_in: float | None = None
+    on_close: str | None = None
+    new: New | None = None
+
+    @property
+    def kind(self) -> str:
+        return "sleep" if self.new is None else "child"
+
+
+@dataclass(frozen=True, slots=True)
+class StartWaits:
+    """Names are distinct, and of waits only."""
+
+    owner: UUID
+    items: tuple[BegunWait, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadHistory:
+    owner: UUID
+    execution: UUID
+    claim_no: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWaits:
+    owner: UUID
+    claims: tuple[tuple[UUID, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClose:
+    owner: UUID
+    execution: UUID
+    claim_no: int
+    names: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseChildren:
+    """One call, with room for all there are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recover:
     queue: str
 
@@ -322,6 +467,12 @@ Event: TypeAlias = (
     | ClaimSuspect
     | LoadPayload
     | Flush
+    | SaveSteps
+    | StartWaits
+    | LoadHistory
+    | ReadWaits
+    | RequestClose
+    | CloseChildren
     | Recover
     | ReleaseUnknown
     | Retire
@@ -375,6 +526,18 @@ def transition(state: State, event: Event) -> tuple[State, Any]:
             return state, execution.payload if execution is not None and execution.is_large else None
         case Flush():
             return _flush(state, event)
+        case SaveSteps():
+            return _save_steps(state, event)
+        case StartWaits():
+            return _start_waits(state, event)
+        case LoadHistory():
+            return _load_history(state, event)
+        case ReadWaits():
+            return _read_waits(state, event)
+        case RequestClose():
+            return _request_close(state, event)
+        case CloseChildren():
+            return _close_children(state)
         case Recover():
             return _recover(state, event.queue)
         case ReleaseUnknown():
@@ -442,33 +605,38 @@ def _invoke(state: State, items: tuple[New, ...]) -> tuple[State, list[Invoked]]
     keys = state.keys()
     answer: list[Invoked] = []
     for new in items:
-        registered = state.tasks.get(new.task)
-        queue = new.queue or (registered.queue if registered else "default")
+        made = _made(state, new)
         if new.key is not None:
-            holder = keys.setdefault((queue, new.task, new.key), new.id)
+            holder = keys.setdefault((made.queue, new.task, new.key), new.id)
             if holder != new.id:
                 answer.append(Invoked(holder, False))
                 continue
-        run_at = state.now + (new.delay or 0.0)
-        live[new.id] = Execution(
-            new.id,
-            state.queues.get(queue, OVERFLOW),
-            queue,
-            new.task,
-            "ready" if run_at <= state.now else "scheduled",
-            new.priority,
-            run_at,
-            state.now,
-            new.payload,
-            new.is_large,
-            new.key,
-            new.max_attempts,
-            new.timeout,
-            None if new.deadline_in is None else state.now + new.deadline_in,
-            new.tags,
-        )
+        live[new.id] = made
         answer.append(Invoked(new.id, True))
     return replace(state, live=live), answer
+
+
+def _made(state: State, new: New) -> Execution:
+    registered = state.tasks.get(new.task)
+    queue = new.queue or (registered.queue if registered else "default")
+    run_at = state.now + (new.delay or 0.0)
+    return Execution(
+        new.id,
+        state.queues.get(queue, OVERFLOW),
+        queue,
+        new.task,
+        "ready" if run_at <= state.now else "scheduled",
+        new.priority,
+        run_at,
+        state.now,
+        new.payload,
+        new.is_large,
+        new.key,
+        new.max_attempts,
+        new.timeout,
+        None if new.deadline_in is None else state.now + new.deadline_in,
+        new.tags,
+    )
 
 
 def _claimed(state: State, row: Execution, owner: UUID) -> tuple[Execution, Claimed]:
@@ -482,9 +650,11 @@ def _claimed(state: State, row: Execution, owner: UUID) -> tuple[Execution, Clai
         row.attempt,
         row.max_attempts,
         None if row.is_large else row.payload,
-        state.now - row.run_at,
+        state.now - (row.run_at or 0.0),
         row.timeout,
         None if row.deadline_at is None else row.deadline_at - state.now,
+        None,
+        row.parent,
     )
 
 
@@ -493,9 +663,10 @@ def _claim(state: State, event: ClaimSome) -> tuple[State, object]:
         return state, LEASE_LOST
     mine = [e for e in state.live.values() if e.queue == event.queue]
     # Told before what is due becomes ready, so that its time may be past.
-    due = min((e.run_at for e in mine if e.state == "scheduled"), default=None)
+    later = [e for e in mine if e.state in ("scheduled", "waiting")]
+    due = min((e.run_at for e in later if e.run_at is not None), default=None)
     state = _with_live(
-        state, *(replace(e, state="ready") for e in mine if e.state == "scheduled" and e.run_at <= state.now)
+        state, *(replace(e, state="ready") for e in later if e.run_at is not None and e.run_at <= state.now)
     )
     ready = [
         e
@@ -534,52 +705,258 @@ def _add_error(errors: tuple[Error, ...], error: str | None, attempt: int, now: 
     return (*errors, Error(error, attempt, now))
 
 
-def _end(state: State, row: Execution, final: str, keep: float | None, result: str | None = None) -> State:
-    live = {i: e for i, e in state.live.items() if i != row.id}
-    state = replace(state, live=live)
-    if keep is not None and keep <= 0:
-        return state
-    ended = Finished(replace(row, state=final), state.now, None if keep is None else state.now + keep, result)
-    return replace(state, finished={**state.finished, row.id: ended})
+def _end(state: State, *ends: tuple[Execution, float | None, str | None, str | None]) -> State:
+    """The state after executions have ended by one statement: as they are then, the time to keep, result, last error.
 
-
-def _apply(state: State, owner: UUID, outcome: Outcome, crashes: int = 0) -> State | None:
-    """The state after one outcome is written, None if its token does not hold."""
-    row = _held(state, outcome.id, outcome.claim_no, owner)
-    if row is None:
-        return None
-    errors = _add_error(row.errors, outcome.error, row.attempt, state.now)
-    if outcome.kind in ENDED or row.cancel_requested_at is not None:
-        final = outcome.kind if outcome.kind in ("completed", "failed") else "cancelled"
-        row = replace(row, errors=errors, attempt=row.attempt - crashes, crashes=row.crashes + crashes)
-        return _end(state, row, final, outcome.keep, None if final == "cancelled" else outcome.result)
-    is_late = outcome.delay > 0
-    return _with_live(
+    Their records go into the finished rows, children are noted to be cancelled, and what their parents wait for is
+    resolved; those are to be woken (`_wake`).
+    """
+    gone = {row.id for row, *_ in ends}
+    finished, waits, closings = dict(state.finished), dict(state.waits), dict(state.closings)
+    for row, keep, result, error in ends:
+        if keep is None or keep > 0:
+            history = tuple(r.past() if isinstance(r, Wait) else r for r in state.records(row.id))
+            finished[row.id] = Finished(row, state.now, None if keep is None else state.now + keep, result, history)
+        for wait in state.waits_of(row.id):
+            del waits[row.id, wait.name]
+            if wait.on_close == "cancel" and wait.resolved_at is None and wait.target is not None:
+                closings.setdefault(UUID(wait.target), (f"its parent has ended: {row.state}", state.now))
+        if row.parent is None or row.parent in gone or row.wait_name is None:
+            continue
+        mine = waits.get((row.parent, row.wait_name))
+        if mine is not None and mine.target == str(row.id) and mine.resolved_at is None:
+            waits[row.parent, row.wait_name] = replace(
+                mine, resolved_at=state.now, outcome=row.state, value=result if row.state == "completed" else None,
+                error={"failed": error, "cancelled": f"reason {row.cancel_reason}"}.get(row.state),
+            )  # fmt: skip
+    return replace(
         state,
-        replace(
-            row,
-            state="scheduled" if is_late else "ready",
-            run_at=state.now + outcome.delay if is_late or outcome.kind == "retried" else row.run_at,
-            attempt=row.attempt - (outcome.kind != "retried"),
-            crashes=row.crashes + crashes,
-            owner=None,
-            claimed_at=None,
-            outcome=outcome.kind,
-            outcome_claim=row.claim_no,
-            errors=errors,
-        ),
+        live={i: e for i, e in state.live.items() if i not in gone},
+        finished=finished,
+        steps={key: step for key, step in state.steps.items() if key[0] not in gone},
+        waits=waits,
+        closings=closings,
     )
+
+
+def _wake(state: State, executions: Iterable[UUID | None]) -> State:
+    """Make those ready that wait and can go on."""
+    rows = [state.live[i] for i in executions if i is not None and i in state.live]
+    woken = [row for row in rows if row.state == "waiting" and state.is_resumable(row.id)]
+    return _with_live(state, *(replace(row, state="ready", run_at=state.now) for row in woken))
+
+
+def _apply(state: State, owner: UUID, outcomes: Sequence[Outcome], crashes: int = 0) -> tuple[State, list[Outcome]]:
+    """The state after outcomes of one partition are written, and those whose token did not hold. The parents of those
+    that ended are not woken yet.
+    """
+    ends: list[tuple[Execution, float | None, str | None, str | None]] = []
+    again: list[Execution] = []
+    refused: list[Outcome] = []
+    for outcome in outcomes:
+        row = _held(state, outcome.id, outcome.claim_no, owner)
+        if row is None:
+            refused.append(outcome)
+            continue
+        errors = _add_error(row.errors, outcome.error, row.attempt, state.now)
+        if outcome.kind in ENDED or row.cancel_requested_at is not None:
+            final = outcome.kind if outcome.kind in ("completed", "failed") else "cancelled"
+            row = replace(row, state=final, errors=errors, attempt=row.attempt - crashes, crashes=row.crashes + crashes)
+            last = errors[-1].type if errors else None
+            ends.append((row, outcome.keep, None if final == "cancelled" else outcome.result, outcome.error or last))
+            continue
+        again.append(
+            replace(
+                row,
+                state="waiting" if outcome.kind == "waiting" else "scheduled" if outcome.delay > 0 else "ready",
+                run_at=_due_again(state, row, outcome),
+                attempt=row.attempt - (outcome.kind != "retried"),
+                crashes=row.crashes + crashes,
+                owner=None,
+                claimed_at=None,
+                outcome=outcome.kind,
+                outcome_claim=row.claim_no,
+                errors=errors,
+            )
+        )
+    state = _with_live(_end(state, *ends), *again)
+    state = _wake(state, (row.id for row in again if row.state == "waiting"))
+    retried = [row.id for row in again if row.outcome == "retried" and row.is_durable]
+    return _forget_failures(state, retried), refused
+
+
+def _due_again(state: State, row: Execution, outcome: Outcome) -> float | None:
+    if outcome.kind == "waiting":
+        times = [w.due_at for w in state.waits_of(row.id) if w.due_at is not None and w.resolved_at is None]
+        return min([*times, *([] if row.deadline_at is None else [row.deadline_at])], default=None)
+    return state.now + outcome.delay if outcome.delay > 0 or outcome.kind == "retried" else row.run_at
+
+
+def _forget_failures(state: State, executions: Iterable[UUID]) -> State:
+    """Failures that nothing was recorded after are tried again."""
+    steps, waits = dict(state.steps), dict(state.waits)
+    for i in executions:
+        records = state.records(i)
+        last = max((r.position for r in records if not r.has_failed), default=-1)
+        for record in records:
+            if record.has_failed and record.position > last:
+                steps.pop((i, record.name), None)
+                waits.pop((i, record.name), None)
+    return replace(state, steps=steps, waits=waits)
+
+
+def _by_partition(items: Iterable[T], number: Callable[[T], int]) -> Iterator[list[T]]:
+    """In the order of the partitions' numbers."""
+    groups: dict[int, list[T]] = {}
+    for item in items:
+        groups.setdefault(number(item), []).append(item)
+    for _, group in sorted(groups.items()):
+        yield group
+
+
+def _parents(state: State, outcomes: Iterable[UUID]) -> list[UUID]:
+    return [p for i in outcomes if i in state.live and (p := state.live[i].parent) is not None]
 
 
 def _flush(state: State, event: Flush) -> tuple[State, dict[UUID, str]]:
     refused: list[Outcome] = []
-    for outcome in event.outcomes:
-        written = _apply(state, event.owner, outcome)
-        if written is None:
-            refused.append(outcome)
-        else:
-            state = written
+    parents = _parents(state, (o.id for o in event.outcomes))
+    where = {i: row.queue_no for i, row in state.live.items()}
+    for group in _by_partition(event.outcomes, lambda o: where.get(o.id, OVERFLOW)):
+        state, left = _apply(state, event.owner, group)
+        refused += left
+    state = _wake(state, parents)
     return state, {outcome.id: _status(state, event.owner, outcome) for outcome in refused}
+
+
+# --- records ---
+
+
+def _hold(state: State, owner: UUID, claims: Iterable[tuple[UUID, int]]) -> tuple[State, dict[UUID, Execution]]:
+    """Those of these claims that hold, marked as having a history."""
+    held = {i: replace(row, is_durable=True) for i, no in claims if (row := _held(state, i, no, owner)) is not None}
+    return _with_live(state, *held.values()), held
+
+
+def _save_steps(state: State, event: SaveSteps) -> tuple[State, list[SavedStep]]:
+    state, held = _hold(state, event.owner, ((n.execution, n.claim_no) for n in event.items))
+    steps = dict(state.steps)
+    answer: list[SavedStep] = []
+    for new in event.items:
+        key = (new.execution, new.name)
+        row = held.get(new.execution)
+        if row is None:
+            answer.append(SavedStep("fenced", None, None))
+        elif key in steps:
+            answer.append(SavedStep("stored", steps[key].value, steps[key].error))
+        else:
+            steps[key] = Step(
+                new.name, new.kind, new.position, new.claim_no, row.attempt, state.now, new.value, new.error
+            )
+            answer.append(SavedStep("saved", None, None))
+    return replace(state, steps=steps), answer
+
+
+def _start_waits(state: State, event: StartWaits) -> tuple[State, list[StartedWait]]:
+    state, held = _hold(state, event.owner, ((w.execution, w.claim_no) for w in event.items))
+    waits, live = dict(state.waits), dict(state.live)
+    answer: list[StartedWait] = []
+    for item in event.items:
+        row = held.get(item.execution)
+        if row is None:
+            answer.append(StartedWait("fenced", None, None, None, None, None))
+            continue
+        key = (item.execution, item.name)
+        if key not in waits and item.kind == "child" and row.depth >= MAX_DEPTH:
+            answer.append(StartedWait("too_deep", None, None, None, None, None))
+            continue
+        if key not in waits:
+            due_at = None if item.due_in is None else state.now + item.due_in
+            is_over = item.kind == "sleep" and due_at is not None and due_at <= state.now
+            waits[key] = Wait(
+                item.name, item.kind, item.position, item.claim_no, row.attempt, state.now,
+                outcome="elapsed" if is_over else None, target=None if item.new is None else str(item.new.id),
+                scope=item.scope, due_at=due_at, on_close=item.on_close, resolved_at=state.now if is_over else None,
+                is_seen=is_over,
+            )  # fmt: skip
+            if item.new is not None:
+                child = _made(state, item.new)
+                limits = [limit for limit in (row.deadline_at, child.deadline_at) if limit is not None]
+                live[child.id] = replace(
+                    child, parent=row.id, root=row.root or row.id, depth=row.depth + 1, wait_name=item.name,
+                    on_close=item.on_close, deadline_at=min(limits, default=None),
+                )  # fmt: skip
+        wait = waits[key]
+        answer.append(
+            StartedWait(
+                "open" if wait.resolved_at is None else "resolved", wait.outcome, wait.value, wait.error,
+                None if wait.due_at is None else wait.due_at - state.now, wait.target,
+            )
+        )  # fmt: skip
+    return replace(state, waits=waits, live=live), answer
+
+
+def _settle(state: State, executions: Iterable[UUID]) -> tuple[State, list[tuple[UUID, Wait]]]:
+    """Resolve what is due and count all that is resolved as told; returns what was told now."""
+    told: list[tuple[UUID, Wait]] = []
+    for i in executions:
+        for wait in state.waits_of(i):
+            if wait.resolved_at is None and wait.due_at is not None and wait.due_at <= state.now:
+                outcome = "elapsed" if wait.kind == "sleep" else "timed_out"
+                told.append((i, replace(wait, resolved_at=state.now, outcome=outcome, is_seen=True)))
+            elif wait.resolved_at is not None and not wait.is_seen:
+                told.append((i, replace(wait, is_seen=True)))
+    return replace(state, waits={**state.waits, **{(i, w.name): w for i, w in told}}), told
+
+
+def _load_history(state: State, event: LoadHistory) -> tuple[State, list[Record] | None]:
+    state, held = _hold(state, event.owner, [(event.execution, event.claim_no)])
+    if not held:
+        return state, None
+    state, _ = _settle(state, held)
+    records: list[Record] = []
+    for r in state.records(event.execution):
+        if isinstance(r, Wait):
+            due_in = r.due_at - state.now if r.resolved_at is None and r.due_at is not None else None
+            records.append(
+                Record(r.name, r.kind, r.position, r.attempt, r.outcome, r.target, r.scope, r.value, r.error, due_in)
+            )
+        else:
+            outcome = r.outcome or ("completed" if r.error is None else "failed")
+            records.append(
+                Record(r.name, r.kind, r.position, r.attempt, outcome, r.target, None, r.value, r.error, None)
+            )
+    return state, records
+
+
+def _read_waits(state: State, event: ReadWaits) -> tuple[State, list[ResolvedWait]]:
+    state, held = _hold(state, event.owner, event.claims)
+    state, told = _settle(state, held)
+    return state, sorted(ResolvedWait(i, w.name, w.outcome or "", w.value, w.error) for i, w in told)
+
+
+def _request_close(state: State, event: RequestClose) -> tuple[State, int]:
+    state, held = _hold(state, event.owner, [(event.execution, event.claim_no)])
+    wanted = [
+        UUID(w.target)
+        for i in held
+        for w in state.waits_of(i)
+        if w.name in event.names and w.kind == "child" and w.resolved_at is None and w.target is not None
+    ]
+    new = {i: (event.reason, state.now) for i in wanted if i not in state.closings}
+    return replace(state, closings={**state.closings, **new}), len(new)
+
+
+def _close_children(state: State) -> tuple[State, int]:
+    by_reason: dict[str, list[UUID]] = {}
+    for i, (reason, _) in state.closings.items():
+        by_reason.setdefault(reason, []).append(i)
+    count = 0
+    for reason, ids in sorted(by_reason.items()):
+        state, _ = _cancel(state, Cancel(tuple(ids), reason))
+        state = replace(state, closings={i: c for i, c in state.closings.items() if i not in ids})
+        count += len(ids)
+    return state, count
 
 
 def _status(state: State, owner: UUID, outcome: Outcome) -> str:
@@ -608,38 +985,51 @@ def _recover(state: State, queue: str) -> tuple[State, tuple[int, int, int]]:
         for i, row in state.orchestrators.items()
     }
     state = replace(state, orchestrators=orchestrators)
-    recovered = failed = cancelled = 0
-    for row in list(state.live.values()):
-        if row.owner is None or row.queue != queue:
-            continue
-        owner = orchestrators.get(row.owner)
-        if owner is not None and owner.died_at is None:
-            continue
-        # An outage of the server is nobody's crash.
-        charge = int(owner is None or owner.epoch == state.epoch)
-        kind, error = ("recovered" if charge else "released"), None
-        if row.cancel_requested_at is not None:
-            cancelled += 1
-        elif row.crashes + charge >= MAX_CRASHES:
-            kind, error = "failed", "crash_loop"
-            failed += 1
-        else:
-            recovered += 1
-        outcome = Outcome(row.id, row.claim_no, kind, error=error, keep=state.keep_failed(row.task))
-        written = _apply(state, row.owner, outcome, crashes=charge)
-        assert written is not None
-        state = written
-    return state, (recovered, failed, cancelled)
+    counts = Counter[str]()
+    woken: list[UUID] = []
+    mine = [row for row in state.live.values() if row.owner is not None and row.queue == queue]
+    for no in state.partitions(queue):
+        rows = [row for row in mine if row.queue_no == no]
+        for owner in sorted({row.owner for row in rows if row.owner is not None}):
+            known = orchestrators.get(owner)
+            if known is not None and known.died_at is None:
+                continue
+            # An outage of the server is nobody's crash.
+            charge = int(known is None or known.epoch == state.epoch)
+            outcomes: list[Outcome] = []
+            for row in rows:
+                if row.owner != owner:
+                    continue
+                kind, error = ("recovered" if charge else "released"), None
+                if row.cancel_requested_at is not None:
+                    counts["cancelled"] += 1
+                elif row.crashes + charge >= MAX_CRASHES:
+                    kind, error = "failed", "crash_loop"
+                    counts["failed"] += 1
+                else:
+                    counts["recovered"] += 1
+                outcomes.append(Outcome(row.id, row.claim_no, kind, error=error, keep=state.keep_failed(row.task)))
+            woken += _parents(state, (o.id for o in outcomes))
+            state, refused = _apply(state, owner, outcomes, crashes=charge)
+            assert not refused
+    return _wake(state, woken), (counts["recovered"], counts["failed"], counts["cancelled"])
 
 
 def _release(state: State, owner: UUID, queues: Iterable[str], known: tuple[UUID, ...] = ()) -> tuple[State, int]:
     count = 0
-    for row in list(state.live.values()):
-        if row.owner == owner and row.queue in queues and row.id not in known:
-            written = _apply(state, owner, Outcome(row.id, row.claim_no, "released", keep=state.keep_failed(row.task)))
-            assert written is not None
-            state = written
-            count += 1
+    for queue in queues:
+        for no in state.partitions(queue):
+            rows = [
+                row
+                for row in state.live.values()
+                if row.owner == owner and (row.queue, row.queue_no) == (queue, no) and row.id not in known
+            ]
+            outcomes = [Outcome(row.id, row.claim_no, "released", keep=state.keep_failed(row.task)) for row in rows]
+            parents = _parents(state, (o.id for o in outcomes))
+            state, refused = _apply(state, owner, outcomes)
+            assert not refused
+            state = _wake(state, parents)
+            count += len(rows)
     return state, count
 
 
@@ -657,7 +1047,9 @@ def _succeed(state: State, event: Succeed) -> tuple[State, object]:
     )
     state = _with_orchestrators(state, replace(old, died_at=state.now), new)
     handed = [
-        row for i, claim_no in event.claims if (row := _held(state, i, claim_no, event.old)) and row.queue in old.queues
+        row
+        for i, claim_no in event.claims
+        if (row := _held(state, i, claim_no, event.old)) and (row.queue in old.queues or row.queue_no == OVERFLOW)
     ]
     state = _with_live(state, *(replace(row, owner=event.new) for row in handed))
     state, _ = _release(state, event.old, old.queues)
@@ -666,19 +1058,25 @@ def _succeed(state: State, event: Succeed) -> tuple[State, object]:
 
 def _cancel(state: State, event: Cancel) -> tuple[State, dict[UUID, Cancellation]]:
     answer: dict[UUID, Cancellation] = {}
+    rows: list[Execution] = []
     for i in dict.fromkeys(event.executions):
         row = state.live.get(i)
         if row is None:
             answer[i] = Cancellation.FINISHED if i in state.finished else Cancellation.UNKNOWN
-        elif row.state == "running":
-            answer[i] = Cancellation.REQUESTED
-            if row.cancel_requested_at is None:
-                state = _with_live(state, replace(row, cancel_requested_at=state.now, cancel_reason=event.reason))
         else:
-            answer[i] = Cancellation.CANCELLED
-            ended = replace(row, cancel_reason=event.reason, owner=None)
-            state = _end(state, ended, "cancelled", state.keep_failed(row.task))
-    return state, answer
+            answer[i] = Cancellation.REQUESTED if row.state == "running" else Cancellation.CANCELLED
+            rows.append(row)
+    parents = _parents(state, (row.id for row in rows))
+    for group in _by_partition(rows, lambda row: row.queue_no):
+        asked = [e for e in group if e.state == "running" and e.cancel_requested_at is None]
+        state = _with_live(
+            state, *(replace(e, cancel_requested_at=state.now, cancel_reason=event.reason) for e in asked)
+        )
+        idle = [
+            replace(e, state="cancelled", cancel_reason=event.reason, owner=None) for e in group if e.state != "running"
+        ]
+        state = _end(state, *((e, state.keep_failed(e.task), None, None) for e in idle))
+    return _wake(state, parents), answer
 
 
 def _cancel_matching(state: State, event: CancelMatching) -> tuple[State, tuple[int, int]]:
@@ -716,6 +1114,7 @@ def _signals(state: State, event: ReadSignals) -> Signals:
                 )
             )
         ),
+        bool(state.closings),
     )
 
 
@@ -750,16 +1149,26 @@ def _retry(state: State, executions: tuple[UUID, ...]) -> tuple[State, dict[UUID
             deadline_at=None,
             cancel_requested_at=None,
             cancel_reason=None,
+            wait_name=None,  # whoever waited for it has been told of its end
+            on_close=None,
+            is_durable=bool(finished.history),
         )
         state = _with_live(state, again)
-        state = replace(state, finished={j: f for j, f in state.finished.items() if j != i})
+        # A child that had not ended is no record of another life.
+        kept = {(i, r.name): r for r in finished.history if r.kind != "child" or r.outcome is not None}
+        state = replace(
+            state,
+            finished={j: f for j, f in state.finished.items() if j != i},
+            steps={**state.steps, **kept},
+        )
+        state = _forget_failures(state, [i])
     return state, answer
 
 
 # --- the invariants ---
 
 
-_ENDING = (Flush, Recover, ReleaseUnknown, Retire, Succeed, Cancel, CancelMatching)
+_ENDING = (Flush, Recover, ReleaseUnknown, Retire, Succeed, Cancel, CancelMatching, CloseChildren)
 
 
 def breaches(before: State, event: Event, after: State) -> Iterator[str]:
@@ -772,6 +1181,7 @@ def breaches(before: State, event: Event, after: State) -> Iterator[str]:
             yield f"I4 {name}: live and finished"
         if not 0 <= row.attempt <= row.claim_no or not 0 <= row.crashes < MAX_CRASHES:
             yield f"I12 {name}: attempt {row.attempt}, crashes {row.crashes}, claim {row.claim_no}"
+    yield from _breaches_of_records(before, event, after)
     keys = [(e.queue, e.task, e.key) for e in after.live.values() if e.key is not None]
     if len(keys) != len(set(keys)):
         yield "I11: two live executions of one key"
@@ -796,6 +1206,46 @@ def breaches(before: State, event: Event, after: State) -> Iterator[str]:
                 owner = after.orchestrators.get(row.owner)
                 if owner is None or owner.died_at is not None:
                     yield f"I14 {row.id}: running by a dead owner after recovery"
+
+
+def _breaches_of_records(before: State, event: Event, after: State) -> Iterator[str]:
+    """I6, I8 and I9."""
+    for (i, name), step in [*after.steps.items(), *after.waits.items()]:
+        row = after.live.get(i)
+        if row is None or not row.is_durable:
+            yield f"I1 {i}: record {name!r} of no live execution that knows of it"
+        was: Step | None = before.waits.get((i, name)) if isinstance(step, Wait) else before.steps.get((i, name))
+        if was is not None and was != step and not (isinstance(was, Wait) and _went_on(was, step)):
+            yield f"I6 {i}: {was} is now {step}"
+        if was is None and not isinstance(event, SaveSteps | StartWaits | Retry):
+            yield f"I5 {i}: {name!r} out of nowhere"
+    for (i, name), step in [*before.steps.items(), *before.waits.items()]:
+        is_kept = (i, name) in after.steps or (i, name) in after.waits
+        if i in after.live and not is_kept and not step.has_failed and (i, name) not in after.steps:
+            yield f"I6 {i}: {name!r} is gone, and it goes on"
+    children = Counter((e.parent, e.wait_name) for e in after.live.values() if e.wait_name is not None)
+    for (parent, name), count in children.items():
+        # One that was opened again may have children of its former life about.
+        if parent is not None and parent in after.live and after.live[parent].generation == 0 and count > 1:
+            yield f"I8 {parent}: {count} live children {name!r}"
+    for (i, name), wait in after.waits.items():
+        if wait.kind == "child" and wait.resolved_at is None and UUID(wait.target or "") not in after.live:
+            yield f"I9 {i}: waits for child {name!r}, which is not there"
+    for row in after.live.values():
+        if row.state == "waiting" and after.is_resumable(row.id):
+            yield f"I9 {row.id}: waits, and has something to go on with"
+        if row.state == "waiting" and all(w.resolved_at is not None for w in after.waits_of(row.id)):
+            yield f"I9 {row.id}: waits for nothing"
+
+
+def _went_on(was: Wait, now: Step) -> bool:
+    """Whether a wait has been resolved, or told, and nothing else."""
+    assert isinstance(now, Wait)
+    if was.resolved_at is not None:
+        return now == replace(was, is_seen=True)
+    return now.outcome is not None and was == replace(
+        now, resolved_at=None, outcome=None, value=None, error=None, is_seen=False
+    )
 
 
 def _breaches_of_one(before: State, event: Event, after: State, row: Execution) -> Iterator[str]:

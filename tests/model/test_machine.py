@@ -18,29 +18,37 @@ from model.machine import (
     EMPTY,
     LEASE_LOST,
     Advance,
+    BegunWait,
     Cancel,
     CancelMatching,
     ClaimSome,
     ClaimSuspect,
+    CloseChildren,
     Event,
     Execution,
     Flush,
     Heartbeat,
     HoldSession,
     InvokeMany,
+    LoadHistory,
     LoadPayload,
     Maintain,
     New,
+    NewRecord,
     ReadSignals,
+    ReadWaits,
     Recover,
     Register,
     RegisterQueue,
     RegisterTasks,
     ReleaseUnknown,
+    RequestClose,
     Restart,
     Retire,
     Retry,
+    SaveSteps,
     SessionEnds,
+    StartWaits,
     State,
     Succeed,
     breaches,
@@ -88,12 +96,12 @@ class World:
             "flush": 14,
             "repeat": 3,
             "advance": 5,
-            "recover": 6,
+            "recover": 11,
             "cancel": 3,
             "cancel_matching": 0.3,
             "heartbeat": 5,
             "register": 3,
-            "suspect": 3,
+            "suspect": 8,
             "retry": 3,
             "retire": 0.7,
             "release": 0.7,
@@ -106,6 +114,13 @@ class World:
             "signals": 1,
             "load": 1,
             "maintain": 1,
+            "step": 4,
+            "wait": 6,
+            "park": 5,
+            "history": 2,
+            "read": 1,
+            "close": 1,
+            "close_children": 2,
         }
         match rng.choices(list(kinds), list(kinds.values()))[0]:
             case "invoke":
@@ -162,6 +177,28 @@ class World:
             case "load" if self.tokens:
                 owner, i, n = self.recent(self.tokens)
                 return LoadPayload(i, n, owner)
+            case "step" if self.tokens:
+                owner, i, n = self.recent(self.tokens)
+                is_failure = rng.random() < 0.3
+                value, error = (None, "E") if is_failure else (rng.choice("123"), None)
+                return SaveSteps(owner, (NewRecord(i, n, rng.choice(("s", "t")), value, error, rng.randrange(9)),))
+            case "wait" if self.tokens:
+                return self.begun(state)
+            case "park" if tokens := [t for t in self.tokens if any(not w.is_seen for w in state.waits_of(t[1]))]:
+                # Handlers give up only what they have to wait for, or have not been told of.
+                owner, i, n = self.recent(tokens)
+                return Flush(owner, (Outcome(i, n, "waiting"),))
+            case "history" if self.tokens:
+                owner, i, n = self.recent(self.tokens)
+                return LoadHistory(owner, i, n)
+            case "read" if self.tokens:
+                owner = self.recent(self.tokens)[0]
+                return ReadWaits(owner, tuple({i: n for o, i, n in self.tokens[-12:] if o == owner}.items()))
+            case "close" if self.tokens:
+                owner, i, n = self.recent([t for t in self.tokens if state.waits_of(t[1])] or self.tokens)
+                return RequestClose(owner, i, n, ("c", "d"), "not wanted")
+            case "close_children":
+                return CloseChildren()
             case "maintain":
                 expired = [
                     i for i, f in state.finished.items() if f.expires_at is not None and f.expires_at < state.now
@@ -169,6 +206,25 @@ class World:
                 return Maintain(frozenset(i for i in expired if rng.random() < 0.8))
             case _:
                 return Register(self.uuid(), 10, QUEUES, TASKS)
+
+    def begun(self, state: State) -> StartWaits:
+        """A sleep, a child, or both, of one execution; a name that it had in a former life is not used again."""
+        rng = self.rng
+        owner, i, n = self.recent(self.tokens)
+        names = [name for name in rng.choice([("c",), ("w",), ("c", "w"), ("c", "d")]) if (i, name) not in state.steps]
+        scope = rng.choice([None, None, "all"])
+        return StartWaits(
+            owner,
+            tuple(
+                BegunWait(i, n, name, rng.randrange(9), None, rng.choice([0, 2, 2, 5000]))
+                if name == "w"
+                else BegunWait(
+                    i, n, name, rng.randrange(9), scope, None, rng.choice(["cancel", "abandon"]),
+                    replace(self.new(), key=None, delay=None),
+                )
+                for name in names
+            ),
+        )  # fmt: skip
 
     def new(self) -> New:
         rng = self.rng
@@ -241,13 +297,27 @@ def run(seed: int, events: int) -> Counter[str]:
         if isinstance(event, Recover):
             for name, count in zip(("recovered", "crash loop", "cancelled by recovery"), answer, strict=True):
                 counts[name] += count
+        if isinstance(event, SaveSteps | StartWaits):
+            counts.update(f"{type(event).__name__}: {row.status}" for row in answer)
         if isinstance(event, Retry):
             counts.update(f"retry: {status}" for status in answer.values())
         if answer == LEASE_LOST:
             counts["lease lost"] += 1
+        if isinstance(event, RequestClose | CloseChildren) and answer:
+            counts[f"{type(event).__name__}: some"] += 1
+        counts.update(
+            f"{after.live[i].state} by {type(event).__name__}"
+            for i, row in state.live.items()
+            if row.state == "waiting" and i in after.live and after.live[i].state != "waiting"
+        )
+        counts.update(
+            f"wait {wait.outcome}"
+            for key, wait in after.waits.items()
+            if wait.outcome is not None and (key not in state.waits or state.waits[key].outcome is None)
+        )
         state = after
         if len(state.live) + len(state.finished) > 60:
-            state = replace(state, live={}, finished={})
+            state = replace(state, live={}, finished={}, steps={}, waits={}, closings={})
             acknowledged.clear()
     return counts
 
@@ -262,7 +332,12 @@ def test_random_events_break_no_invariant(request: pytest.FixtureRequest) -> Non
     # A run in which one of these never happened has shown nothing about it.
     for happened in ("already", "fenced", "gone", "recovered", "crash loop", "cancelled by recovery", "lease lost"):
         assert counts[happened] > 0, f"no {happened} among {counts}"
-    assert {f"retry: {status}" for status in ("retried", "duplicate", "live", "completed")} <= set(counts)
+    wanted = {f"retry: {status}" for status in ("retried", "duplicate", "live", "completed")}
+    wanted |= {f"SaveSteps: {status}" for status in ("saved", "stored", "fenced")}
+    wanted |= {f"StartWaits: {status}" for status in ("open", "resolved", "fenced")}
+    wanted |= {"RequestClose: some", "CloseChildren: some", "ready by Flush", "ready by Cancel", "running by ClaimSome"}
+    wanted |= {f"wait {outcome}" for outcome in ("completed", "failed", "cancelled", "elapsed")}
+    assert wanted - set(counts) == set()
 
 
 def test_model_notices_a_zombie() -> None:

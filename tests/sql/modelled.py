@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from model.machine import (
     LEASE_LOST,
     Advance,
+    BegunWait,
     Cancel,
     CancelMatching,
     ClaimSome,
     ClaimSuspect,
+    CloseChildren,
     Error,
     Event,
     Execution,
@@ -27,30 +29,38 @@ from model.machine import (
     Heartbeat,
     HoldSession,
     InvokeMany,
+    LoadHistory,
     LoadPayload,
     Maintain,
     New,
     Orchestrator,
     ReadSignals,
+    ReadWaits,
     Recover,
     Register,
     RegisterQueue,
     RegisterTasks,
     ReleaseUnknown,
+    RequestClose,
     Restart,
     Retire,
     Retry,
+    SaveSteps,
     SessionEnds,
+    StartWaits,
     State,
+    Step,
     Succeed,
     TaskRow,
+    Wait,
 )
 from sql.audited import Audited
 from sql.database import Session
 
-from pgconductor.db.calls import NewExecution, WorkerRow
+from pgconductor.db.calls import NewExecution, NewStep, NewWait, WorkerRow
 from pgconductor.errors import LeaseLost
-from pgconductor.model import Signals
+
+R = TypeVar("R", bound=Step)
 
 START = datetime(2030, 1, 1, tzinfo=UTC)  # the model's time 0
 
@@ -85,13 +95,22 @@ select json_build_object(
         date_part('epoch', heartbeat_at - %(start)s), date_part('epoch', expires_at - %(start)s), server_epoch::int,
         date_part('epoch', died_at - %(start)s), has_session, stop_requested_at is not null))
         from {s}._private_orchestrators o),
+    'steps', (select json_agg(json_build_array(execution_id, name, kind, position, claim_no, attempt,
+        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target)) from {s}._private_steps),
+    'waits', (select json_agg(json_build_array(execution_id, name, kind, position, claim_no, attempt,
+        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target, scope,
+        date_part('epoch', due_at - %(start)s), on_close, date_part('epoch', resolved_at - %(start)s), is_seen))
+        from {s}._private_waits),
+    'closings', (select json_agg(json_build_array(execution_id, reason, date_part('epoch', created_at - %(start)s)))
+        from {s}._private_closings),
     'live', (select json_agg(json_build_array(e.id, e.queue_no, e.queue, e.task, e.state, e.priority,
         date_part('epoch', e.run_at - %(start)s), date_part('epoch', e.created_at - %(start)s),
         coalesce(e.payload, l.payload)::text, e.payload is null, e.dedupe_key, e.max_attempts,
         date_part('epoch', e.timeout),
         date_part('epoch', e.deadline_at - %(start)s), e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), e.outcome, e.outcome_claim, e.errors,
-        date_part('epoch', e.cancel_requested_at - %(start)s), e.cancel_reason))
+        date_part('epoch', e.cancel_requested_at - %(start)s), e.cancel_reason, e.parent_id, e.root_id, e.depth,
+        e.wait_name, e.on_parent_close, e.is_durable))
         from {s}._private_executions e left join {s}._private_payloads l on l.execution_id = e.id),
     'finished', (select json_agg(json_build_array(e.id, {s}._private_queue_no(e.id), e.queue, e.task, e.state,
         e.priority,
@@ -100,7 +119,9 @@ select json_build_object(
         date_part('epoch', e.timeout),
         null, e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), null, null, e.errors, null, e.cancel_reason,
-        date_part('epoch', e.finished_at - %(start)s), date_part('epoch', e.expires_at - %(start)s), e.result::text))
+        e.parent_id, e.root_id, e.depth, null, null, false,
+        date_part('epoch', e.finished_at - %(start)s), date_part('epoch', e.expires_at - %(start)s), e.result::text,
+        e.steps))
         from {s}._private_finished e left join {s}._private_payloads l on l.execution_id = e.id))
 """
 
@@ -114,7 +135,37 @@ def _execution(row: list[Any]) -> Execution:
     fields[14] = None if row[14] is None else tuple(row[14])
     fields[19] = None if row[19] is None else UUID(row[19])
     fields[23] = errors
+    fields[26], fields[27] = (None if i is None else UUID(i) for i in row[26:28])
     return Execution(*fields)
+
+
+_COLUMNS = 32  # of an execution
+
+
+def _error(error: str | dict[str, Any] | None) -> str | None:
+    """As the model names it."""
+    if error is None:
+        return None
+    found = json.loads(error) if isinstance(error, str) else error
+    return found["type"] if "type" in found else f"reason {found['reason']}"
+
+
+def _record(kind: type[R], row: list[Any]) -> tuple[tuple[UUID, str], R]:
+    execution, *fields = row
+    fields[7] = _error(fields[7])
+    return (UUID(execution), row[1]), kind(*fields)
+
+
+def _past(steps: list[dict[str, Any]] | None) -> tuple[Step, ...]:
+    """What a finished row keeps."""
+    return tuple(
+        Step(
+            s["name"], s["kind"], s["position"], s["claim_no"], s["attempt"],
+            (datetime.fromisoformat(s["created_at"]) - START).total_seconds(),
+            json.dumps(s["value"]) if "value" in s else None, _error(s.get("error")), s.get("outcome"), s.get("target"),
+        )
+        for s in steps or ()
+    )  # fmt: skip
 
 
 def _orchestrator(row: list[Any]) -> Orchestrator:
@@ -189,6 +240,30 @@ class Modelled:
                     o._replace(error=None if o.error is None else json.dumps({"type": o.error})) for o in event.outcomes
                 ]
                 return db.run(calls.flush(event.owner, outcomes))
+            case SaveSteps():
+                steps = [
+                    NewStep(
+                        n.execution, n.claim_no, n.name, n.kind, n.position, n.value,
+                        None if n.error is None else json.dumps({"type": n.error}),
+                    )
+                    for n in event.items
+                ]  # fmt: skip
+                return [row._replace(error=_error(row.error)) for row in db.run(calls.save_steps(event.owner, steps))]
+            case StartWaits():
+                waits = [NewWait(w.execution, w.claim_no, json.dumps(_spec(w))) for w in event.items]
+                return [row._replace(error=_error(row.error)) for row in db.run(calls.start_waits(event.owner, waits))]
+            case LoadHistory():
+                found = db.run(calls.load_history(event.owner, event.execution, event.claim_no))
+                return None if found is None else [r._replace(error=_error(r.error)) for r in found]
+            case ReadWaits():
+                told = db.run(calls.read_waits(event.owner, list(event.claims)))
+                return sorted(row._replace(error=_error(row.error)) for row in told)
+            case RequestClose():
+                return db.run(
+                    calls.request_close(event.owner, event.execution, event.claim_no, list(event.names), event.reason)
+                )
+            case CloseChildren():
+                return db.run(calls.close_children())
             case Recover():
                 return db.rows("select recovered, failed, cancelled from {s}.recover(%s)", event.queue)[0]
             case ReleaseUnknown():
@@ -206,7 +281,7 @@ class Modelled:
                 return db.run(calls.cancel_matching(event.reason, 1000, event.queue, event.task, states, tags, before))
             case ReadSignals():
                 signals = db.run(calls.signals(event.owner, list(event.queues)))
-                return Signals(signals.stop_requested, signals.cancelled, tuple(sorted(signals.suspects)))
+                return replace(signals, suspects=tuple(sorted(signals.suspects)))
             case Retry():
                 return dict(db.rows("select id, status from {s}.retry(%s::uuid[])", list(event.executions)))
             case Maintain():
@@ -218,7 +293,10 @@ class Modelled:
         query = _STATE.replace("{s}", self.db.schema).encode()
         tables: dict[str, Any] = self.db.conn.execute(query, {"start": START}).fetchall()[0][0]
         live = [_execution(row) for row in tables["live"] or ()]
-        finished = [Finished(_execution(row[:26]), row[26], row[27], row[28]) for row in tables["finished"] or ()]
+        finished = [
+            Finished(_execution(row[:_COLUMNS]), row[-4], row[-3], row[-2], _past(row[-1]))
+            for row in tables["finished"] or ()
+        ]
         now, epoch = tables["world"]
         state = State(
             now,
@@ -228,6 +306,9 @@ class Modelled:
             orchestrators={row.id: row for row in map(_orchestrator, tables["orchestrators"] or ())},
             live={row.id: row for row in live},
             finished={row.execution.id: row for row in finished},
+            steps=dict(_record(Step, row) for row in tables["steps"] or ()),
+            waits=dict(_record(Wait, row) for row in tables["waits"] or ()),
+            closings={UUID(i): (reason, at) for i, reason, at in tables["closings"] or ()},
         )
         # What the model knows from the rows.
         assert {(queue, task, key): UUID(i) for queue, task, key, i in tables["keys"] or ()} == state.keys()
@@ -236,6 +317,20 @@ class Modelled:
         assert len(live) == len(state.live)
         assert len(finished) == len(state.finished)
         return state
+
+
+def _spec(wait: BegunWait) -> dict[str, object]:
+    """A wait as the database takes it."""
+    spec: dict[str, object] = {"name": wait.name, "kind": wait.kind, "position": wait.position, "scope": wait.scope}
+    if wait.new is None:
+        return {**spec, "due_in": wait.due_in}
+    new = wait.new
+    child = {
+        "task": new.task, "payload": json.loads(new.payload), "queue": new.queue, "priority": new.priority,
+        "delay": new.delay, "deadline_in": new.deadline_in, "timeout": new.timeout, "max_attempts": new.max_attempts,
+        "tags": None if new.tags is None else list(new.tags),
+    }  # fmt: skip
+    return {**spec, "on_close": wait.on_close, "child": child}
 
 
 def _new_execution(new: New) -> NewExecution:
@@ -257,7 +352,14 @@ def comparable(state: State) -> State:
         i: replace(
             f,
             execution=replace(
-                f.execution, deadline_at=None, outcome=None, outcome_claim=None, cancel_requested_at=None
+                f.execution,
+                deadline_at=None,
+                outcome=None,
+                outcome_claim=None,
+                cancel_requested_at=None,
+                wait_name=None,
+                on_close=None,
+                is_durable=False,
             ),
         )
         for i, f in state.finished.items()
@@ -272,7 +374,7 @@ def differences(expected: State, found: State) -> list[str]:
         for name in ("now", "epoch", "queues", "tasks")
         if getattr(found, name) != getattr(expected, name)
     ]
-    for name in ("orchestrators", "live", "finished"):
+    for name in ("orchestrators", "live", "finished", "steps", "waits", "closings"):
         one, other = getattr(expected, name), getattr(found, name)
         for key in {*one, *other}:
             if one.get(key) != other.get(key):

@@ -1,4 +1,4 @@
-"""Parents and children whose rows meet in one statement."""
+"""Flushes that meet steps and waits: parents and children in one statement, and claims that are over."""
 
 from __future__ import annotations
 
@@ -104,3 +104,29 @@ def test_parent_that_goes_on_is_told_of_the_child_that_ends_beside_it(audited: A
     kept = [("child", young), ("step", None)] if (old, young) != ("retried", "failed") else [("step", None)]
     assert records(audited) == kept
     assert db.live(parent.id, "state::text") == ("ready",)
+
+
+def test_flush_that_is_fenced_forgets_no_failure(audited: Audited) -> None:
+    """A zombie says that its attempt failed, and takes away what another attempt has recorded."""
+    db = audited.db
+    zombie, owner = db.register_orchestrator(), db.register_orchestrator()
+    db.invoke()
+    (stale,) = db.claim(zombie)
+    db.flush(zombie, done(stale, "released"))
+    (claim,) = db.claim(owner)
+    save(db, owner, claim, "broken", error={"type": "E", "message": "caught by the handler"})
+    db.flush(owner, done(claim, "released"))
+    assert db.flush(zombie, outcome(stale, "retried")) == {claim.id: "fenced"}
+    assert records(audited) == [("broken", None)]
+    assert audited.check() == []
+
+
+def test_flush_that_is_sent_again_forgets_nothing_that_came_after_it(audited: Audited) -> None:
+    """The child fails while the parent's reply is on its way: sent again, the flush would take away what nobody saw."""
+    db = audited.db
+    owner, parent, grown = family(audited)
+    assert db.flush(owner, outcome(parent, "retried")) == {}
+    assert db.flush(owner, outcome(grown, "failed")) == {}
+    assert records(audited) == [("child", "failed"), ("step", None)]
+    assert db.flush(owner, outcome(parent, "retried")) == {parent.id: "already"}
+    assert records(audited) == [("child", "failed"), ("step", None)]

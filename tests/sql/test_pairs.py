@@ -23,24 +23,33 @@ import pytest
 from model.machine import (
     DAY,
     Advance,
+    BegunWait,
     Cancel,
     CancelMatching,
     ClaimSome,
     ClaimSuspect,
+    CloseChildren,
     Event,
     Flush,
     Heartbeat,
     InvokeMany,
+    LoadHistory,
     Maintain,
     New,
+    NewRecord,
+    ReadWaits,
     Recover,
     Register,
     RegisterQueue,
     RegisterTasks,
     ReleaseUnknown,
+    RequestClose,
     Retire,
     Retry,
+    SaveSteps,
+    StartWaits,
     State,
+    Step,
     Succeed,
     transition,
 )
@@ -48,8 +57,8 @@ from sql.audited import open_audited
 from sql.database import Session
 from sql.modelled import Modelled, comparable
 
-from pgconductor.db.calls import Claim
-from pgconductor.model import Claimed, Invoked, Outcome
+from pgconductor.db.calls import Claim, StartedWait
+from pgconductor.model import Claimed, Invoked, Outcome, Record
 from pgconductor.testing import Databases
 
 HOLDER, OTHER = UUID(int=1), UUID(int=2)
@@ -58,7 +67,8 @@ NOBODY = UUID(int=0)  # stands for an id that was made in a run
 
 _SAVED = (
     "_private_executions", "_private_finished", "_private_dedupe_keys", "_private_payloads", "_private_orchestrators",
-    "_private_workers", "_private_tasks", "_private_queues", "_private_expiry_slots", "_test_audit", "_test_world",
+    "_private_workers", "_private_tasks", "_private_queues", "_private_expiry_slots", "_private_steps",
+    "_private_waits", "_private_closings", "_test_audit", "_test_records", "_test_world",
 )  # fmt: skip
 # Copies of the tables, one set per scene, and a function that puts a set back: in static statements, so that they are
 # planned once. The triggers write to the audit, which is put back last.
@@ -94,6 +104,8 @@ class Scene:
     ids: tuple[UUID, ...]  # of all executions
     held: tuple[tuple[UUID, int], ...]  # claims that the holder has, or has had
     keys: tuple[str, ...]  # dedupe keys to invoke with, all of them taken, if one is
+    parent: tuple[UUID, int] | None = None  # an execution with records, and the last claim of it
+    child: tuple[UUID, int] | None = None  # and of its child
 
 
 class Play:
@@ -103,6 +115,8 @@ class Play:
         self.modelled = modelled
         self.ids: list[UUID] = []
         self.held: dict[UUID, int] = {}
+        self.parent: tuple[UUID, int] | None = None
+        self.child: tuple[UUID, int] | None = None
         modelled.reset()
         self(RegisterQueue("q"))
         self(RegisterTasks(TASK, "q", (5000.0,), (5000.0,)))
@@ -120,6 +134,28 @@ class Play:
         claim: Claim = self(ClaimSome(owner, "q", TASK, limit))
         if owner == HOLDER:
             self.held.update({claimed.id: claimed.claim_no for claimed in claim.claimed})
+
+    def family(self, *, due_in: float | None = None, is_claimed: bool = True) -> None:
+        """One that has done a step and has a child; both run, or the child is ready. It sleeps too, if it is told."""
+        self.invoke("k")
+        self.claim()
+        ((parent, claim_no),) = self.held.items()
+        self.parent = (parent, claim_no)
+        self(SaveSteps(HOLDER, (NewRecord(parent, claim_no, "step"),)))
+        waits = [BegunWait(parent, claim_no, "child", 1, on_close="cancel", new=New(NOBODY, "q", "t"))]
+        if due_in is not None:
+            waits.append(BegunWait(parent, claim_no, "nap", 2, due_in=due_in))
+        (begun, *_) = self(StartWaits(HOLDER, tuple(waits)))
+        child = UUID(begun.target)
+        self.ids.append(child)
+        if is_claimed:
+            self.claim()
+        self.child = (child, self.held.get(child, 0))
+
+    def park(self) -> None:
+        assert self.parent is not None
+        self(Flush(HOLDER, (Outcome(*self.parent, "waiting", keep=5000.0),)))
+        del self.held[self.parent[0]]
 
     def crash(self) -> None:
         owner = uuid4()
@@ -191,9 +227,80 @@ def several(play: Play) -> None:
     play.invoke("n", "o")
 
 
+def family(play: Play) -> None:
+    """Parent and child run."""
+    play.family()
+
+
+def parked(play: Play) -> None:
+    """The parent waits, the child runs."""
+    play.family()
+    play.park()
+
+
+def sleeping(play: Play) -> None:
+    """The parent waits for a sleep that is over now, and for its child, which runs."""
+    play.family(due_in=1)
+    play.park()
+    play(Advance(2))
+
+
+def orphaned(play: Play) -> None:
+    """The parent waits, and the process that ran the child is dead."""
+    play.family()
+    play.park()
+    play(Advance(11))
+
+
+def on_last_life(play: Play) -> None:
+    """The parent waits, and the child's third process is dead."""
+    play.family(is_claimed=False)
+    play.park()
+    play.crash()
+    play.crash()
+    suspect: Claimed = play(ClaimSuspect(HOLDER, "q", TASK))
+    play.held[suspect.id] = suspect.claim_no
+    play.child = (suspect.id, suspect.claim_no)
+    play(Advance(11))
+
+
+def closing(play: Play) -> None:
+    """The parent has failed, and its child, which runs, is to be cancelled."""
+    play.family()
+    assert play.parent is not None
+    play(Flush(HOLDER, (Outcome(*play.parent, "failed", None, "E", keep=5000.0),)))
+    del play.held[play.parent[0]]
+
+
+def unstarted(play: Play) -> None:
+    """The parent waits, and nobody has claimed the child; another is to be cancelled."""
+    play.family(is_claimed=False)
+    assert play.parent is not None
+    play(RequestClose(HOLDER, *play.parent, ("child",), "not wanted"))
+    play.park()
+
+
 SCENES: dict[str, Callable[[Play], None]] = {
     scene.__name__: scene
-    for scene in (running, abandoned, poisonous, suspected, ready, due, asked, dead_letter, expired, several)
+    for scene in (
+        running,
+        abandoned,
+        poisonous,
+        suspected,
+        ready,
+        due,
+        asked,
+        dead_letter,
+        expired,
+        several,
+        family,
+        parked,
+        sleeping,
+        orphaned,
+        on_last_life,
+        closing,
+        unstarted,
+    )
 }
 
 
@@ -211,6 +318,44 @@ def flush(kind: str) -> Callable[[Scene, int], Event]:
         return Flush(HOLDER, turned(tuple(outcomes), side))
 
     return event
+
+
+def of_parent(make: Callable[[UUID, int, int], Event]) -> Callable[[Scene, int], Event]:
+    """On behalf of the parent's claim."""
+
+    def event(scene: Scene, side: int) -> Event:
+        assert scene.parent is not None
+        return make(*scene.parent, side)
+
+    return event
+
+
+def end_child(kind: str) -> Callable[[Scene, int], Event]:
+    def event(scene: Scene, side: int) -> Event:
+        assert scene.child is not None
+        result, error = ("1", None) if kind == "completed" else (None, "E")
+        return Flush(HOLDER, (Outcome(*scene.child, kind, result, error, keep=5000.0),))
+
+    return event
+
+
+def end_both(kind: str) -> Callable[[Scene, int], Event]:
+    def event(scene: Scene, side: int) -> Event:
+        assert scene.child is not None
+        assert scene.parent is not None
+        error = "E" if kind == "failed" else None
+        both = (Outcome(*scene.parent, kind, None, error, keep=5000.0), Outcome(*scene.child, kind, None, error))
+        return Flush(HOLDER, turned(both, side))
+
+    return event
+
+
+def begin_both(execution: UUID, claim_no: int, side: int) -> Event:
+    waits = (
+        BegunWait(execution, claim_no, "other", 3, on_close="cancel", new=New(uuid4(), "q", "t", delay=5.0)),
+        BegunWait(execution, claim_no, "late", 4, due_in=9.0),
+    )
+    return StartWaits(HOLDER, turned(waits, side))
 
 
 Verb = Callable[[Scene, int], Event]
@@ -236,10 +381,27 @@ VERBS: dict[str, Verb] = {
     "retry": lambda scene, side: Retry(turned(scene.ids, side)),
     "maintain": lambda scene, side: Maintain(frozenset()),
 }
+FAMILY: dict[str, Verb] = {
+    "park": of_parent(lambda i, n, side: Flush(HOLDER, (Outcome(i, n, "waiting", keep=5000.0),))),
+    "retry_parent": of_parent(lambda i, n, side: Flush(HOLDER, (Outcome(i, n, "retried", None, "E", keep=5000.0),))),
+    "complete_parent": of_parent(lambda i, n, side: Flush(HOLDER, (Outcome(i, n, "completed", "1", keep=5000.0),))),
+    "cancel_parent": of_parent(lambda i, n, side: Cancel((i,), "its parent")),
+    "save_step": of_parent(lambda i, n, side: SaveSteps(HOLDER, (NewRecord(i, n, "new", str(side), None, 5),))),
+    "start_waits": of_parent(begin_both),
+    "load_history": of_parent(lambda i, n, side: LoadHistory(HOLDER, i, n)),
+    "read_waits": of_parent(lambda i, n, side: ReadWaits(HOLDER, ((i, n),))),
+    "request_close": of_parent(lambda i, n, side: RequestClose(HOLDER, i, n, ("child",), "asked")),
+    "complete_child": end_child("completed"),
+    "fail_child": end_child("failed"),
+    "complete_both": end_both("completed"),
+    "fail_both": end_both("failed"),
+    "close_children": lambda scene, side: CloseChildren(),
+}
+VERBS.update(FAMILY)
 # How things stand, and the verbs to which that makes a difference: of a pair there is at least one.
 FLUSHES = {"complete", "fail", "retried", "release"}
-MATTERS = {
-    "running": set(VERBS),
+MATTERS: dict[str, set[str]] = {
+    "running": set(VERBS) - set(FAMILY),
     "several": {"cancel", "cancel_matching", "invoke", "retry", "succeed", "complete", "retried"},
     "abandoned": {"recover", "heartbeat", "succeed"},
     "poisonous": {"recover"},
@@ -249,17 +411,31 @@ MATTERS = {
     "asked": {"recover", "release", "cancel", "retire"},
     "dead_letter": {"retry"},
     "expired": {"maintain"},
+    "family": set(FAMILY),
+    "parked": {"complete_child", "fail_child", "close_children", "cancel_parent"},
+    "sleeping": {"claim", "complete_child", "fail_child", "cancel_parent"},
+    "orphaned": {"recover", "complete_child"},
+    "on_last_life": {"recover", "fail_child"},
+    "closing": {"close_children", "complete_child"},
+    "unstarted": {"close_children", "claim"},
 }
+FAMILIES = {"family", "parked", "sleeping", "orphaned", "on_last_life", "closing", "unstarted"}
 # Scenes in which the holder has, or had, a claim.
 CLAIMED = {"running", "several", "abandoned", "poisonous", "asked", "dead_letter", "expired"}
+# With a family: what acts on its parent or child by itself, and what may meet that.
+MEETING = {"claim", "recover", "release_unknown", "succeed", "retire", "cancel", "cancel_matching", "retry", *FAMILY}
 # These touch no execution, and so no rival but in one scene.
 IDLE = {"heartbeat", "register_queue", "register_tasks"}
 # These pass over what another has locked, and leave it for the next sweep, or for the owner who is told.
-SKIPPING = {"claim", "claim_suspect", "recover", "release_unknown", "retire", "maintain"}
+SKIPPING = {"claim", "claim_suspect", "recover", "release_unknown", "retire", "maintain", "close_children"}
 
 
 def is_case(scene: str, one: str, other: str) -> bool:
     pair = {one, other}
+    if scene in FAMILIES:
+        return bool(MATTERS[scene] & pair) and pair <= MEETING
+    if FAMILY.keys() & pair:
+        return False
     if not MATTERS[scene] & pair or (FLUSHES & pair and scene not in CLAIMED):
         return False
     return scene == "running" or not IDLE & (pair - MATTERS[scene])
@@ -305,11 +481,25 @@ def canonical(scene: Scene, state: State) -> dict[str, str]:
             words[str(row.id)] = repr(row)
         else:
             new.append(repr(replace(row, id=NOBODY)))
-    words.update({str(i): repr(f) for i, f in state.finished.items()})
+    known = {str(i) for i in scene.ids}
+    words.update(
+        {
+            str(i): repr(replace(f, history=tuple(_aimed(step, known) for step in f.history)))
+            for i, f in state.finished.items()
+        }
+    )
     words["new"] = "\n".join(sorted(new))
+    for (i, name), record in [*state.steps.items(), *state.waits.items()]:
+        words[f"{i} {name}"] = repr(_aimed(record, known))
+    words["closings"] = repr(sorted((str(i) if i in scene.ids else "", c) for i, c in state.closings.items()))
     words["queues and tasks"] = repr((sorted(state.queues), sorted(state.tasks.items())))
     words["orchestrators"] = repr(sorted(state.orchestrators.items()))
     return {name: re.sub(r"(\d)\.0\b", r"\1", text) for name, text in words.items()}  # JSON: 1.0 is 1
+
+
+def _aimed(step: Step, known: set[str]) -> Step:
+    """Without the id of a child that was made in the run."""
+    return step if step.target in known else replace(step, target=None)
 
 
 def is_one_of(found: dict[str, str], expected: list[dict[str, str]], *, by_row: bool) -> bool:
@@ -324,8 +514,7 @@ def told(scene: Scene, answer: Any) -> str:
     """An answer in words, without ids that were made in the run."""
     known = set(scene.ids)
     if isinstance(answer, list):
-        items = cast("list[Invoked]", answer)
-        return repr([(i.id if i.id in known else NOBODY, i.created) for i in items])
+        return repr([_told_of(item, known) for item in cast("list[object]", answer)])
     if isinstance(answer, Claim):
         return repr(sorted((c.id if c.id in known else NOBODY, c.claim_no, c.attempt) for c in answer.claimed))
     if isinstance(answer, tuple) and not isinstance(answer, Claim | Claimed):
@@ -333,6 +522,15 @@ def told(scene: Scene, answer: Any) -> str:
     if isinstance(answer, dict):
         return repr(sorted((str(i), str(status)) for i, status in answer.items()))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     return repr(answer)
+
+
+def _told_of(item: object, known: set[UUID]) -> object:
+    """One position of an answer."""
+    if isinstance(item, Invoked):
+        return (item.id if item.id in known else NOBODY, item.created)
+    if isinstance(item, StartedWait | Record) and item.target not in map(str, known):
+        return item._replace(target=None)
+    return item
 
 
 # --- the stage ---
@@ -352,7 +550,9 @@ class Stage:
             playing = Play(modelled)
             play(playing)
             keys = ("l", "n") if name == "several" else ("k",)
-            self.scenes[name] = Scene(modelled.state(), tuple(playing.ids), tuple(playing.held.items()), keys)
+            self.scenes[name] = Scene(
+                modelled.state(), tuple(playing.ids), tuple(playing.held.items()), keys, playing.parent, playing.child
+            )
             for relation in _SAVED:
                 self.db.rows(
                     f"insert into {{s}}._test_saved select %s, %s, (select json_agg(t) from {{s}}.{relation} t)",
@@ -439,8 +639,10 @@ class Stage:
         if by_row and is_one_of(canonical(scene, found), states, by_row=True):
             return ""
         if SKIPPING & {first, second}:
-            swept = [canonical(scene, sweep(state)) for state, _ in serial]
-            if is_one_of(canonical(scene, sweep(found)), swept, by_row=by_row):
+            # What was passed over is taken the next time.
+            again = [event for verb, event in zip((first, second), events, strict=True) if verb in SKIPPING]
+            swept = [canonical(scene, sweep(state, *again)) for state, _ in serial]
+            if is_one_of(canonical(scene, sweep(found, *again)), swept, by_row=by_row):
                 return ""
         lines = [f"{key}: {result.get(key)}\n    not {[words.get(key) for words in expected]}" for key in result]
         return (
@@ -453,9 +655,15 @@ class Stage:
         )
 
 
-def sweep(state: State) -> State:
-    """What the next sweep makes of it, and the owners who are told of a cancellation; without what that counts."""
+def sweep(state: State, *again: Event) -> State:
+    """What the next sweep makes of it, and the owners who are told of a cancellation; without what that counts.
+
+    `again`: before that.
+    """
+    for event in again:
+        state, _ = transition(state, event)
     state, _ = transition(state, Recover("q"))
+    state, _ = transition(state, CloseChildren())
     for row in list(state.live.values()):
         if row.cancel_requested_at is not None and row.owner is not None:
             state, _ = transition(state, Flush(row.owner, (Outcome(row.id, row.claim_no, "cancelled", keep=5000.0),)))

@@ -31,28 +31,37 @@ from model.machine import (
     LEASE_LOST,
     OVERFLOW,
     Advance,
+    BegunWait,
     Cancel,
     CancelMatching,
     ClaimSome,
     ClaimSuspect,
+    CloseChildren,
     Event,
     Flush,
     Heartbeat,
     HoldSession,
     InvokeMany,
+    LoadHistory,
     LoadPayload,
     Maintain,
     New,
+    NewRecord,
     ReadSignals,
+    ReadWaits,
     Recover,
     Register,
     RegisterQueue,
     RegisterTasks,
     ReleaseUnknown,
+    RequestClose,
     Restart,
     Retire,
     Retry,
+    SaveSteps,
     SessionEnds,
+    StartWaits,
+    State,
     Succeed,
     breaches,
     transition,
@@ -99,6 +108,18 @@ NEWS = st.builds(
     deadline_in=st.sampled_from([None, 20.0]),
     tags=st.sampled_from([None, ("x",), ("x", "y")]),
 )
+WAITS = st.builds(
+    BegunWait,
+    execution=st.just(UUID(int=0)),
+    claim_no=st.just(0),
+    name=st.sampled_from("cdew"),
+    position=st.integers(0, 9),
+    scope=st.sampled_from([None, None, "all"]),
+    due_in=st.sampled_from([0.0, 3.0, 3.0, 5000.0]),
+    on_close=st.sampled_from(["cancel", "cancel", "abandon"]),
+    new=NEWS.map(lambda new: replace(new, key=None)),
+)
+ENDS = st.sampled_from(["completed", "completed", "failed", "cancelled"])
 _K = {"k": PICK}
 _FLUSH = {
     "picks": PICKS,
@@ -170,6 +191,48 @@ _VERBS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
         {"task": st.sampled_from(TASKS), "queue": ANY_QUEUE, "completed": KEEPS, "failed": KEEPS},
     ),
     "retry": (3, {"picks": PICKS}),
+    "record": (
+        4,
+        {
+            **_K,
+            "pick": PICK,
+            "name": st.sampled_from("stuv"),
+            "fails": st.sampled_from([False, False, True]),
+            "times": st.sampled_from([1, 1, 2]),
+        },
+    ),
+    "begin_wait": (4, {**_K, "pick": PICK, "waits": st.lists(WAITS, min_size=1, max_size=3)}),
+    "record_stale": (2, {"pick": PICK, "waits": st.lists(WAITS, min_size=1, max_size=1)}),
+    "fail_stale": (3, {**_K, "queue": REGISTERED, "pick": PICK}),
+    "park": (3, {**_K, "picks": PICKS}),
+    "wait_for_children": (
+        8,
+        {
+            **_K,
+            "queue": REGISTERED,
+            "waits": st.lists(WAITS, min_size=1, max_size=3),
+            "kind": ENDS,
+            "pick": PICK,
+            "parks": st.sampled_from([True, True, True, False]),
+            "meanwhile": st.sampled_from(["", "", "crash", "retry"]),
+        },
+    ),
+    "end_together": (3, {**_K, "queue": REGISTERED, "waits": st.lists(WAITS, min_size=1, max_size=3), "kind": ENDS}),
+    "change_mind": (
+        3,
+        {
+            **_K,
+            "queue": REGISTERED,
+            "waits": st.lists(WAITS, min_size=1, max_size=3),
+            "pick": PICK,
+            "parks": st.sampled_from([True, True, False]),
+        },
+    ),
+    "live_again": (2, {**_K, "queue": REGISTERED, "waits": st.lists(WAITS, min_size=1, max_size=3), "pick": PICK}),
+    "load_history": (2, {**_K, "pick": PICK}),
+    "read_waits": (2, {**_K, "picks": PICKS}),
+    "request_close": (2, {**_K, "pick": PICK}),
+    "close_children": (3, {}),
     "maintain": (1, {}),
     "outlive_retention": (2, {}),
 }
@@ -180,7 +243,10 @@ def _arguments(verb: str) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
 
 
 ACTION = st.sampled_from([verb for verb, (weight, _) in _VERBS.items() for _ in range(weight)]).flatmap(_arguments)
-HOLDING = {"flush", "cancel_held", "succeed", "release_unknown", "retire", "thaw_and_flush"}
+HOLDING = {
+    "flush", "cancel_held", "succeed", "release_unknown", "retire", "thaw_and_flush", "record", "begin_wait", "park",
+    "load_history", "read_waits", "request_close",
+}  # fmt: skip
 
 RECOVERIES = ("recovered", "crash loop", "cancelled by recovery")
 # A run in which one of these never happened has shown nothing about it.
@@ -201,6 +267,13 @@ SOMETIMES = {
     "payload loaded",
     "Retry retried",
     "expired and removed",
+    *(f"SaveSteps {status}" for status in ("saved", "stored", "fenced")),
+    *(f"StartWaits {status}" for status in ("open", "resolved", "fenced")),
+    *(f"wait {outcome}" for outcome in ("completed", "failed", "cancelled", "elapsed")),
+    *(f"woken by {verb}" for verb in ("Flush", "ClaimSome", "Cancel", "CloseChildren")),
+    *(f"{verb} some" for verb in ("RequestClose", "CloseChildren", "ReadWaits", "LoadHistory")),
+    "parked",
+    "records of a former life",
 }
 HAPPENED = Counter[str]()
 MACHINE: list[Modelled] = []  # the database of the run: hypothesis makes the machines without arguments
@@ -233,9 +306,18 @@ class Stateful(RuleBasedStateMachine):
                     for n, a in zip(event.items, answer, strict=True)
                 )
             )
+        if isinstance(event, StartWaits):
+            event = replace(
+                event,
+                items=tuple(
+                    replace(w, new=replace(w.new, id=UUID(a.target) if a.target else self.unknown())) if w.new else w
+                    for w, a in zip(event.items, answer, strict=True)
+                ),
+            )
         if isinstance(event, Maintain):
             event = Maintain(frozenset(self.state.finished) - frozenset(found.finished))
         after, expected = transition(self.state, event)
+        self.count_waiting(self.state, event, after)
         assert list(breaches(self.state, event, after)) == [], event
         assert answer == expected, event
         assert "\n".join(differences(comparable(after), found)) == "", event
@@ -272,6 +354,31 @@ class Stateful(RuleBasedStateMachine):
             happened["handed over"] += 1
         elif isinstance(event, LoadPayload):
             happened["payload loaded"] += 1
+        elif isinstance(event, SaveSteps | StartWaits):
+            happened.update(f"{type(event).__name__} {row.status}" for row in answer)
+        elif isinstance(event, RequestClose | CloseChildren | ReadWaits | LoadHistory) and answer:
+            happened[f"{type(event).__name__} some"] += 1
+
+    def count_waiting(self, before: State, event: Event, after: State) -> None:
+        """How waits were resolved, and who woke those that waited."""
+        name = type(event).__name__
+        HAPPENED.update(
+            f"woken by {name}"
+            for i, row in before.live.items()
+            if row.state == "waiting" and i in after.live and after.live[i].state != "waiting"
+        )
+        HAPPENED.update(
+            f"wait {wait.outcome}"
+            for key, wait in after.waits.items()
+            if wait.outcome is not None and (key not in before.waits or before.waits[key].outcome is None)
+        )
+        HAPPENED["parked"] += any(
+            row.state == "waiting" and before.live[i].state != "waiting"
+            for i, row in after.live.items()
+            if i in before.live
+        )
+        if isinstance(event, Retry):
+            HAPPENED["records of a former life"] += any(key[0] not in before.live for key in after.steps)
 
     def unknown(self) -> UUID:
         self.made += 1
@@ -486,6 +593,158 @@ class Stateful(RuleBasedStateMachine):
         held = list(self.workers[k].held)
         return list(dict.fromkeys(held[pick % len(held)] for pick in picks)) if held else []
 
+    # --- what handlers record ---
+
+    def record(self, k: int, pick: int, name: str, fails: bool, times: int) -> None:
+        """A step; again, since the reply was lost."""
+        for execution, claim_no in self.holding_one(k, pick):
+            for n in range(times):
+                value, error = (None, "E") if fails else (str(n), None)
+                position = len(self.state.records(execution))
+                new = NewRecord(execution, claim_no, name, value, error, position)
+                self.step(SaveSteps(self.workers[k].owner, (new,)))
+
+    def begin_wait(self, k: int, pick: int, waits: list[BegunWait]) -> None:
+        """Sleeps and children, in one statement."""
+        for execution, claim_no in self.holding_one(k, pick):
+            self.step(StartWaits(self.workers[k].owner, self.waits_of(execution, claim_no, waits)))
+            self.seen += [UUID(w.target) for w in self.state.waits_of(execution) if w.kind == "child" and w.target]
+
+    def record_stale(self, pick: int, waits: list[BegunWait]) -> None:
+        """By a claim that may have ended."""
+        stale = [
+            token for token in self.tokens
+            if (row := self.state.live.get(token[1])) is not None and row.claim_no != token[2]
+        ]  # fmt: skip
+        if tokens := stale or self.tokens:
+            owner, execution, claim_no = tokens[-1 - pick % len(tokens)]
+            self.step(SaveSteps(owner, (NewRecord(execution, claim_no, "s", '"late"'),)))
+            self.step(StartWaits(owner, self.waits_of(execution, claim_no, waits)))
+            self.step(ReadWaits(owner, ((execution, claim_no),)))
+            self.step(LoadHistory(owner, execution, claim_no))
+            self.step(RequestClose(owner, execution, claim_no, tuple("cde"), "late"))
+
+    def fail_stale(self, k: int, queue: str, pick: int) -> None:
+        """A claim that is over is told to have failed, when another has given the execution back with a failure."""
+        for execution, _ in self.one_of(k, queue, pick):
+            self.write(k, [execution], "released")
+            self.claim(k, queue, 50, TASKS)
+            if execution in self.workers[k].held:
+                self.record(k, list(self.workers[k].held).index(execution), "t", fails=True, times=1)
+                self.write(k, [execution], "released")
+            for owner, _, claim_no in [token for token in self.tokens if token[1] == execution][-2:]:
+                self.step(Flush(owner, (Outcome(execution, claim_no, "retried", None, "E"),)))
+
+    def park(self, k: int, picks: list[int]) -> None:
+        """Give up what has something to wait for, or to be told of."""
+        held = self.holding(k, picks)
+        self.write(k, [i for i in held if any(not w.is_seen for w in self.state.waits_of(i))], "waiting")
+
+    def wait_for_children(
+        self, k: int, queue: str, waits: list[BegunWait], kind: str, pick: int, parks: bool, meanwhile: str
+    ) -> None:
+        """A handler waits, its children end, and it goes on."""
+        for execution, _ in self.one_of(k, queue, pick):
+            self.record(k, pick, "s", fails=False, times=1)
+            self.begin_wait(k, pick, waits)
+            if parks:
+                self.write(k, [i for i in [execution] if any(not w.is_seen for w in self.state.waits_of(i))], "waiting")
+            if meanwhile == "crash":
+                self.crash_in_mid_work(k, queue, 1, cancels=False)
+            if meanwhile == "retry" and execution in self.workers[k].held:
+                self.write(k, [execution], "retried")
+            self.end_children(k, execution, kind)
+            if execution in self.workers[k].held:
+                self.read_waits(k, [list(self.workers[k].held).index(execution)])
+            self.advance_clock(3.0)
+            self.claim(k, queue, 50, TASKS)
+            if execution in self.workers[k].held:
+                self.step(LoadHistory(self.workers[k].owner, execution, self.workers[k].held[execution]))
+
+    def end_children(self, k: int, execution: UUID, kind: str) -> None:
+        """Claim what there is, and end those of an execution's children that came with it."""
+        targets = [UUID(w.target) for w in self.state.waits_of(execution) if w.kind == "child" and w.target]
+        for queue in {self.state.live[i].queue for i in targets if i in self.state.live}:
+            self.claim(k, queue, 50, TASKS)
+        mine = [i for i in targets if i in self.workers[k].held]
+        if kind == "cancelled":
+            self.step(Cancel(tuple(targets), "not wanted"))
+        else:
+            self.write(k, mine, kind, keep=30.0)
+
+    def end_together(self, k: int, queue: str, waits: list[BegunWait], kind: str) -> None:
+        """A parent and its children end, or are cancelled, in one call."""
+        for execution, _ in self.one_of(k, queue, 0):
+            self.begin_wait(k, 0, waits)
+            family = [UUID(w.target) for w in self.state.waits_of(execution) if w.kind == "child" and w.target]
+            self.claim(k, queue, 50, TASKS)
+            held = self.workers[k].held
+            if kind == "cancelled":
+                self.write(k, [i for i in family if i in held], "released")
+                self.step(Cancel((execution, *family), "all of them"))
+            else:
+                self.write(k, [i for i in [execution, *family] if i in held], kind, keep=30.0)
+
+    def change_mind(self, k: int, queue: str, waits: list[BegunWait], pick: int, parks: bool) -> None:
+        """A handler cancels its children, and waits for their end or does not."""
+        for execution, _ in self.one_of(k, queue, pick):
+            self.begin_wait(k, pick, waits)
+            self.request_close(k, pick)
+            if parks and any(not w.is_seen for w in self.state.waits_of(execution)):
+                self.write(k, [execution], "waiting")
+            self.step(CloseChildren())
+            self.read_waits(k, [pick])
+
+    def live_again(self, k: int, queue: str, waits: list[BegunWait], pick: int) -> None:
+        """It fails with records, and is opened again."""
+        for execution, _ in self.one_of(k, queue, pick):
+            self.record(k, pick, "s", fails=False, times=1)
+            self.begin_wait(k, pick, waits)
+            self.record(k, pick, "t", fails=True, times=1)
+            self.write(k, [execution], "failed", keep=30.0)
+            self.step(Retry((execution,)))
+
+    def load_history(self, k: int, pick: int) -> None:
+        for execution, claim_no in self.holding_one(k, pick):
+            self.step(LoadHistory(self.workers[k].owner, execution, claim_no))
+
+    def read_waits(self, k: int, picks: list[int]) -> None:
+        held = self.workers[k].held
+        self.step(ReadWaits(self.workers[k].owner, tuple((i, held[i]) for i in self.holding(k, picks))))
+
+    def request_close(self, k: int, pick: int) -> None:
+        for execution, claim_no in self.holding_one(k, pick):
+            self.step(RequestClose(self.workers[k].owner, execution, claim_no, tuple("cd"), "no more needed"))
+
+    def close_children(self) -> None:
+        self.step(CloseChildren())
+
+    def one_of(self, k: int, queue: str, pick: int) -> list[tuple[UUID, int]]:
+        """As `holding_one`, after claiming what there is, or one that is made for it."""
+        self.claim(k, queue, 50, TASKS)
+        if not self.workers[k].held:
+            self.invoke([New(UUID(int=0), queue, TASKS[0])])
+            self.claim(k, queue, 50, TASKS)
+        return self.holding_one(k, pick)
+
+    def holding_one(self, k: int, pick: int) -> list[tuple[UUID, int]]:
+        """One of what a worker thinks it holds, with its claim, if there is one."""
+        return [(i, self.workers[k].held[i]) for i in self.holding(k, [pick])]
+
+    def waits_of(self, execution: UUID, claim_no: int, waits: list[BegunWait]) -> tuple[BegunWait, ...]:
+        """These, each name once, and none that it had in a former life: a handler finds those in its history."""
+        chosen = {w.name: w for w in waits if (execution, w.name) not in self.state.steps}
+        return tuple(
+            replace(
+                wait, execution=execution, claim_no=claim_no, due_in=wait.due_in if name == "w" else None,
+                on_close=None if name == "w" else wait.on_close,
+                new=None if wait.new is None or name == "w" else replace(
+                    wait.new, payload=json.dumps(LARGE) if wait.new.is_large else wait.new.payload
+                ),
+            )
+            for name, wait in chosen.items()
+        )  # fmt: skip
+
     # --- operators and time ---
 
     def advance_clock(self, seconds: float) -> None:
@@ -548,7 +807,7 @@ def test_sql_does_what_the_model_says(real: Modelled, request: pytest.FixtureReq
     run_state_machine_as_test(
         Stateful,
         settings=settings(
-            max_examples=asked or 30,
+            max_examples=asked or 35,
             stateful_step_count=50,
             deadline=None,
             derandomize=asked is None,
