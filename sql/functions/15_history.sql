@@ -13,14 +13,15 @@ create or replace function @schema@._private_history(p_id uuid) returns jsonb
     set search_path = pg_catalog, pg_temp
 as $$
     select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', x.name, 'kind', x.kind, 'position', x.position, 'claim_no', x.claim_no,
-        'attempt', x.attempt, 'created_at', x.created_at, 'outcome', x.outcome, 'target', x.target))
+        'attempt', x.attempt, 'created_at', x.created_at, 'resolved_at', x.resolved_at, 'outcome', x.outcome, 'target', x.target))
         || case when x.value is null then '{}' else jsonb_build_object('value', x.value) end
         || case when x.error is null then '{}' else jsonb_build_object('error', x.error) end order by x.position, x.name)
     from (
-        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.outcome, s.target, s.value, s.error
+        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.created_at as resolved_at, s.outcome, s.target,
+            s.value, s.error
         from @schema@._private_steps s where s.execution_id = p_id
         union all
-        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.outcome, w.target, w.value, w.error
+        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.resolved_at, w.outcome, w.target, w.value, w.error
         from @schema@._private_waits w where w.execution_id = p_id
     ) x
 $$;

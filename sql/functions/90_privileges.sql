@@ -23,6 +23,8 @@ as $$
         ('_private_results_channel', '{producer,worker}', false),
         ('_private_key_w', '{producer,worker}', false),
         ('execution_errors', '{producer,worker,viewer,operator}', true),
+        ('execution_details', '{producer,worker,viewer,operator}', true),
+        ('execution_steps', '{producer,worker,viewer,operator}', true),  -- values: to the first two
         -- Run orchestrators.
         ('register_queue', '{worker}', true),
         ('publish_queues', '{worker}', true),
@@ -57,6 +59,7 @@ as $$
         ('orchestrator_status', '{viewer,operator}', true),
         ('execution_status', '{viewer,operator}', false),
         ('dead_letters', '{viewer,operator}', true),
+        ('list_executions', '{viewer,operator}', true),
         ('_private_doctor', '{viewer,operator}', true),
         -- Set it right.
         ('cancel_matching', '{operator}', true),

@@ -37,12 +37,15 @@ from .model import (
     CancelCounts,
     Cancellation,
     DeadLetter,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
     QueueStatus,
     Retry,
     RetryCounts,
     State,
+    StepRecord,
 )
 from .options import checked_int
 from .polling import PollSchedule
@@ -50,7 +53,7 @@ from .results import Results
 from .retry import BackoffLike
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
-from .verbs import Request, Verbs, follow
+from .verbs import Request, Verbs, checked_id, follow
 
 if TYPE_CHECKING:
     import psycopg
@@ -458,6 +461,54 @@ class Conductor(Tasks):
     async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
         return await self._ask(self._verbs.execution_errors(execution_id))
+
+    async def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
+        """Return where an execution stands and what it waits for, by handle or id; as `Handle.status`."""
+        return await self._ask(self._verbs.execution_details(checked_id("status", execution)))
+
+    async def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
+        """Return what an execution has done and waits for, by handle or id; as `Handle.steps`."""
+        return await self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+
+    async def executions(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        tags: Iterable[str] | None = None,
+        dedupe_key: str | None = None,
+        parent: UUID | AnyHandle[Any] | None = None,
+        root: UUID | AnyHandle[Any] | None = None,
+        limit: int = 100,
+        after: ExecutionSummary | None = None,
+    ) -> list[ExecutionSummary]:
+        """Return executions, live and finished, that fit every filter given, the newest first: those created last.
+
+        `queue`, `task`: names. `states`: of all seven. `created_after`, `created_before`: aware datetimes, from the
+        first to before the second. `tags`: those that have all of these. `parent`: children of it; `root`: it and all
+        beneath it. `limit`: 1 to 10,000. `after`: the last one of the page before.
+
+        Waits for the database only: for one short statement after the other, each looking at a bounded number, until
+        the page is full or all were looked at; a time span bounds how many that are. Raises `InvalidOption`, `NotOpen`,
+        `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        steps = self._verbs.executions(
+            queue=queue,
+            task=task,
+            states=states,
+            created_after=created_after,
+            created_before=created_before,
+            tags=tags,
+            dedupe_key=dedupe_key,
+            parent=parent,
+            root=root,
+            limit=limit,
+            after=after,
+        )
+        return await follow(steps, self._ask)
 
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""

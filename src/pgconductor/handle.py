@@ -14,7 +14,7 @@ from uuid import UUID
 from .options import MAX_DELAY, checked_seconds
 
 if TYPE_CHECKING:
-    from .model import Cancellation, FailedAttempt
+    from .model import Cancellation, ExecutionStatus, FailedAttempt, StepRecord
     from .tasks import Task
 
 R = TypeVar("R")
@@ -35,6 +35,14 @@ class Source(Protocol):
         """Return the errors of an execution's attempts, oldest first."""
         ...
 
+    async def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    async def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
+        ...
+
 
 class SyncSource(Protocol):
     """The same by blocking the thread; the sync client implements it."""
@@ -49,6 +57,14 @@ class SyncSource(Protocol):
 
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's attempts, oldest first."""
+        ...
+
+    def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
         ...
 
 
@@ -104,6 +120,20 @@ class Handle(AnyHandle[R]):
         """
         return await self._source.execution_errors(self.id)
 
+    async def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands and what it waits for; None if nothing of it is kept.
+
+        Waits for the database only. Raises `NotOpen`, `Unavailable`, `SchemaMissing`, `Refused`.
+        """
+        return await self._source.status(self.id)
+
+    async def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for, in the order in which it began.
+
+        Of a finished one, if it is kept; empty if nothing is recorded. Raises as `status`.
+        """
+        return await self._source.steps(self.id)
+
 
 class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
@@ -125,6 +155,14 @@ class SyncHandle(AnyHandle[R]):
     def errors(self) -> list[FailedAttempt]:
         """Return the errors of its failed attempts; as `Handle.errors`."""
         return self._source.execution_errors(self.id)
+
+    def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands; as `Handle.status`."""
+        return self._source.status(self.id)
+
+    def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for; as `Handle.steps`."""
+        return self._source.steps(self.id)
 
 
 def checked_timeout(timeout: Any) -> float | None:

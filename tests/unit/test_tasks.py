@@ -42,6 +42,12 @@ class Source:
     async def execution_errors(self, execution_id: Any) -> Any:
         raise AssertionError("not asked for here")
 
+    async def status(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def steps(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
@@ -53,6 +59,12 @@ class SyncSource:
         raise AssertionError("not asked for here")
 
     def execution_errors(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    def status(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    def steps(self, execution: Any, /) -> Any:
         raise AssertionError("not asked for here")
 
 

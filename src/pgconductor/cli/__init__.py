@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | ... | demo`.
+"""The command line: `pgconductor migrate | run | invoke | show | executions | cancel | retry | status | ... | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -28,6 +28,7 @@ from .dead_letters import dead_letters, retry
 from .doctor import doctor
 from .exits import FAILED, complain, reported
 from .grant import grant
+from .histories import executions, show
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
 from .target import Life, load_orchestrator
 
@@ -191,6 +192,8 @@ def invoke(
 app.command()(cancel)
 app.command("dead-letters")(dead_letters)
 app.command()(retry)
+app.command()(show)
+app.command()(executions)
 app.command()(doctor)
 app.command()(grant)
 

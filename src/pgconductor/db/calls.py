@@ -19,9 +19,13 @@ from ..model import (
     Claimed,
     DeadLetter,
     Ended,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     Invoked,
+    Looked,
     Maintenance,
+    OpenWait,
     OrchestratorStatus,
     Outcome,
     QueueStatus,
@@ -31,6 +35,7 @@ from ..model import (
     Signals,
     Standing,
     State,
+    StepRecord,
 )
 from .call import Call, Row, ignore
 
@@ -116,6 +121,20 @@ class ResolvedWait(NamedTuple):
     error: str | None
 
 
+class ExecutionFilter(NamedTuple):
+    """What a search looks for; None is for all."""
+
+    queue: str | None = None
+    task: str | None = None
+    states: list[str] | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    tags: list[str] | None = None
+    dedupe_key: str | None = None
+    parent: UUID | None = None
+    root: UUID | None = None
+
+
 class WorkerRow(NamedTuple):
     """A worker as its orchestrator registers it."""
 
@@ -171,8 +190,62 @@ def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
 def _dead_letter(row: Row) -> DeadLetter:
     columns = list(row)
     columns[3] = State(row[3])
-    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    columns[11] = _error_of(row[11])
     return DeadLetter(*columns)
+
+
+def _status(rows: list[Row]) -> ExecutionStatus | None:
+    if not rows:
+        return None
+    columns = list(rows[0])
+    columns[4] = State(columns[4])
+    columns[21] = tuple(columns[21] or ())
+    columns[22] = None if columns[22] is None else json.loads(columns[22])
+    columns[25] = _error_of(columns[25])
+    columns[27] = tuple(_open_wait(wait) for wait in json.loads(columns[27] or "[]"))
+    return ExecutionStatus(*columns)
+
+
+def _open_wait(wait: dict[str, Any]) -> OpenWait:
+    due_at = wait["due_at"]
+    return OpenWait(
+        wait["name"],
+        wait["kind"],
+        wait["target"],
+        wait["scope"],
+        None if due_at is None else datetime.fromisoformat(due_at),
+        datetime.fromisoformat(wait["created_at"]),
+    )
+
+
+def _error_of(text: str | None) -> FailedAttempt | None:
+    """One error, from a JSON object that any client may have written."""
+    return None if text is None else next(iter(_failed_attempts(f"[{text}]")), None)
+
+
+def _step_record(row: Row) -> StepRecord:
+    name, kind, position, attempt, outcome, target, scope, value, is_withheld, error, *times = row
+    is_cancelled = outcome == "cancelled"
+    described: object = json.loads(error) if is_cancelled and error is not None else None
+    reason = cast("dict[str, Any]", described).get("reason") if isinstance(described, dict) else None
+    return StepRecord(
+        name, kind, position, attempt, outcome, target, scope, None if value is None else json.loads(value),
+        is_withheld, None if is_cancelled else _error_of(error), reason if isinstance(reason, str) else None, *times,
+    )  # fmt: skip
+
+
+def _looked(rows: list[Row]) -> Looked:
+    found: list[ExecutionSummary] = []
+    go_on: UUID | None = None
+    for row in rows:
+        if row[4] is None:
+            go_on = row[0]
+        else:
+            columns = list(row)
+            columns[4] = State(row[4])
+            columns[14] = tuple(row[14] or ())
+            found.append(ExecutionSummary(*columns))
+    return Looked(found, go_on)
 
 
 def _history(rows: list[Row]) -> list[Record] | None:
@@ -250,6 +323,16 @@ _QUERIES = {
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
     "execution_errors": "select {s}.execution_errors(%s)::text",
+    "execution_details": "select id, queue, task, version, state, priority, attempt, max_attempts, crashes, generation,"
+    " depth, created_at, run_at, claimed_at, finished_at, expires_at, deadline_at, parent_id, root_id, origin_id,"
+    " dedupe_key, tags, progress::text, cancel_requested, reason, error::text, open_waits, waits::text"
+    " from {s}.execution_details(%s)",
+    "execution_steps": 'select name, kind, "position", attempt, outcome, target, scope, value, withheld, error::text,'
+    " created_at, resolved_at, due_at from {s}.execution_steps(%s)",
+    "list_executions": "select id, queue, task, version, state, priority, attempt, crashes, generation, created_at,"
+    " run_at, claimed_at, finished_at, dedupe_key, tags, parent_id, root_id, error_type, reason"
+    " from {s}.list_executions(%s, %s, %s::text[], %s::timestamptz, %s::timestamptz, %s::text[], %s, %s::uuid,"
+    " %s::uuid, %s, %s::uuid, %s)",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
@@ -461,6 +544,18 @@ class Calls:
     def execution_errors(self, execution: UUID) -> Call[list[FailedAttempt]]:
         """The errors of its attempts, oldest first."""
         return Call(self._query["execution_errors"], (execution,), lambda rows: _failed_attempts(_text_or_none(rows)))
+
+    def execution_details(self, execution: UUID) -> Call[ExecutionStatus | None]:
+        """All that is known of an execution; None if nothing of it is kept."""
+        return Call(self._query["execution_details"], (execution,), _status)
+
+    def execution_steps(self, execution: UUID) -> Call[list[StepRecord]]:
+        """What it has done and waits for, in the order of positions."""
+        return Call(self._query["execution_steps"], (execution,), lambda rows: [_step_record(row) for row in rows])
+
+    def list_executions(self, filters: ExecutionFilter, limit: int, after: UUID | None, look: int) -> Call[Looked]:
+        """At most `limit` executions that fit, made before `after`, the newest first; looks at `look` at most."""
+        return Call(self._query["list_executions"], (*filters, limit, after, look), _looked)
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(
