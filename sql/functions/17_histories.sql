@@ -175,3 +175,52 @@ begin
     where (select count(*) from looked) >= p_look and (select count(*) from fit) < p_limit
     order by 1 desc, 5 nulls last;
 end $$;
+
+-- What live executions have recorded, for trying new code against it: those that have a history, by id, at most p_limit of them;
+-- at most p_look live ones are looked at. If there may be more, the last row has only the id at which to go on, as p_after.
+-- attempt: which one the run would be that goes on with it. payload: JSON text. records: an array of arrays of name, kind,
+-- position, attempt, outcome, target, scope, and the JSON texts of value and error; waits that are due count as open. One
+-- snapshot; locks and writes nothing, so it may be called in a read-only transaction or on a standby.
+create or replace function @schema@.stored_histories(
+    p_queue text default null, p_task text default null, p_limit int default 50, p_after uuid default null, p_look int default 10000
+) returns table (id uuid, queue text, task text, version text, state text, attempt int, payload text, records jsonb)
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_custom_plan
+    set enable_seqscan = off
+    set jit = off
+    set enable_bitmapscan = off
+as $$
+#variable_conflict use_column
+begin
+    return query
+    with looked as materialized (
+        select e.id, e.queue, e.task, e.version, e.state, e.attempt, e.payload, e.is_durable from @schema@._private_executions e
+        where e.id > coalesce(p_after, '00000000-0000-0000-0000-000000000000')
+        order by e.id limit p_look
+    ), fit as materialized (
+        select l.* from looked l
+        where l.is_durable and (p_queue is null or l.queue = p_queue) and (p_task is null or l.task = p_task)
+        order by l.id limit p_limit
+    )
+    select f.id, f.queue, f.task, f.version, f.state::text, f.attempt + case when f.state = 'running' then 0 else 1 end,
+        coalesce(f.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = f.id))::text,
+        (select jsonb_agg(jsonb_build_array(x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, x.value::text, x.error::text)
+                order by x.position, x.name)
+            from (
+                select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
+                    s.target, null::text as scope, s.value, s.error
+                from @schema@._private_steps s where s.execution_id = f.id
+                union all
+                select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value, w.error
+                from @schema@._private_waits w where w.execution_id = f.id
+            ) x)
+    from fit f
+    union all
+    select m.id, null, null, null, null, null, null, null
+    from (
+        select l.id from looked l where (select count(*) from fit) < p_limit order by l.id desc limit 1
+    ) m
+    where (select count(*) from looked) >= p_look
+    order by 1, 5 nulls last;
+end $$;

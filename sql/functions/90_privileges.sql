@@ -50,6 +50,7 @@ as $$
         ('close_children', '{worker}', true),
         ('maintain', '{worker}', true),
         ('drain_wait', '{worker}', true),
+        ('stored_histories', '{worker}', true),
         ('raise_sleep_flag', '{worker}', true),
         ('lower_sleep_flag', '{worker}', true),
         ('_private_channel', '{worker}', false),

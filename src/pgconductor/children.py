@@ -219,6 +219,7 @@ class DurableNursery:
                 with self.durable.operation(f"ctx.nursery({self.name!r})", waits=True):
                     new = [name for name in names if history.begin(name, "child", alone=False) is None]
                     if new:
+                        await self.durable.admit(new[0], "child")
                         await self.durable.start([self._wait_for(name) for name in new])
                     del self._unstarted[: len(names)]
 

@@ -37,23 +37,26 @@ from .model import (
     CancelCounts,
     Cancellation,
     DeadLetter,
+    Divergence,
     ExecutionStatus,
     ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
     QueueStatus,
+    ReplayReport,
     Retry,
     RetryCounts,
     State,
     StepRecord,
 )
-from .options import checked_int
+from .options import checked_int, checked_seconds
 from .polling import PollSchedule
+from .replaying import PATIENCE, replayed
 from .results import Results
 from .retry import BackoffLike
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
-from .verbs import Request, Verbs, checked_id, follow
+from .verbs import Request, Verbs, checked_id, checked_limit, follow
 
 if TYPE_CHECKING:
     import psycopg
@@ -64,6 +67,7 @@ T = TypeVar("T")
 
 MAX_POOL_SIZE: Final = 1_000
 _CLOSE_TIMEOUT: Final = 30.0
+_HISTORIES: Final = 50  # read by one statement of a replay check, with their payloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,6 +513,43 @@ class Conductor(Tasks):
             after=after,
         )
         return await follow(steps, self._ask)
+
+    async def replay_check(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        limit: int | None = None,
+        patience: float | timedelta = PATIENCE,
+    ) -> ReplayReport:
+        """Try the tasks declared here against what live executions have recorded, before they are deployed.
+
+        Each handler is run up to where its execution has come; no step is called, nothing is written, and resources
+        are stand-ins. What a handler does outside of its steps is done. `queue`, `task`: names. `limit`: how many
+        executions at most, the oldest first; None for all. `patience`: seconds for a handler that waits for what is not
+        durable, 0.01 to 3,600.
+
+        Returns how many were tried, and those that could not go on. Waits for the database and the handlers. Needs the
+        rights of a worker, to read. Raises `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        limit = checked_limit(limit)
+        seconds = checked_seconds("patience", patience, minimum=0.01, maximum=3_600.0)
+        divergences: list[Divergence] = []
+        checked = 0
+        after: UUID | None = None
+        while (page := _HISTORIES if limit is None else min(_HISTORIES, limit - checked)) > 0:
+            stored = await self._ask(self._verbs.stored_histories(queue=queue, task=task, limit=page, after=after))
+            for history in stored.found:
+                if (divergence := await replayed(self.registry, history, seconds)) is not None:
+                    divergences.append(divergence)
+            checked += len(stored.found)
+            if len(stored.found) == page:
+                after = stored.found[-1].id
+            elif stored.go_on is None:
+                break
+            else:
+                after = stored.go_on
+        return ReplayReport(checked, tuple(divergences))
 
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""

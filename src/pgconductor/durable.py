@@ -70,6 +70,23 @@ class Place(Enum):
     BOUNDED = "bounded"  # under a finite deadline of the handler's own
 
 
+def locate(scope: trio.CancelScope, outer_deadline: float) -> Place:
+    """Where the current task is, seen from an attempt's scope. `outer_deadline`: of the scopes outside that one.
+
+    There is no checkpoint between: nothing notices.
+    """
+    deadline = scope.deadline
+    try:
+        scope.deadline = -math.inf
+        if trio.current_effective_deadline() != -math.inf:
+            return Place.OUTSIDE
+        scope.deadline = math.inf
+        effective = trio.current_effective_deadline()
+    finally:
+        scope.deadline = deadline
+    return Place.BOUNDED if -math.inf < effective < outer_deadline else Place.INSIDE
+
+
 class Suspender(Protocol):
     """The scope of the attempt; the engine's `Interruption` is one."""
 
@@ -118,6 +135,12 @@ class Journal(Protocol):
 
     async def load(self) -> list[Record]:
         """Return what is recorded."""
+        ...
+
+    async def admit(self, name: str, kind: str) -> None:
+        """Called before anything that is not recorded is done or begun. Where nothing new is to be done, it does not
+        return.
+        """
         ...
 
     async def save_step(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
@@ -253,6 +276,10 @@ class Durable:
                     self._history = History(await _held(self.journal.load()), self._attempt)
         return self._history
 
+    async def admit(self, name: str, kind: str) -> None:
+        """To be called before what is not recorded is done or begun. A replay check does not return from it."""
+        await _held(self.journal.admit(name, kind))
+
     def numbered(self, kind: str) -> str:
         """A name for an operation that was given none: the first, second, ... of its kind."""
         if not self.is_alone:
@@ -273,6 +300,7 @@ class Durable:
             history = await self.history()
             record = history.begin(name, "step", alone=self.is_alone)
             if record is None:
+                await self.admit(name, "step")
                 position = history.place()
                 saved, cause = await self._run_step(
                     name, position, functools.partial(fn, *args), codec, policy, timeout
@@ -288,6 +316,7 @@ class Durable:
             history = await self.history()
             record = history.begin(name, kind, alone=self.is_alone)
             if record is None:
+                await self.admit(name, kind)
                 saved = await self.save(name, kind, history.place(), codec.encode(make()), None)
             else:
                 await trio.lowlevel.checkpoint()
@@ -360,6 +389,7 @@ class Durable:
             target = cast("str | None", spec.get("target"))
             record = history.begin(name, kind, alone=self.is_alone, target=target)
             if record is None:
+                await self.admit(name, kind)
                 (record,) = await self.start([{"name": name, "kind": kind, **spec}])
             elif record.outcome is not None:
                 await trio.lowlevel.checkpoint()
@@ -475,10 +505,23 @@ class Durable:
                 self.suspender.give_way()
             await trio.lowlevel.checkpoint()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the handler has asked for anything that is durable."""
+        return self._history is not None
+
+    def asked(self) -> list[str]:
+        """What the handler has asked for, in words and in order."""
+        return [] if self._history is None else self._history.asked()
+
+    def unused(self) -> list[Record]:
+        """What is recorded of this attempt, and the handler has not asked for."""
+        return [] if self._history is None else self._history.unused()
+
     def end(self, *, completed: bool) -> None:
         """The handler has ended: operations are refused from now on."""
         self.is_over = True
-        if completed and self._history is not None and (unused := self._history.unused()):
+        if completed and (unused := self.unused()):
             logger.warning(
                 "the handler returned without asking for what was recorded in this attempt: %s",
                 ", ".join(f"{record.kind} {printable(record.name)!r}" for record in unused[:10]),

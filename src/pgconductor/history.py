@@ -106,6 +106,10 @@ class History:
         """Records of this attempt that the run has not asked for."""
         return [r for r in self._records.values() if r.name not in self._used and r.attempt == self._attempt]
 
+    def asked(self) -> list[str]:
+        """What this run has asked for, in words and in order."""
+        return [f"{kind} {name!r}" for name, kind in self._used.items()]
+
     def _missed(self) -> Record | None:
         """The first record of this attempt that has not been asked for."""
         if not self.is_replaying:
@@ -113,13 +117,20 @@ class History:
         return min(self.unused(), key=lambda record: record.position, default=None)
 
     def _diverged(self, what: str) -> NoReturn:
-        recorded = [f"{r.kind} {r.name!r}" for r in sorted(self._records.values(), key=lambda r: r.position)]
-        asked = [f"{kind} {name!r}" for name, kind in self._used.items()]
-        raise NonDeterminism(
+        recorded = [in_words(r) for r in sorted(self._records.values(), key=lambda r: r.position)]
+        asked = self.asked()
+        error = NonDeterminism(
             f"the handler does not do again what it did: it {what}. Recorded: {_listed(recorded)}. "
             f"Asked for in this run: {_listed(asked)}. Give changed steps new names behind ctx.patched(), or the task "
             f"a new version"
         )
+        error.recorded, error.asked = tuple(recorded), tuple(asked)
+        raise error
+
+
+def in_words(record: Record) -> str:
+    """A record by its kind and name."""
+    return f"{record.kind} {record.name!r}"
 
 
 def _listed(words: list[str]) -> str:

@@ -321,3 +321,60 @@ class Looked(NamedTuple):
 
     found: list[ExecutionSummary]
     go_on: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHistory:
+    """What a live execution has recorded, as new code would find it. `attempt`: of the run that would go on."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None
+    state: State
+    attempt: int
+    payload: str  # JSON text
+    records: tuple[Record, ...]
+
+
+class StoredHistories(NamedTuple):
+    """What one statement brought. `go_on`: the id at which to look further, None if all was looked at or the limit was
+    reached.
+    """
+
+    found: list[StoredHistory]
+    go_on: UUID | None
+
+
+class Trouble(StrEnum):
+    """Why new code could not go on with what an execution has recorded."""
+
+    TASK = "task"  # there is no such task any more
+    VERSION = "version"  # the task has no such version any more
+    PAYLOAD = "payload"  # it does not fit the handler's parameters any more
+    DIVERGED = "diverged"  # the handler asks for something else than was recorded
+    UNASKED = "unasked"  # it goes on without asking for what was recorded
+    FAILED = "failed"  # it raises, before it has come as far as before, or for a value that does not fit any more
+    UNDECIDED = "undecided"  # it waits for, or uses, what is not durable: nothing is known
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """An execution that would not go on with the new code. `recorded` and `asked`: in words and in order."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None
+    trouble: Trouble
+    what: str
+    recorded: tuple[str, ...]
+    asked: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """What a replay check found. `checked`: executions tried, those that diverge among them."""
+
+    checked: int
+    divergences: tuple[Divergence, ...]

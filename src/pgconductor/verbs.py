@@ -37,6 +37,7 @@ from .model import (
     Standing,
     State,
     StepRecord,
+    StoredHistories,
 )
 from .options import checked_instant, checked_int, checked_text
 from .outcomes import FINISHED, not_kept, unanswered_timeout, wait_timeout
@@ -215,6 +216,13 @@ class Verbs:
             if looked.go_on is None or len(found) == limit:
                 return found
             after, look = looked.go_on, min(4 * look, _LONGEST_LOOK)
+
+    def stored_histories(
+        self, *, queue: str | None, task: str | None, limit: int, after: UUID | None
+    ) -> Request[StoredHistories]:
+        """A page of live executions with what they have recorded. Raises `InvalidOption`."""
+        call = self._calls.stored_histories(self._name("queue", queue), self._name("task", task), limit, after)
+        return Request(call, "reading histories")
 
     # Cancelling
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from uuid import uuid4
 
+import pytest
 import trio
 from cli.inside import run
 
@@ -87,3 +89,41 @@ def test_executions_passes_every_filter(pgconductor_dsn: str) -> None:
         assert run("executions", *wrong, "--dsn", pgconductor_dsn) == (0, "No executions.\n", "")
     code, out, err = run("executions", "--limit", "1", "--dsn", pgconductor_dsn)
     assert (code, "mail" in out, "pay" in out, "there may be more than these 1" in err) == (0, True, False, True)
+
+
+PROGRAM = """
+from pgconductor import Conductor, Context, Orchestrator
+
+conductor = Conductor()
+
+@conductor.task
+async def greet(ctx: Context) -> None:
+    await ctx.step({step!r}, str)
+    await ctx.sleep("a day", 86400)
+
+orchestrator = Orchestrator(conductor, tasks=[greet])
+"""
+
+
+def test_replay_check_exits_with_1_if_one_could_not_go_on(
+    pgconductor_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deploy script goes on, or stops for nothing."""
+    execution = _waiting(pgconductor_dsn)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "same_app.py").write_text(PROGRAM.format(step="say [bold]"))
+    (tmp_path / "other_app.py").write_text(PROGRAM.format(step="tell"))
+    for target in ("same_app:conductor", "same_app:orchestrator"):
+        code, out, err = run("replay-check", target, "--dsn", pgconductor_dsn)
+        assert (code, out, err) == (0, "1 executions tried, 0 of them could not go on.\n", "")
+    code, out, err = run("replay-check", "other_app:conductor", "--dsn", pgconductor_dsn)
+    assert (code, err) == (1, "")
+    assert out.startswith(f"{execution} greet: diverged: ")
+    assert "    recorded: step 'say [bold]', sleep 'a day'\n    asked:    step 'tell'\n" in out
+    code, out, _ = run("replay-check", "other_app:conductor", "--json", "--dsn", pgconductor_dsn)
+    answer = json.loads(out)
+    assert (code, answer["checked"], answer["divergences"][0]["id"]) == (1, 1, execution)
+    nothing = ("--queue", "x", "--limit", "5", "--patience", "1")
+    assert run("replay-check", "other_app:conductor", *nothing, "--dsn", pgconductor_dsn)[0] == 0
+    code, _, err = run("replay-check", "other_app:__name__", "--dsn", pgconductor_dsn)
+    assert (code, "its conductors: other_app:conductor, other_app:orchestrator" in err) == (2, True), err

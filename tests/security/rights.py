@@ -38,6 +38,7 @@ CALLS: dict[str, set[str]] = {
     "recover": {W},
     "maintain": {W},
     "drain_wait": {W},
+    "stored_histories": {W},
     "raise_sleep_flag": {W},
     "lower_sleep_flag": {W},
     "_private_channel": {W},

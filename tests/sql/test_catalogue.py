@@ -18,7 +18,7 @@ PUBLIC = {
     "lower_sleep_flag", "maintain",
     "orchestrator_status", "publish_queues", "queue_status", "raise_sleep_flag", "recover", "register_orchestrator",
     "register_queue", "register_tasks", "release_unknown", "results", "retire_orchestrator", "retry", "retry_matching",
-    "revoke_role", "signals", "standing", "succeed_orchestrator",
+    "revoke_role", "signals", "standing", "stored_histories", "succeed_orchestrator",
 }  # fmt: skip
 
 

@@ -1,14 +1,22 @@
-"""`pgconductor show` and `pgconductor executions`: one execution with all that is known of it, or many by a filter."""
+"""`pgconductor show`, `executions` and `replay-check`: one execution with all that is known of it, many by a filter,
+and whether new code could go on with what they have recorded.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
+import trio
 import typer
 
+from ..conductor import Conductor
+from ..model import ReplayReport
+from ..replaying import PATIENCE
 from . import report
 from .exits import FAILED, complain, reported
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_ids, parse_instant
+from .target import load_conductor
 
 
 def show(
@@ -78,3 +86,52 @@ def executions(
         report.console().print(report.execution_table(found) if found else "No executions.")
         if len(found) == limit:
             complain(f"there may be more than these {limit:,}: see --limit")
+
+
+def replay_check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:CONDUCTOR", help="A Conductor or an Orchestrator, or a function that returns one."
+        ),
+    ],
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Executions on this queue.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Executions of this task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="So many at most, the oldest first; otherwise all.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a handler that waits for what is not durable.")
+    ] = PATIENCE,
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the schema; otherwise the conductor's own.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try a program's handlers against what live executions have recorded; exits with 1 if one could not go on.
+
+    Nothing is written, and no step is called.
+    """
+    with reported(debug=debug):
+        conductor = load_conductor(target, debug=debug)
+        conductor.redirect(dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
+        found = trio.run(partial(_check, conductor, queue, task, limit, patience))
+        if as_json:
+            report.print_json(found)
+        else:
+            for divergence in found.divergences:
+                print("\n".join(report.divergence_lines(divergence)))
+            print(f"{found.checked:,} executions tried, {len(found.divergences):,} of them could not go on.")
+        if found.divergences:
+            raise typer.Exit(FAILED)
+
+
+async def _check(
+    conductor: Conductor, queue: str | None, task: str | None, limit: int | None, patience: float
+) -> ReplayReport:
+    async with conductor:
+        return await conductor.replay_check(queue=queue, task=task, limit=limit, patience=patience)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ..model import (
     DeadLetter,
+    Divergence,
     ExecutionStatus,
     ExecutionSummary,
     FailedAttempt,
@@ -30,6 +31,7 @@ from ..model import (
 )
 
 _LONG = 100  # characters of an error in a table
+_SHOWN = 20  # records in a line
 _WIDE = 240  # columns where there is no terminal: whoever reads a file or a pipe wants whole lines
 
 
@@ -222,6 +224,20 @@ def execution_table(found: Sequence[ExecutionSummary]) -> Table:
             Text(", ".join(map(plain, each.tags))), Text(shortened(plain(each.reason or each.error_type or ""))),
         )  # fmt: skip
     return table
+
+
+def divergence_lines(found: Divergence) -> list[str]:
+    """Why an execution could not go on, in several lines."""
+    return [
+        f"{found.id} {named(found.task, found.version)}: {found.trouble.value}: {plain(found.what)}",
+        f"    recorded: {plain(_listed(found.recorded))}",
+        f"    asked:    {plain(_listed(found.asked))}",
+    ]
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = ", ".join(words[:_SHOWN]) or "nothing"
+    return shown if len(words) <= _SHOWN else f"{shown}, ... ({len(words):,} in all)"
 
 
 def attempt(error: FailedAttempt) -> str:

@@ -36,6 +36,8 @@ from ..model import (
     Standing,
     State,
     StepRecord,
+    StoredHistories,
+    StoredHistory,
 )
 from .call import Call, Row, ignore
 
@@ -248,6 +250,18 @@ def _looked(rows: list[Row]) -> Looked:
     return Looked(found, go_on)
 
 
+def _stored(rows: list[Row]) -> StoredHistories:
+    found: list[StoredHistory] = []
+    go_on: UUID | None = None
+    for execution, queue, task, version, state, attempt, payload, records in rows:
+        if state is None:
+            go_on = execution
+            continue
+        loaded = tuple(Record._make([*record, None]) for record in json.loads(records or "[]"))
+        found.append(StoredHistory(execution, queue, task, version, State(state), attempt, payload or "{}", loaded))
+    return StoredHistories(found, go_on)
+
+
 def _history(rows: list[Row]) -> list[Record] | None:
     return [Record._make(row) for row in rows[1:]] if rows else None
 
@@ -333,6 +347,8 @@ _QUERIES = {
     " run_at, claimed_at, finished_at, dedupe_key, tags, parent_id, root_id, error_type, reason"
     " from {s}.list_executions(%s, %s, %s::text[], %s::timestamptz, %s::timestamptz, %s::text[], %s, %s::uuid,"
     " %s::uuid, %s, %s::uuid, %s)",
+    "stored_histories": "select id, queue, task, version, state, attempt, payload, records::text"
+    " from {s}.stored_histories(%s, %s, %s, %s::uuid, %s)",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
@@ -556,6 +572,12 @@ class Calls:
     def list_executions(self, filters: ExecutionFilter, limit: int, after: UUID | None, look: int) -> Call[Looked]:
         """At most `limit` executions that fit, made before `after`, the newest first; looks at `look` at most."""
         return Call(self._query["list_executions"], (*filters, limit, after, look), _looked)
+
+    def stored_histories(
+        self, queue: str | None, task: str | None, limit: int, after: UUID | None, look: int = 10_000
+    ) -> Call[StoredHistories]:
+        """At most `limit` live executions with a history, by id; looks at `look` at most."""
+        return Call(self._query["stored_histories"], (queue, task, limit, after, look), _stored)
 
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(

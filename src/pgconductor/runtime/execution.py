@@ -31,7 +31,7 @@ import trio
 
 from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
-from ..durable import Place
+from ..durable import Place, locate
 from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
 from ..model import Claimed, Outcome
 from ..retry import backoff_from_data, decide, verdict_in
@@ -108,18 +108,8 @@ class Interruption:
         self.stop()
 
     def locate(self) -> Place:
-        """Where the current task is, seen from the attempt's scope. There is no checkpoint between: nothing notices."""
-        scope = self._scope
-        deadline = scope.deadline
-        try:
-            scope.deadline = -math.inf
-            if trio.current_effective_deadline() != -math.inf:
-                return Place.OUTSIDE
-            scope.deadline = math.inf
-            effective = trio.current_effective_deadline()
-        finally:
-            scope.deadline = deadline
-        return Place.BOUNDED if -math.inf < effective < self._outer_deadline else Place.INSIDE
+        """Where the current task is, seen from the attempt's scope."""
+        return locate(self._scope, self._outer_deadline)
 
     def _ask(self) -> None:
         if not self._has_thread:
