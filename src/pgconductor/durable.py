@@ -224,6 +224,7 @@ class Durable:
         self._must_reload = False
         self._reading = trio.Lock()
         self._numbers: dict[str, int] = {}
+        self._patches: dict[str, bool] = {}
         self.is_over = False  # the handler has ended
 
     # Operations
@@ -322,6 +323,33 @@ class Durable:
                 await trio.lowlevel.checkpoint()
                 saved = Saved(record.value, record.error)
         return returned(name, saved, codec, None)
+
+    async def patched(self, change: str) -> bool:
+        """See `Context.patched`."""
+        what = f"ctx.patched({change!r})"
+        with self.operation(what):
+            history = await self.history()
+            if (known := self._patches.get(change)) is not None:
+                await trio.lowlevel.checkpoint()
+                return known
+            if not self.is_alone:
+                raise DurableMisuse(
+                    f"{what} in a branch: which of them has come further is not known; ask before they begin, and hand "
+                    f"the answer on"
+                )
+            if history.get(change) is None and history.has_unasked():
+                # What follows was done by a run of code without the change, so it is not in force; and need not be
+                # recorded, since that stays true.
+                await trio.lowlevel.checkpoint()
+                self._patches[change] = False
+                return False
+            if history.begin(change, "patch", alone=True) is None:
+                await self.admit(change, "patch")
+                await self.save(change, "patch", history.place(), "true", None)
+            else:
+                await trio.lowlevel.checkpoint()
+            self._patches[change] = True
+            return True
 
     async def _run_step(
         self,

@@ -103,8 +103,20 @@ class History:
         return any(record.outcome is None for record in self._records.values() if record.kind == kind)
 
     def unused(self) -> list[Record]:
-        """Records of this attempt that the run has not asked for."""
-        return [r for r in self._records.values() if r.name not in self._used and r.attempt == self._attempt]
+        """Records of this attempt that the run has not asked for. A patch is none: it may be asked for no more, when
+        all executions have it.
+        """
+        return [
+            r
+            for r in self._records.values()
+            if r.name not in self._used and r.attempt == self._attempt and r.kind != "patch"
+        ]
+
+    def has_unasked(self) -> bool:
+        """Whether there is anything, of whatever attempt, that this run has not asked for: it has gone on from here
+        before.
+        """
+        return self.is_replaying and any(r.name not in self._used and r.kind != "patch" for r in self._records.values())
 
     def asked(self) -> list[str]:
         """What this run has asked for, in words and in order."""

@@ -42,6 +42,7 @@ class Claimed(NamedTuple):
     deadline_in: float | None = None  # seconds left to it at the claim, perhaps negative; None: no deadline
     backoff: str | None = None  # JSON text, as its invocation says; None: the task's
     parent_id: UUID | None = None  # of a child
+    version: str | None = None  # of the task, which to run
 
 
 class Outcome(NamedTuple):

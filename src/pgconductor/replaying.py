@@ -202,6 +202,12 @@ async def replayed(registry: Registry, stored: StoredHistory, patience: float = 
     task = registry.get(stored.task)
     if task is None:
         return diverged(Trouble.TASK, f"there is no task {stored.task!r}")
+    if stored.version is not None:
+        by_version = {version.version: version for version in task.versions}
+        if stored.version not in by_version:
+            known = ", ".join(f"{version!r}" for version in by_version if version is not None) or "no versions"
+            return diverged(Trouble.VERSION, f"task {stored.task!r} has no version {stored.version!r}; it has {known}")
+        task = by_version[stored.version]
     try:
         kwargs = task.decode(stored.payload)
     except (InvalidPayload, InvalidTask) as error:

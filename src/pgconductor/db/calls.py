@@ -147,8 +147,8 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][11])
-    return Claim([Claimed._make(row[:11]) for row in rows], None)
+        return Claim([], rows[0][12])
+    return Claim([Claimed._make(row[:12]) for row in rows], None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
@@ -156,7 +156,7 @@ def _last_as_tuple(row: Row) -> list[Any]:
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
-    return Claimed._make(rows[0][:11]) if rows else None
+    return Claimed._make(rows[0][:12]) if rows else None
 
 
 def _signals(row: Sequence[Any]) -> Signals:
@@ -291,9 +291,9 @@ _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
     "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, due_in from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
+    " parent_id, version, due_in from {s}.claim(%s, %s, %s::text[], %s, %s::text[]) /*claim*/",
     "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, due_in from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
+    " parent_id, version, due_in from {s}.claim_suspect(%s, %s, %s::text[], %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[], %s) /*flush*/",
@@ -354,7 +354,7 @@ _QUERIES = {
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
     " queues"
     " from {s}.orchestrator_status()",
-    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
+    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s, %s::text[])",
     "channel": "select {s}._private_channel(%s)",
     "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
@@ -382,18 +382,30 @@ class Calls:
         columns = [list(column) for column in zip(*executions, strict=True)] or [[] for _ in NewExecution._fields]
         return Call(self._query["invoke_many"], columns, lambda rows: [Invoked._make(row) for row in rows])
 
-    def claim(self, queue: str, owner: UUID, tasks: list[str], limit: int, queue_no: int | None = None) -> Call[Claim]:
-        """`queue_no`: the queue's number where it is known, to call the partition's own function."""
+    def claim(
+        self,
+        queue: str,
+        owner: UUID,
+        tasks: list[str],
+        limit: int,
+        queue_no: int | None = None,
+        versions: list[str | None] | None = None,
+    ) -> Call[Claim]:
+        """`queue_no`: the queue's number where it is known, to call the partition's own function. `versions`: one for
+        each of `tasks`, the current one of a task first; None: no task has any.
+        """
         query = self._query["claim"]
         if queue_no is not None:
             # The last one: a schema's name may hold the same text.
             schema, _, arguments = query.rpartition(b".claim(")
             query = b"%s._private_claim_%d(%s" % (schema, queue_no, arguments)
-        return Call(query, (queue, owner, tasks, limit), _claim)
+        return Call(query, (queue, owner, tasks, limit, versions), _claim)
 
-    def claim_suspect(self, queue: str, owner: UUID, tasks: list[str]) -> Call[Claimed | None]:
-        """Claim one execution on its last life."""
-        return Call(self._query["claim_suspect"], (queue, owner, tasks), _suspect)
+    def claim_suspect(
+        self, queue: str, owner: UUID, tasks: list[str], versions: list[str | None] | None = None
+    ) -> Call[Claimed | None]:
+        """Claim one execution on its last life; `versions` as for `claim`."""
+        return Call(self._query["claim_suspect"], (queue, owner, tasks, versions), _suspect)
 
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
         return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)
@@ -593,9 +605,11 @@ class Calls:
             lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
-    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
+    def drain_wait(
+        self, queue: str, tasks: list[str], horizon: float, versions: list[str | None] | None = None
+    ) -> Call[float | None]:
         """Seconds until one of these tasks is due, 0 if one is ready or running; None: nothing within the horizon."""
-        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
+        return Call(self._query["drain_wait"], (queue, tasks, horizon, versions), _float_or_none)
 
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""

@@ -47,6 +47,7 @@ from ..failpoints import failpoint
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
+from .flusher import Handlers
 from .incarnation import Bounds, Incarnation, Process, Wishes
 from .lease import Clock, Lease, boot_clock
 from .worker import Pipeline, Surroundings, WorkerCounts, WorkerStatistics
@@ -240,8 +241,9 @@ class Orchestrator:
     async def _drain_wait(self, link: Link, horizon: float) -> float | None:
         calls = self._conductor.calls
         waits = [
-            await link.insist(calls.drain_wait(worker.queue, [task.name for task in worker.tasks], horizon))
+            await link.insist(calls.drain_wait(worker.queue, handlers.names, horizon, handlers.versions))
             for worker in self.workers
+            for handlers in (Handlers(worker),)
         ]
         return min((wait for wait in waits if wait is not None), default=None)
 
@@ -256,7 +258,8 @@ class Orchestrator:
             raise Misuse("this orchestrator has nothing to run; give it workers=[...] or tasks=[...]")
         for worker in self.workers:
             for task in worker.tasks:
-                task.resolve()
+                for version in task.versions:
+                    version.resolve()
         self._is_active = True
         self._has_started = False
         self._wishes = Wishes(trio.Event(), trio.Event())
@@ -416,7 +419,7 @@ class Orchestrator:
     async def _register_once(self, process: Process, seconds: float) -> Lease:
         # It may be carried out though we do not hear of it: an id is used once.
         owner = uuid4()
-        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
+        rows = [WorkerRow(w.queue, _keys(w), w.concurrency) for w in self.workers]
         name = f"{socket.gethostname()}:{os.getpid()}"
         sent_at = self._clock()
         call = self._conductor.calls.register_orchestrator(owner, name, seconds, VERSION, schema.latest_version(), rows)
@@ -451,6 +454,15 @@ class Orchestrator:
         self._owner = owner
         self._incarnations += 1
         self._successions += 1
+
+
+def _keys(worker: Worker) -> list[str]:
+    """What a worker has: its tasks, which stand for executions without a version, and "task@version" for each."""
+    versions = [version for task in worker.tasks for version in task.versions]
+    return [
+        *(task.name for task in worker.tasks),
+        *(f"{each.name}@{each.version}" for each in versions if each.version is not None),
+    ]
 
 
 def _log_unwritten(executions: list[UUID]) -> None:
