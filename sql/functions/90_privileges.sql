@@ -29,6 +29,8 @@ as $$
         ('_private_results_channel', '{producer,worker}', false),
         ('_private_key_w', '{producer,worker}', false),
         ('execution_errors', '{producer,worker,viewer,operator}', true),
+        ('execution_details', '{producer,worker,viewer,operator}', true),
+        ('execution_steps', '{producer,worker,viewer,operator}', true),  -- values: to the first two
         -- Run orchestrators.
         ('register_queue', '{worker}', true),
         ('publish_queues', '{worker}', true),
@@ -58,6 +60,7 @@ as $$
         ('_private_errands_channel', '{worker}', false),
         ('maintain', '{worker}', true),
         ('drain_wait', '{worker}', true),
+        ('stored_histories', '{worker}', true),
         ('raise_sleep_flag', '{worker}', true),
         ('lower_sleep_flag', '{worker}', true),
         ('_private_channel', '{worker}', false),
@@ -67,6 +70,7 @@ as $$
         ('orchestrator_status', '{viewer,operator}', true),
         ('execution_status', '{viewer,operator}', false),
         ('dead_letters', '{viewer,operator}', true),
+        ('list_executions', '{viewer,operator}', true),
         ('_private_doctor', '{viewer,operator}', true),
         -- Set it right.
         ('cancel_matching', '{operator}', true),

@@ -253,6 +253,7 @@ class DurableNursery:
                             del self._unstarted[name]  # it was made by a run before
                     new = [name for name in names if name in self._unstarted]
                     if new:
+                        await self.durable.admit(new[0], "child")
                         await self.durable.start([self._wait_for(name) for name in new])
                     for name in new:
                         del self._unstarted[name]

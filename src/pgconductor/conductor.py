@@ -38,21 +38,27 @@ from .model import (
     CancelCounts,
     Cancellation,
     DeadLetter,
+    Divergence,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
     PromiseAnswer,
     QueueStatus,
+    ReplayReport,
     Retry,
     RetryCounts,
     State,
+    StepRecord,
 )
-from .options import checked_int
+from .options import checked_int, checked_seconds
 from .polling import PollSchedule
+from .replaying import PATIENCE, replayed
 from .results import Results
 from .retry import BackoffLike
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
-from .verbs import Request, Verbs, follow
+from .verbs import Request, Verbs, checked_id, checked_limit, follow
 
 if TYPE_CHECKING:
     import psycopg
@@ -63,6 +69,7 @@ T = TypeVar("T")
 
 MAX_POOL_SIZE: Final = 1_000
 _CLOSE_TIMEOUT: Final = 30.0
+_HISTORIES: Final = 50  # read by one statement of a replay check, with their payloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,6 +530,91 @@ class Conductor(Tasks):
     async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
         return await self._ask(self._verbs.execution_errors(execution_id))
+
+    async def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
+        """Return where an execution stands and what it waits for, by handle or id; as `Handle.status`."""
+        return await self._ask(self._verbs.execution_details(checked_id("status", execution)))
+
+    async def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
+        """Return what an execution has done and waits for, by handle or id; as `Handle.steps`."""
+        return await self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+
+    async def executions(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        tags: Iterable[str] | None = None,
+        dedupe_key: str | None = None,
+        parent: UUID | AnyHandle[Any] | None = None,
+        root: UUID | AnyHandle[Any] | None = None,
+        limit: int = 100,
+        after: ExecutionSummary | None = None,
+    ) -> list[ExecutionSummary]:
+        """Return executions, live and finished, that fit every filter given, the newest first: those created last.
+
+        `queue`, `task`: names. `states`: of all seven. `created_after`, `created_before`: aware datetimes, from the
+        first to before the second. `tags`: those that have all of these. `parent`: children of it; `root`: it and all
+        beneath it. `limit`: 1 to 10,000. `after`: the last one of the page before.
+
+        Waits for the database only: for one short statement after the other, each looking at a bounded number, until
+        the page is full or all were looked at; a time span bounds how many that are. Raises `InvalidOption`, `NotOpen`,
+        `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        steps = self._verbs.executions(
+            queue=queue,
+            task=task,
+            states=states,
+            created_after=created_after,
+            created_before=created_before,
+            tags=tags,
+            dedupe_key=dedupe_key,
+            parent=parent,
+            root=root,
+            limit=limit,
+            after=after,
+        )
+        return await follow(steps, self._ask)
+
+    async def replay_check(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        limit: int | None = None,
+        patience: float | timedelta = PATIENCE,
+    ) -> ReplayReport:
+        """Try the tasks declared here against what live executions have recorded, before they are deployed.
+
+        Each handler is run up to where its execution has come; no step is called, nothing is written, and resources
+        are stand-ins. What a handler does outside of its steps is done. `queue`, `task`: names. `limit`: how many
+        executions at most, the oldest first; None for all. `patience`: seconds for a handler that waits for what is not
+        durable, 0.01 to 3,600.
+
+        Returns how many were tried, and those that could not go on. Waits for the database and the handlers. Needs the
+        rights of a worker, to read. Raises `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        limit = checked_limit(limit)
+        seconds = checked_seconds("patience", patience, minimum=0.01, maximum=3_600.0)
+        divergences: list[Divergence] = []
+        checked = 0
+        after: UUID | None = None
+        while (page := _HISTORIES if limit is None else min(_HISTORIES, limit - checked)) > 0:
+            stored = await self._ask(self._verbs.stored_histories(queue=queue, task=task, limit=page, after=after))
+            for history in stored.found:
+                if (divergence := await replayed(self.registry, history, seconds)) is not None:
+                    divergences.append(divergence)
+            checked += len(stored.found)
+            if len(stored.found) == page:
+                after = stored.found[-1].id
+            elif stored.go_on is None:
+                break
+            else:
+                after = stored.go_on
+        return ReplayReport(checked, tuple(divergences))
 
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""

@@ -372,6 +372,18 @@ class Context:
         """
         await self.durable.checkpoint()
 
+    async def patched(self, change: str) -> bool:
+        """Whether a change of the code is in force for this execution: ``if await ctx.patched("new-tax"): ...``.
+
+        True for executions that come here first with code that asks, and recorded for them; False for those of which
+        anything was recorded past this place before, by code without the change. The same at each replay, and however
+        often it is asked in one run. When no execution of the old code is left, keep what stood under the condition.
+
+        `change`: as the name of a step, unique among them. To be asked in the handler's own task, before branches
+        begin. Waits until it is durable. Raises `DurableMisuse`, `NonDeterminism`.
+        """
+        return await self.durable.patched(change)
+
     async def now(self, *, name: str | None = None) -> datetime:
         """Return the time, in UTC, by this machine's clock: the same at each replay.
 

@@ -78,6 +78,23 @@ class Place(Enum):
     BOUNDED = "bounded"  # under a finite deadline of the handler's own
 
 
+def locate(scope: trio.CancelScope) -> Place:
+    """Where the current task is, seen from an attempt's scope.
+
+    There is no checkpoint between: nothing notices.
+    """
+    deadline = scope.deadline
+    try:
+        scope.deadline = -math.inf
+        if trio.current_effective_deadline() != -math.inf:
+            return Place.OUTSIDE
+        scope.deadline, scope.shield = math.inf, True  # what is left are the handler's own
+        effective = trio.current_effective_deadline()
+    finally:
+        scope.deadline, scope.shield = deadline, False
+    return Place.BOUNDED if -math.inf < effective < math.inf else Place.INSIDE
+
+
 class Suspender(Protocol):
     """The scope of the attempt; the engine's `Interruption` is one."""
 
@@ -135,6 +152,12 @@ class Journal(Protocol):
 
     async def load(self, *, is_first: bool) -> list[Record]:
         """Return what is recorded. `is_first`: before this run has recorded anything."""
+        ...
+
+    async def admit(self, name: str, kind: str) -> None:
+        """Called before anything that is not recorded is done or begun. Where nothing new is to be done, it does not
+        return.
+        """
         ...
 
     async def save_step(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
@@ -243,6 +266,7 @@ class Durable:
         self._must_reload = False
         self._reading = trio.Lock()
         self._numbers: dict[str, int] = {}
+        self._patches: dict[str, bool] = {}
         self.is_over = False  # the handler has ended
 
     # Operations
@@ -310,6 +334,10 @@ class Durable:
             if record.due_in is not None:
                 self._due_at[record.name] = trio.current_time() + record.due_in
 
+    async def admit(self, name: str, kind: str) -> None:
+        """To be called before what is not recorded is done or begun. A replay check does not return from it."""
+        await held(self.journal.admit(name, kind))
+
     def numbered(self, kind: str) -> str:
         """A name for an operation that was given none: the first, second, ... of its kind."""
         self.require_place(f"ctx.{kind}()")
@@ -337,6 +365,7 @@ class Durable:
             history = await self.history()
             record = history.begin(name, "step", alone=self.is_alone)
             if record is None:
+                await self.admit(name, "step")
                 position = history.place()
                 saved, cause = await self._run_step(name, position, functools.partial(fn, *args), codec, policy, limit)
             else:
@@ -350,6 +379,7 @@ class Durable:
             history = await self.history()
             record = history.begin(name, kind, alone=self.is_alone)
             if record is None:
+                await self.admit(name, kind)
                 saved = await self.save(name, kind, history.place(), codec.encode(make()), None)
             else:
                 await trio.lowlevel.checkpoint()
@@ -364,6 +394,7 @@ class Durable:
             history = await self.history()
             record = history.begin(name, kind, alone=self.is_alone)
             if record is None:
+                await self.admit(name, kind)
                 value = await held(self.journal.save_effect(name, history.place(), {"kind": kind, **spec}))
             else:
                 await trio.lowlevel.checkpoint()
@@ -375,6 +406,33 @@ class Durable:
         if self.is_over:
             raise DurableMisuse("ctx.set_progress(): the handler of this context has ended")
         await held(self.journal.set_progress(value))
+
+    async def patched(self, change: str) -> bool:
+        """See `Context.patched`."""
+        what = f"ctx.patched({change!r})"
+        with self.operation(what):
+            history = await self.history()
+            if (known := self._patches.get(change)) is not None:
+                await trio.lowlevel.checkpoint()
+                return known
+            if not self.is_alone:
+                raise DurableMisuse(
+                    f"{what} in a branch: which of them has come further is not known; ask before they begin, and hand "
+                    f"the answer on"
+                )
+            if history.get(change) is None and history.has_unasked():
+                # What follows was done by a run of code without the change, so it is not in force; and need not be
+                # recorded, since that stays true.
+                await trio.lowlevel.checkpoint()
+                self._patches[change] = False
+                return False
+            if history.begin(change, "patch", alone=True) is None:
+                await self.admit(change, "patch")
+                await self.save(change, "patch", history.place(), "true", None)
+            else:
+                await trio.lowlevel.checkpoint()
+            self._patches[change] = True
+            return True
 
     async def _run_step(
         self,
@@ -458,6 +516,7 @@ class Durable:
             target = cast("str | None", spec.get("target"))
             record = history.begin(name, kind, alone=self.is_alone, target=target)
             if record is None:
+                await self.admit(name, kind)
                 (record,) = await self.start([{"name": name, "kind": kind, **spec}])
             elif record.outcome is not None:
                 await trio.lowlevel.checkpoint()
@@ -503,6 +562,11 @@ class Durable:
     async def park_for(self, name: str) -> None:
         """Wait until a wait has ended, here, or by giving up the execution."""
         await self._park(lambda: self.outcome(name) is not None, self._due_at.get(name, math.inf), name)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether a task of the handler waits for a wait."""
+        return bool(self._parked)
 
     async def park(self, is_over: Callable[[], bool]) -> None:
         """The same for waits of one scope: until `is_over`."""
@@ -620,10 +684,23 @@ class Durable:
                 self.suspender.give_way()
             await trio.lowlevel.checkpoint()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the handler has asked for anything that is durable."""
+        return self._history is not None
+
+    def asked(self) -> list[str]:
+        """What the handler has asked for, in words and in order."""
+        return [] if self._history is None else self._history.asked()
+
+    def unused(self) -> list[Record]:
+        """What is recorded of this attempt, and the handler has not asked for."""
+        return [] if self._history is None else self._history.unused()
+
     def end(self, *, completed: bool) -> None:
         """The handler has ended: operations are refused from now on."""
         self.is_over = True
-        if completed and self._history is not None and (unused := self._history.unused()):
+        if completed and (unused := self.unused()):
             logger.warning(
                 "the handler returned without asking for what was recorded in this attempt: %s",
                 ", ".join(f"{record.kind} {printable(record.name)!r}" for record in unused[:10]),

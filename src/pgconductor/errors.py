@@ -200,7 +200,12 @@ class NonDeterminism(NoRetry):
 
     The code has changed, or it decides by something that is not recorded. The execution fails for good and keeps its
     history, so that it can be retried with code that fits.
+
+    `recorded`: all that is recorded, `asked`: what this run asked for, in words and in order.
     """
+
+    recorded: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
 
 class DurableError(PgconductorError):

@@ -14,7 +14,7 @@ from uuid import UUID
 from .options import MAX_DELAY, checked_seconds
 
 if TYPE_CHECKING:
-    from .model import Cancellation, FailedAttempt
+    from .model import Cancellation, ExecutionStatus, FailedAttempt, StepRecord
     from .tasks import Task
 
 R = TypeVar("R")
@@ -43,6 +43,14 @@ class Source(Protocol):
         """Return what the execution last told."""
         ...
 
+    async def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    async def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
+        ...
+
 
 class SyncSource(Protocol):
     """The same by blocking the thread; the sync client implements it."""
@@ -65,6 +73,14 @@ class SyncSource(Protocol):
 
     def progress(self, execution_id: UUID) -> Any:
         """Return what the execution last told."""
+        ...
+
+    def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
         ...
 
 
@@ -135,6 +151,20 @@ class Handle(AnyHandle[R]):
         """
         return await self._source.progress(self.id)
 
+    async def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands and what it waits for; None if nothing of it is kept.
+
+        Waits for the database only. Raises `NotOpen`, `Unavailable`, `SchemaMissing`, `Refused`.
+        """
+        return await self._source.status(self.id)
+
+    async def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for, in the order in which it began.
+
+        Of a finished one, if it is kept; empty if nothing is recorded. Raises as `status`.
+        """
+        return await self._source.steps(self.id)
+
 
 class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
@@ -164,6 +194,14 @@ class SyncHandle(AnyHandle[R]):
     def progress(self) -> Any:
         """Return what the handler last told; as `Handle.progress`."""
         return self._source.progress(self.id)
+
+    def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands; as `Handle.status`."""
+        return self._source.status(self.id)
+
+    def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for; as `Handle.steps`."""
+        return self._source.steps(self.id)
 
 
 def checked_timeout(timeout: Any) -> float | None:

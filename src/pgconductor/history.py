@@ -97,8 +97,20 @@ class History:
         return any(record.outcome is None for record in self._records.values() if record.kind == kind)
 
     def unused(self) -> list[Record]:
-        """Records of this attempt that the run has not asked for."""
-        return [record for record in self._due if record.name not in self._used]
+        """Records of this attempt that the run has not asked for. A patch is none: it may be asked for no more, when
+        all executions have it.
+        """
+        return [record for record in self._due if record.name not in self._used and record.kind != "patch"]
+
+    def has_unasked(self) -> bool:
+        """Whether there is anything, of whatever attempt, that this run has not asked for: it has gone on from here
+        before.
+        """
+        return any(r.name not in self._used and r.kind != "patch" for r in self._records.values())
+
+    def asked(self) -> list[str]:
+        """What this run has asked for, in words and in order."""
+        return [f"{kind} {name!r}" for name, kind in self._used.items()]
 
     def has_failed_child(self, scope: str) -> bool:
         """Whether a child of this nursery is known to have ended otherwise than by completing."""
@@ -117,13 +129,20 @@ class History:
         return self._due[0] if self._due else None
 
     def _diverged(self, what: str) -> NoReturn:
-        recorded = [f"{r.kind} {r.name!r}" for r in sorted(self._records.values(), key=lambda r: r.position)]
-        asked = [f"{kind} {name!r}" for name, kind in self._used.items()]
-        raise NonDeterminism(
+        recorded = [in_words(r) for r in sorted(self._records.values(), key=lambda r: r.position)]
+        asked = self.asked()
+        error = NonDeterminism(
             f"the handler does not do again what it did: it {what}. Recorded: {_listed(recorded)}. "
             f"Asked for in this run: {_listed(asked)}. Give changed steps new names behind ctx.patched(), or the task "
             f"a new version"
         )
+        error.recorded, error.asked = tuple(recorded), tuple(asked)
+        raise error
+
+
+def in_words(record: Record) -> str:
+    """A record by its kind and name."""
+    return f"{record.kind} {record.name!r}"
 
 
 def _listed(words: list[str]) -> str:

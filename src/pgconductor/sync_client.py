@@ -34,6 +34,8 @@ from .model import (
     Cancellation,
     DeadLetter,
     Ended,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
     PromiseAnswer,
@@ -42,12 +44,13 @@ from .model import (
     RetryCounts,
     Standing,
     State,
+    StepRecord,
 )
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
 from .retry import BackoffLike
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
-from .verbs import Request, Verbs, follow_sync
+from .verbs import Request, Verbs, checked_id, follow_sync
 
 if TYPE_CHECKING:
     import psycopg
@@ -93,6 +96,14 @@ class OpenClients:
     def progress(self, execution_id: UUID) -> Any:
         """Read with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("progress").progress(execution_id)
+
+    def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("status").status(execution)
+
+    def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("steps").steps(execution)
 
     def _latest(self, method: str) -> SyncClient:
         with self._lock:
@@ -360,6 +371,45 @@ class SyncClient:
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """As `Conductor.execution_errors`."""
         return self._ask(self._verbs.execution_errors(execution_id))
+
+    def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
+        """As `Conductor.status`."""
+        return self._ask(self._verbs.execution_details(checked_id("status", execution)))
+
+    def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
+        """As `Conductor.steps`."""
+        return self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+
+    def executions(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        tags: Iterable[str] | None = None,
+        dedupe_key: str | None = None,
+        parent: UUID | AnyHandle[Any] | None = None,
+        root: UUID | AnyHandle[Any] | None = None,
+        limit: int = 100,
+        after: ExecutionSummary | None = None,
+    ) -> list[ExecutionSummary]:
+        """As `Conductor.executions`."""
+        steps = self._verbs.executions(
+            queue=queue,
+            task=task,
+            states=states,
+            created_after=created_after,
+            created_before=created_before,
+            tags=tags,
+            dedupe_key=dedupe_key,
+            parent=parent,
+            root=root,
+            limit=limit,
+            after=after,
+        )
+        return follow_sync(steps, self._ask)
 
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""

@@ -90,6 +90,7 @@ async def run_transaction(
         record = history.begin(name, "transaction", alone=durable.is_alone)
         cause: BaseException | None = None
         if record is None:
+            await durable.admit(name, "transaction")
             step = _Step(durable, name, "transaction", history.place(), isolation)
             saved, cause = await step.run(fn, args, codec, policy, timeout)
         else:
@@ -106,6 +107,7 @@ async def open_block(durable: Durable, name: str, timeout: float | None, isolati
         history = await durable.history()
         record = history.begin(name, "block", alone=durable.is_alone)
         if record is None:
+            await durable.admit(name, "block")
             step = _Step(durable, name, "block", history.place(), isolation)
             async with step.block(timeout) as conn:
                 yield conn
@@ -277,6 +279,8 @@ class _Step:
 @asynccontextmanager
 async def _replayed_block(durable: Durable, name: str, recorded: str, isolation: Isolation) -> AsyncGenerator[Any]:
     """A block that was committed runs again, and is told what it was told."""
+    if durable.transactions is None:
+        await durable.admit(name, "block")  # a replay check has no connection to run it on
     tape = _required(durable).tape(_words(name), recorded)
     step = _Step(durable, name, "block", 0, isolation)
     is_lost = False

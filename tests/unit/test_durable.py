@@ -112,6 +112,9 @@ class Journal:
         record = self.records.setdefault(name, Record(name, kind, position, 1, outcome, value=value, error=error))
         return Saved(record.value, record.error)
 
+    async def admit(self, name: str, kind: str) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def save_step_inside(
         self, transaction: OpenTransaction, name: str, kind: str, position: int, value: str
     ) -> Saved | None:

@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | emit | cancel | dead-letters | retry | ... | demo`.
+"""The command line: `pgconductor migrate | run | invoke | show | executions | emit | cancel | retry | ... | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -28,6 +28,7 @@ from .dead_letters import dead_letters, retry
 from .doctor import doctor
 from .exits import FAILED, complain, reported
 from .grant import grant
+from .histories import executions, replay_check, show
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
 from .sending import emit, promise, send
 from .target import Life, load_orchestrator
@@ -195,6 +196,9 @@ app.command()(promise)
 app.command()(cancel)
 app.command("dead-letters")(dead_letters)
 app.command()(retry)
+app.command()(show)
+app.command()(executions)
+app.command("replay-check")(replay_check)
 app.command()(doctor)
 app.command()(grant)
 

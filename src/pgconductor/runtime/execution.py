@@ -36,7 +36,7 @@ import trio
 
 from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
-from ..durable import Place
+from ..durable import Place, locate
 from ..errors import (
     DeadlineExceeded,
     DurableMisuse,
@@ -148,18 +148,8 @@ class Interruption:
         self.stop()
 
     def locate(self) -> Place:
-        """Where the current task is, seen from the attempt's scope. There is no checkpoint between: nothing notices."""
-        scope = self._scope
-        deadline = scope.deadline
-        try:
-            scope.deadline = -math.inf
-            if trio.current_effective_deadline() != -math.inf:
-                return Place.OUTSIDE
-            scope.deadline, scope.shield = math.inf, True  # what is left are the handler's own
-            effective = trio.current_effective_deadline()
-        finally:
-            scope.deadline, scope.shield = deadline, False
-        return Place.BOUNDED if -math.inf < effective < math.inf else Place.INSIDE
+        """Where the current task is, seen from the attempt's scope."""
+        return locate(self._scope)
 
     async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
         """Run a plain function: in the thread of the handler if it has one, else in one of its own."""

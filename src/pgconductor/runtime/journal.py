@@ -251,6 +251,9 @@ class ExecutionJournal:
         records = await self._journal.load(self._claimed)
         return self._revoked() if records is None else records
 
+    async def admit(self, name: str, kind: str) -> None:
+        pass  # everything new is done here
+
     async def save_step(self, name: str, kind: str, position: int, value: str | None, error: str | None) -> Saved:
         step = NewStep(self._claimed.id, self._claimed.claim_no, name, kind, position, value, error)
         saved = await self._journal.steps.ask(step)

@@ -54,6 +54,7 @@ from ..failpoints import failpoint
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
+from .flusher import Handlers
 from .incarnation import Bounds, Incarnation, Process, Wishes
 from .lease import Clock, Lease, boot_clock
 from .worker import Pipeline, Surroundings, WorkerCounts, WorkerStatistics
@@ -250,8 +251,10 @@ class Orchestrator:
         )
 
     async def _drain_wait(self, link: Link, horizon: float) -> float | None:
-        tasks = {worker.queue: [task.name for task in worker.tasks] for worker in self.workers}
-        return await link.insist(self._conductor.calls.drain_wait(tasks, horizon))
+        by_queue = {worker.queue: Handlers(worker) for worker in self.workers}
+        tasks = {queue: handlers.names for queue, handlers in by_queue.items()}
+        versions = {queue: handlers.versions for queue, handlers in by_queue.items()}
+        return await link.insist(self._conductor.calls.drain_wait(tasks, horizon, versions))
 
     def _run_errands(self) -> None:
         for pipeline in self._pipelines[:1]:
@@ -268,7 +271,8 @@ class Orchestrator:
             raise Misuse("this orchestrator has nothing to run; give it workers=[...] or tasks=[...]")
         for worker in self.workers:
             for task in worker.tasks:
-                task.resolve()
+                for version in task.versions:
+                    version.resolve()
         self._is_active = True
         self._has_started = False
         self._wishes = Wishes(trio.Event(), trio.Event())
@@ -438,7 +442,7 @@ class Orchestrator:
     async def _register_once(self, process: Process, seconds: float) -> Lease:
         # It may be carried out though we do not hear of it: an id is used once.
         owner = uuid4()
-        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
+        rows = [WorkerRow(w.queue, _keys(w), w.concurrency) for w in self.workers]
         name = f"{socket.gethostname()}:{os.getpid()}"
         sent_at = self._clock()
         call = self._conductor.calls.register_orchestrator(owner, name, seconds, VERSION, schema.latest_version(), rows)
@@ -473,6 +477,15 @@ class Orchestrator:
         self._owner = owner
         self._incarnations += 1
         self._successions += 1
+
+
+def _keys(worker: Worker) -> list[str]:
+    """What a worker has: its tasks, which stand for executions without a version, and "task@version" for each."""
+    versions = [version for task in worker.tasks for version in task.versions]
+    return [
+        *(task.name for task in worker.tasks),
+        *(f"{each.name}@{each.version}" for each in versions if each.version is not None),
+    ]
 
 
 def _log_unwritten(executions: list[UUID]) -> None:

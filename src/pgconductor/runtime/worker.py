@@ -45,7 +45,7 @@ from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
 from .errands import Errands
 from .execution import Interruption, attempt, cancelled, released
-from .flusher import MAX_FLUSH, FlushCounts, Flusher, Held
+from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
 from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
@@ -143,8 +143,7 @@ class Pipeline:
         self._calls = calls = shared.calls
         self._outages = shared.outages
         self._rng = shared.rng
-        self._tasks: dict[str, Task[..., Any]] = {task.name: task for task in worker.tasks}
-        self._task_names = list(self._tasks)
+        self._handlers = Handlers(worker)
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
@@ -153,7 +152,7 @@ class Pipeline:
         self._max_claim = worker.claim_batch or _MAX_CLAIM
         self._counts = counts
         self._flusher = Flusher(
-            self._tasks, lease, calls, shared.outages, shared.rng, counts.flushed,
+            self._handlers, lease, calls, shared.outages, shared.rng, counts.flushed,
             interval=worker.flush_interval, batch=worker.flush_batch,
             may_grow=lambda: bool(self._running or self._stock), written=self._note_room, left=errands.note,
         )  # fmt: skip
@@ -283,12 +282,12 @@ class Pipeline:
         if self._claims is None or self._is_stopping:
             return None
         link = self._claims
-        queue, tasks = self.worker.queue, self._task_names
+        queue, handlers = self.worker.queue, self._handlers
         async with self._claiming:
             try:
                 claimed = await self._lease.attempt(
                     link,
-                    lambda owner: self._calls.claim_suspect(queue, owner, tasks),
+                    lambda owner: self._calls.claim_suspect(queue, owner, handlers.names, handlers.versions),
                     timeout=_CLAIM_TIMEOUT,
                     shield=True,
                 )
@@ -445,7 +444,9 @@ class Pipeline:
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim = await self._lease.attempt(
             link,
-            lambda owner: self._calls.claim(self.worker.queue, owner, self._task_names, limit, self._queue_no),
+            lambda owner: self._calls.claim(
+                self.worker.queue, owner, self._handlers.names, limit, self._queue_no, self._handlers.versions
+            ),
             timeout=_CLAIM_TIMEOUT,
             shield=True,
         )
@@ -581,7 +582,7 @@ class Pipeline:
             except BaseException:
                 # Not data: the worker's own cancellation, or the user's Ctrl-C.
                 if not held.interruption.is_body_running:
-                    outcome = released(self._tasks[held.claimed.task], held.claimed)
+                    outcome = released(self._handlers.of(held.claimed), held.claimed)
                 raise
             finally:
                 self._running -= 1
@@ -590,7 +591,7 @@ class Pipeline:
 
     async def _run_one(self, held: Held, link: Link, interruption: Interruption) -> Outcome | None:
         claimed = held.claimed
-        task = self._tasks[claimed.task]
+        task = self._handlers.of(claimed)
         ctx = Context(
             claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._shared.resources
         )
@@ -657,7 +658,7 @@ class Pipeline:
     def _end_unstarted(self, held: Held, *, is_cancelled: bool = False) -> None:
         if held.is_ours:
             claimed = held.claimed
-            task = self._tasks[claimed.task]
+            task = self._handlers.of(claimed)
             self._flusher.note(cancelled(task, claimed) if is_cancelled else released(task, claimed))
         if held.suspected is not None:
             held.suspected.set()
