@@ -522,7 +522,7 @@ function _private_kind_producer() returns text language sql immutable
 function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
 function _private_lock_executions(p_ids uuid[], p_wait boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
-function _private_lock_family(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
 function _private_may_cancel_all() returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_may_see_values() returns boolean language sql stable set search_path=pg_catalog, pg_temp

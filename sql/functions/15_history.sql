@@ -57,8 +57,8 @@ as $$
 $$;
 
 -- Lock executions and their parents, in the order of partition and id, which is the order of all who lock several. Where none
--- has a parent nothing is locked: then the caller's own order is enough.
-create or replace function @schema@._private_lock_family(p_ids uuid[]) returns void
+-- has a parent nothing is locked, unless p_always says so: then the caller's own order is enough.
+create or replace function @schema@._private_lock_family(p_ids uuid[], p_always boolean default false) returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -78,7 +78,7 @@ begin
             '_private_queue_' || v_no) into v_ids using p_ids;
         v_parents := v_parents || v_ids;
     end loop;
-    if v_parents = '{}' then
+    if v_parents = '{}' and not p_always then
         return;
     end if;
     v_ids := p_ids || v_parents;

@@ -354,7 +354,7 @@ def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str) -> 
         " parent_id = id, root_id = id, limit_key = 'l', version = 'v', tags = '{x}',"
         " headers = '{\"h\": 1}', crashes = 1, timeout = '7 s', backoff = '1', progress = '2'"
     )
-    (claimed,) = db.claim(owner)
+    (claimed,) = db.claim(owner, version="v")
     columns = ", ".join(shared_columns)
     before = db.live(id_, columns)
     assert before is not None
