@@ -42,7 +42,7 @@ def forms(conductor: Tasks) -> None:
         assert_type(await ctx.transaction("b", charge_any, retry=3, timeout=5, isolation="serializable"), int)
         async with ctx.transaction("c", isolation="repeatable read") as conn:
             assert_type(conn, TrioConnection[TupleRow])
-        await ctx.transaction("d", charge, "1", "x")  # type: ignore[call-arg]  # pyright: ignore[reportArgumentType]
+        await ctx.transaction("d", charge, "1", "x")  # type: ignore[arg-type, call-arg]  # pyright: ignore[reportArgumentType]
         await ctx.transaction("e", charge, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     @conductor.task
