@@ -555,9 +555,9 @@ class Durable:
             self._wake_watch()
 
     @property
-    def has_open_children(self) -> bool:
-        """Whether there are children that had not ended when that was last read."""
-        return self._history is not None and self._history.has_open("child")
+    def may_leave_children(self) -> bool:
+        """Whether there are children that had not ended when that was last read; or it was never read."""
+        return self._history is None or self._history.has_open("child")
 
     async def park_for(self, name: str) -> None:
         """Wait until a wait has ended, here, or by giving up the execution."""

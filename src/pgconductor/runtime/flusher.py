@@ -58,7 +58,7 @@ class Held:
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
-    leaves_children: bool = False  # its history has children that had not ended
+    leaves_children: bool = False  # its history may have children that have not ended
 
 
 @dataclass(slots=True)

@@ -296,7 +296,9 @@ class Pipeline:
                 raise
             if claimed is None:
                 return None
-            held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
+            held = self._held[claimed.id] = Held(
+                claimed, trio.current_time(), suspected=trio.Event(), leaves_children=claimed.claim_no > 1
+            )
         return held
 
     async def clear_stock(self) -> None:
@@ -463,7 +465,7 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         for item in claimed:
-            held = Held(item, now)
+            held = Held(item, now, leaves_children=item.claim_no > 1)
             self._held[item.id] = held
             self._stock.append(held)
         if self._requested:
@@ -607,7 +609,7 @@ class Pipeline:
             ctx.close()
             if durable is not None:
                 durable.end(completed=outcome is not None and outcome.kind == "completed")
-                held.leaves_children = durable.has_open_children
+                held.leaves_children = durable.may_leave_children
         return outcome
 
     def _open_durable(self, claimed: Claimed, task: Task[..., Any], interruption: Interruption) -> Durable:
