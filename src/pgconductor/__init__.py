@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
     from .conductor import Conductor
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         RetryCounts,
         State,
     )
+    from .readers import ChannelReader, SyncChannelReader
     from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
@@ -98,15 +100,18 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Snooze",
     "Verdict",
     # Durable operations
+    "Channel",
     "ChildHandle",
     "DurableNursery",
     "Promise",
     "StepHandle",
     "Tries",
     # Invoking and waiting
+    "ChannelReader",
     "Handle",
     "Invocable",
     "Invocation",
+    "SyncChannelReader",
     "SyncClient",
     "SyncHandle",
     "SyncTaskCall",
@@ -174,6 +179,8 @@ _MODULES = {
     "Backoff": "retry",
     "CancelCounts": "model",
     "Cancellation": "model",
+    "Channel": "channels",
+    "ChannelReader": "readers",
     "ChildCancelled": "errors",
     "ChildError": "errors",
     "ChildFailed": "errors",
@@ -235,6 +242,7 @@ _MODULES = {
     "State": "model",
     "StepFailed": "errors",
     "StepHandle": "children",
+    "SyncChannelReader": "readers",
     "SyncClient": "sync_client",
     "SyncHandle": "handle",
     "SyncTaskCall": "tasks",

@@ -48,6 +48,9 @@ class Source:
     async def progress(self, execution_id: Any) -> Any:
         raise AssertionError("not asked for here")
 
+    async def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
@@ -65,6 +68,9 @@ class SyncSource:
         raise AssertionError("not asked for here")
 
     def progress(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
         raise AssertionError("not asked for here")
 
 
