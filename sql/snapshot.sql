@@ -9,6 +9,29 @@ sequence _private_events_id_seq as bigint
 
 sequence _private_queues_no_seq as integer
 
+table _private_channel_items
+    execution_id uuid not null
+    channel text not null
+    seq bigint not null
+    value jsonb not null
+    constraint _private_channel_items_pkey PRIMARY KEY (execution_id, channel, seq)
+    constraint _private_channel_items_value_check CHECK ((pg_column_size(value) <= 8388608))
+
+table _private_channels
+    execution_id uuid not null
+    name text not null
+    capacity integer not null
+    last_seq bigint not null default 0
+    read_upto bigint not null default 0
+    closed_at timestamp with time zone
+    ended_at timestamp with time zone
+    expires_at timestamp with time zone
+    constraint _private_channels_capacity_check CHECK (((capacity >= 1) AND (capacity <= 10000)))
+    constraint _private_channels_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_channels_pkey PRIMARY KEY (execution_id, name)
+    constraint read CHECK (((0 <= read_upto) AND (read_upto <= last_seq)))
+    CREATE INDEX _private_channels_expiry ON _private_channels USING btree (expires_at) WHERE (ended_at IS NOT NULL)
+
 table _private_closings
     execution_id uuid not null
     reason text not null
@@ -500,6 +523,7 @@ function _private_expiry_slot(p_keep double precision, p_now timestamp with time
 function _private_first_id(p_at timestamp with time zone) returns uuid language sql immutable parallel safe strict
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp
+function _private_forget_channels(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_forget_events(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -550,10 +574,12 @@ function _private_trailing_failures(p_ids uuid[]) returns TABLE(execution_id uui
 function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wake(p_ids uuid[]) returns text[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
+function append_items(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_channels text[], p_seqs bigint[], p_values jsonb[]) returns TABLE(n integer, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer, p_versions text[] DEFAULT NULL::text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function claim_suspect(p_queue text, p_owner uuid, p_tasks text[], p_versions text[] DEFAULT NULL::text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function close_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function close_children(p_limit integer DEFAULT 1000) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function deliver_events(p_after bigint DEFAULT 0, p_limit integer DEFAULT 200) returns TABLE(upto bigint, delivered bigint, is_left boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=500ms
@@ -574,11 +600,13 @@ function load_history(p_owner uuid, p_id uuid, p_claim_no bigint) returns TABLE(
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function maintain() returns TABLE(lock_held boolean, slots_emptied integer, rows_removed_estimate bigint, payloads_removed bigint, slots_made integer, slots_busy integer, tombstones integer, more boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function open_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text, p_capacity integer) returns bigint language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[], stop_requested boolean) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function progress(p_ids uuid[]) returns TABLE(id uuid, progress text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function publish_queues() returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function read_channel(p_id uuid, p_name text, p_after bigint DEFAULT 0, p_limit integer DEFAULT 100) returns TABLE(state text, seq bigint, value text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function read_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(execution_id uuid, name text, outcome text, value text, error text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function recover(p_queue text, p_limit integer DEFAULT 1000) returns TABLE(recovered bigint, failed bigint, cancelled bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function register_orchestrator(p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version integer, p_queues text[], p_tasks jsonb[], p_concurrencies integer[]) returns void language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp

@@ -75,6 +75,10 @@ begin
                 delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
             ), steps as (
                 delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+            ), channels as (
+                update @schema@._private_channels c set ended_at = v_now,
+                    expires_at = case when g.keep is not null then v_now + make_interval(secs => greatest(g.keep, 3600)) end
+                from gone g where g.is_durable and c.execution_id = g.id
             ), promises as (
                 delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id = g.id
             ), inbox as (

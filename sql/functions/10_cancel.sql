@@ -33,6 +33,10 @@ begin
             delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id = s.id
         ), steps as (
             delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+        ), channels as (
+            update @schema@._private_channels c set ended_at = $4,
+                expires_at = case when s.keep is not null then $4 + make_interval(secs => greatest(s.keep, 3600)) end
+            from gone g join slots s on s.id = g.id where g.is_durable and c.execution_id = g.id
         ), promises as (
             delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id = g.id
         ), inbox as (

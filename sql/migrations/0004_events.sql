@@ -34,3 +34,27 @@ alter table @schema@._private_waits add column match jsonb, add column event_id 
 alter table @schema@._private_steps add column event_id bigint;
 create index _private_waits_event on @schema@._private_waits (execution_id, event_id) where event_id is not null;
 create index _private_steps_event on @schema@._private_steps (execution_id, event_id) where event_id is not null;
+
+-- Durable channels: what a handler sends, in order, for readers inside and outside. read_upto: how far the furthest reader is; what
+-- is beyond it is at most capacity. expires_at: set when the execution has ended, null then for ever.
+create table @schema@._private_channels (
+    execution_id uuid not null,
+    name text not null check (octet_length(name) between 1 and 128),
+    capacity int not null check (capacity between 1 and 10000),
+    last_seq bigint not null default 0,
+    read_upto bigint not null default 0,
+    closed_at timestamptz,
+    ended_at timestamptz,
+    expires_at timestamptz,
+    primary key (execution_id, name),
+    constraint read check (0 <= read_upto and read_upto <= last_seq)
+);
+create index _private_channels_expiry on @schema@._private_channels (expires_at) where ended_at is not null;
+
+create table @schema@._private_channel_items (
+    execution_id uuid not null,
+    channel text not null,
+    seq bigint not null,
+    value jsonb not null check (pg_column_size(value) <= 8388608),
+    primary key (execution_id, channel, seq)
+);

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
     from .conductor import Conductor
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
         StepRecord,
         Trouble,
     )
+    from .readers import ChannelReader, SyncChannelReader
     from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
@@ -107,6 +109,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Snooze",
     "Verdict",
     # Durable operations
+    "Channel",
     "ChildHandle",
     "DurableNursery",
     "Promise",
@@ -114,9 +117,11 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncContext",
     "Tries",
     # Invoking and waiting
+    "ChannelReader",
     "Handle",
     "Invocable",
     "Invocation",
+    "SyncChannelReader",
     "SyncClient",
     "SyncHandle",
     "SyncTaskCall",
@@ -192,6 +197,8 @@ _MODULES = {
     "Backoff": "retry",
     "CancelCounts": "model",
     "Cancellation": "model",
+    "Channel": "channels",
+    "ChannelReader": "readers",
     "ChildCancelled": "errors",
     "ChildError": "errors",
     "ChildFailed": "errors",
@@ -259,6 +266,7 @@ _MODULES = {
     "StepFailed": "errors",
     "StepHandle": "children",
     "StepRecord": "model",
+    "SyncChannelReader": "readers",
     "SyncClient": "sync_client",
     "SyncContext": "sync_context",
     "SyncHandle": "handle",

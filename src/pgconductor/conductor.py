@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from uuid import UUID
 
 import trio
@@ -34,6 +34,7 @@ from .db.transactions import PoolTransactions, ThreadTransactions
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
+from .listening import Listening
 from .model import (
     CancelCounts,
     Cancellation,
@@ -43,6 +44,7 @@ from .model import (
     ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
+    Page,
     PromiseAnswer,
     QueueStatus,
     ReplayReport,
@@ -53,6 +55,7 @@ from .model import (
 )
 from .options import checked_int, checked_seconds
 from .polling import PollSchedule
+from .readers import ChannelReader, is_news, open_reader
 from .replaying import PATIENCE, replayed
 from .results import Results
 from .retry import BackoffLike
@@ -80,6 +83,7 @@ class _Open:
     listen_conninfo: str
     pool: Pool[TrioConnection[TupleRow]]
     results: Results
+    listening: Listening
     stack: AsyncExitStack
 
 
@@ -207,7 +211,9 @@ class Conductor(Tasks):
             await stack.enter_async_context(pool)
             results = Results(self.calls, self._verbs, listen_conninfo, self._ask, self._poll_schedule)
             stack.push_async_callback(results.aclose)
-            return _Open(conninfo, listen_conninfo, pool, results, stack.pop_all())
+            listening = Listening(self.calls, listen_conninfo, self._poll_schedule)
+            stack.push_async_callback(listening.aclose)
+            return _Open(conninfo, listen_conninfo, pool, results, listening, stack.pop_all())
         raise AssertionError("unreachable: the block returns or raises")
 
     async def _leave(self) -> None:
@@ -447,6 +453,23 @@ class Conductor(Tasks):
     async def progress(self, execution_id: UUID) -> Any:
         """Return an execution's progress, as `Handle.progress`, for an id that was kept."""
         return self._verbs.decode_progress(execution_id, await self._ask(self._verbs.progress(execution_id)))
+
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> ChannelReader[T]: ...
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]: ...
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]:
+        """Read a channel of an execution, as `Handle.channel`, for an id that was kept."""
+        return open_reader(self, execution_id, name, type, after, self.limits)
+
+    async def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Wait until there is something to tell of a channel; for `ChannelReader`."""
+
+        async def look() -> Page:
+            return await self._ask(self._verbs.read_channel(execution_id, name, after, limit))
+
+        page = await look()
+        return page if is_news(page) else await self._require_open().listening.until(execution_id, look, is_news)
 
     # Dead letters
 

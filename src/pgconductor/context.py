@@ -25,6 +25,7 @@ from .options import checked_instant, checked_seconds
 if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
+    from .channels import Channel
     from .children import DurableNursery, OnClose
     from .db.connection import TrioConnection
     from .durable import Durable, TriesLike
@@ -357,6 +358,17 @@ class Context:
     ) -> bool:  # fmt: skip
         """Send a message to an execution, exactly once; whether there is such a live execution. The rest as `emit`."""
         return await send(self.durable, name, execution_id, channel, payload)
+
+    async def open_channel(self, name: str, *, capacity: int = 100) -> Channel:
+        """Open a channel: items that are appended in order, for readers inside and outside (`Handle.channel`).
+
+        `name`: as for `step`, and of the channel. `capacity`: how many items may be unread, 1 to 10,000; `Channel.send`
+        waits while there are. A replay goes on behind what was sent. For one task of the handler. Raises
+        `DurableMisuse`, `InvalidOption`, `NonDeterminism`.
+        """
+        from .channels import open_channel
+
+        return await open_channel(self.durable, name, capacity)
 
     async def set_progress(self, value: object) -> None:
         """Tell how far this execution has come: any JSON value, read by `Handle.progress`. The latest counts.

@@ -196,6 +196,18 @@ class Journal(Protocol):
         """Tell how far the execution has come. Raises `Unstorable`."""
         ...
 
+    async def open_channel(self, name: str, capacity: int) -> int:
+        """Open a channel; return the number of its last item."""
+        ...
+
+    async def append_item(self, channel: str, seq: int, value: str) -> bool:
+        """Append an item; False if the channel is full. Raises `Unstorable`."""
+        ...
+
+    async def close_channel(self, name: str) -> None:
+        """Say that nothing more comes."""
+        ...
+
 
 _SOON: Final = Exponential(initial=0.1, maximum=10.0)
 
@@ -400,6 +412,18 @@ class Durable:
                 await trio.lowlevel.checkpoint()
                 value = record.value
         return codec.decode("null" if value is None else value)
+
+    async def open_channel(self, name: str, capacity: int) -> int:
+        """Open a channel, inside an operation; return how many items were sent."""
+        return await held(self.journal.open_channel(name, capacity))
+
+    async def append_item(self, channel: str, seq: int, value: str) -> bool:
+        """Append an item, inside an operation; False if the channel is full."""
+        return await held(self.journal.append_item(channel, seq, value))
+
+    async def close_channel(self, name: str) -> None:
+        """Close a channel, inside an operation."""
+        await held(self.journal.close_channel(name))
 
     async def tell_progress(self, value: str) -> None:
         """See `Context.set_progress`. Allowed in steps too: nothing is recorded that a replay would ask for."""

@@ -47,6 +47,8 @@ POINTS: Final = frozenset(
         "wait.answered",
         "effect.before",
         "effect.answered",
+        "item.before",
+        "item.answered",
         "deliver.before",
         "deliver.answered",
         "heartbeat.before",

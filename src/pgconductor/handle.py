@@ -8,19 +8,28 @@ timer, and dropping one costs nothing. Cancelling the wait, by Trio, leaves the 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 from uuid import UUID
 
 from .options import MAX_DELAY, checked_seconds
+from .readers import (
+    ChannelReader,
+    ChannelSource,
+    SyncChannelReader,
+    SyncChannelSource,
+    open_reader,
+    open_sync_reader,
+)
 
 if TYPE_CHECKING:
     from .model import Cancellation, ExecutionStatus, FailedAttempt, StepRecord
     from .tasks import Task
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
-class Source(Protocol):
+class Source(ChannelSource, Protocol):
     """Asks the database on Trio; `Conductor` implements it."""
 
     async def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
@@ -52,7 +61,7 @@ class Source(Protocol):
         ...
 
 
-class SyncSource(Protocol):
+class SyncSource(SyncChannelSource, Protocol):
     """The same by blocking the thread; the sync client implements it."""
 
     def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
@@ -165,6 +174,19 @@ class Handle(AnyHandle[R]):
         """
         return await self._source.steps(self.id)
 
+    @overload
+    def channel(self, name: str, /, *, type: type[T], after: int = 0) -> ChannelReader[T]: ...
+    @overload
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]: ...
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]:
+        """Read a channel of the execution: ``async for item in handle.channel("lines"):``.
+
+        `name`: of the channel, 1 to 128 bytes. `type`: the annotation of its items. `after`: the number of the item to
+        begin behind, 0 for the first. Ends when the channel is closed or the execution has ended; waits for one that is
+        not open yet. Does not wait by itself.
+        """
+        return open_reader(self._source, self.id, name, type, after, self._task.limits)
+
 
 class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
@@ -202,6 +224,14 @@ class SyncHandle(AnyHandle[R]):
     def steps(self) -> list[StepRecord]:
         """Return what the execution has done and waits for; as `Handle.steps`."""
         return self._source.steps(self.id)
+
+    @overload
+    def channel(self, name: str, /, *, type: type[T], after: int = 0) -> SyncChannelReader[T]: ...
+    @overload
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]: ...
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]:
+        """Read a channel of the execution, blocking: ``for item in handle.channel("lines"):``; as `Handle.channel`."""
+        return open_sync_reader(self._source, self.id, name, type, after, self._task.limits)
 
 
 def checked_timeout(timeout: Any) -> float | None:

@@ -92,6 +92,13 @@ class PromiseAnswer(StrEnum):
     UNKNOWN = "unknown"  # there is no such promise, or its execution has ended
 
 
+class Page(NamedTuple):
+    """What one look at a channel found: its state, and items with their numbers."""
+
+    state: str  # open | closed | absent | gone
+    items: list[tuple[int, str]]
+
+
 class CancelCounts(NamedTuple):
     """What a cancellation by filter did: executions ended at once, and running ones whose handlers are cancelled."""
 

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 PATIENCE: Final = 5.0  # seconds in which a handler has come to a standstill that is known
 _NAP: Final = 0.002
+_ALL: Final = 2**62  # items of a channel, more than any handler sends
 
 
 class _Journal:
@@ -69,6 +70,15 @@ class _Journal:
 
     async def set_progress(self, value: str) -> None:
         """Nobody is told."""
+
+    async def open_channel(self, name: str, capacity: int) -> int:
+        return _ALL  # nothing is sent again
+
+    async def append_item(self, channel: str, seq: int, value: str) -> bool:
+        return await self._refuse()
+
+    async def close_channel(self, name: str) -> None:
+        """It stays as it is."""
 
     async def start_waits(self, waits: Sequence[Mapping[str, object]]) -> list[Record]:
         return await self._refuse()

@@ -38,6 +38,7 @@ from .model import (
     ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
+    Page,
     PromiseAnswer,
     QueueStatus,
     Retry,
@@ -48,6 +49,7 @@ from .model import (
 )
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
+from .readers import SyncChannelReader, is_news, open_sync_reader
 from .retry import BackoffLike
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
 from .verbs import Request, Verbs, checked_id, follow_sync
@@ -104,6 +106,10 @@ class OpenClients:
     def steps(self, execution: UUID, /) -> list[StepRecord]:
         """Read with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("steps").steps(execution)
+
+    def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("channel").wait_page(execution_id, name, after, limit)
 
     def _latest(self, method: str) -> SyncClient:
         with self._lock:
@@ -318,6 +324,41 @@ class SyncClient:
     def progress(self, execution_id: UUID) -> Any:
         """As `Conductor.progress`."""
         return self._verbs.decode_progress(execution_id, self._ask(self._verbs.progress(execution_id)))
+
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> SyncChannelReader[T]: ...
+    @overload
+    def channel(
+        self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0
+    ) -> SyncChannelReader[Any]: ...
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]:
+        """Read a channel of an execution, as `SyncHandle.channel`, for an id that was kept."""
+        return open_sync_reader(self, execution_id, name, type, after, self._by_name.tasks.limits)
+
+    def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Wait until there is something to tell of a channel; for `SyncChannelReader`."""
+        request = self._verbs.read_channel(execution_id, name, after, limit)
+        page = self._ask(request)
+        if is_news(page):
+            return page
+        next_look = -math.inf
+        with self._open_ear(execution_id) as ear:
+            while not is_news(page):
+                now = time.monotonic()
+                if ear.listen_if_due():
+                    next_look = -math.inf  # what was sent before the flags were raised was not announced
+                if now < next_look:
+                    if ear.nap(next_look - now):
+                        next_look = -math.inf
+                    continue
+                try:
+                    page = self._ask(request)
+                except Unavailable as error:
+                    logger.warning("cannot look for items of a channel, and try again: %s", error)
+                    next_look = self._schedule.deaf_until(time.monotonic())
+                    continue
+                next_look = self._schedule.next_look(time.monotonic(), ear.flagged_at)
+        return page
 
     # Dead letters
 

@@ -32,6 +32,7 @@ from .model import (
     Invoked,
     Looked,
     OrchestratorStatus,
+    Page,
     PromiseAnswer,
     QueueStatus,
     Retry,
@@ -302,6 +303,9 @@ class Verbs:
             _promise_id(promise), checked_text("message", message, max_bytes=MAX_MESSAGE_BYTES)
         )
         return Request(call, "rejecting a promise", is_repeatable=False)
+
+    def read_channel(self, execution: UUID, name: str, after: int, limit: int) -> Request[Page]:
+        return Request(self._calls.read_channel(execution, name, after, limit), "reading a channel")
 
     def progress(self, execution: UUID) -> Request[dict[UUID, str | None]]:
         return Request(self._calls.progress([execution]), "reading the progress")

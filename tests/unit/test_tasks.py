@@ -54,6 +54,9 @@ class Source:
     async def steps(self, execution: Any, /) -> Any:
         raise AssertionError("not asked for here")
 
+    async def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
@@ -77,6 +80,9 @@ class SyncSource:
         raise AssertionError("not asked for here")
 
     def steps(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
         raise AssertionError("not asked for here")
 
 

@@ -28,6 +28,7 @@ from ..model import (
     OpenWait,
     OrchestratorStatus,
     Outcome,
+    Page,
     PromiseAnswer,
     QueueStatus,
     Record,
@@ -126,6 +127,16 @@ class Delivery(NamedTuple):
     upto: int | None
     delivered: int
     is_left: bool
+
+
+class NewItem(NamedTuple):
+    """One position of `append_items`; `value` is JSON text."""
+
+    execution: UUID
+    claim_no: int
+    channel: str
+    seq: int
+    value: str
 
 
 class NewWait(NamedTuple):
@@ -312,6 +323,10 @@ def _promise_answer(rows: list[Row]) -> PromiseAnswer:
     return PromiseAnswer(rows[0][0])
 
 
+def _count_or_none(rows: list[Row]) -> int | None:
+    return None if rows[0][0] is None else int(rows[0][0])
+
+
 def _text_or_none(rows: list[Row]) -> str | None:
     return rows[0][0]  # type: ignore[no-any-return]  # the function returns text
 
@@ -357,6 +372,11 @@ _QUERIES = {
     "send": "select {s}.send(%s, %s, %s::jsonb)",
     "resolve_promise": "select {s}.resolve_promise(%s, %s::jsonb)",
     "reject_promise": "select {s}.reject_promise(%s, %s)",
+    "open_channel": "select {s}.open_channel(%s, %s, %s, %s, %s)",
+    "append_items": "select status from {s}.append_items(%s, %s::uuid[], %s::bigint[], %s::text[], %s::bigint[],"
+    " %s::jsonb[]) order by n /*append_items*/",
+    "close_channel": "select {s}.close_channel(%s, %s, %s, %s)",
+    "read_channel": "select state, seq, value from {s}.read_channel(%s, %s, %s, %s) /*read_channel*/",
     "progress": "select id, progress from {s}.progress(%s::uuid[])",
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
@@ -547,6 +567,26 @@ class Calls:
 
     def reject_promise(self, promise: UUID, message: str) -> Call[PromiseAnswer]:
         return Call(self._query["reject_promise"], (promise, message), _promise_answer)
+
+    def open_channel(self, owner: UUID, execution: UUID, claim_no: int, name: str, capacity: int) -> Call[int | None]:
+        """Result: the number of the last item that was sent, None if the claim is revoked."""
+        return Call(self._query["open_channel"], (owner, execution, claim_no, name, capacity), _count_or_none)
+
+    def append_items(self, owner: UUID, items: Sequence[NewItem]) -> Call[list[str]]:
+        """Result: for each "sent", "full" or "fenced"."""
+        columns = [list(column) for column in zip(*items, strict=True)]
+        return Call(self._query["append_items"], (owner, *columns), lambda rows: [row[0] for row in rows])
+
+    def close_channel(self, owner: UUID, execution: UUID, claim_no: int, name: str) -> Call[bool]:
+        """Result: False if the claim is revoked."""
+        return Call(self._query["close_channel"], (owner, execution, claim_no, name), lambda rows: bool(_scalar(rows)))
+
+    def read_channel(self, execution: UUID, name: str, after: int, limit: int) -> Call[Page]:
+        return Call(
+            self._query["read_channel"],
+            (execution, name, after, limit),
+            lambda rows: Page(rows[0][0], [(row[1], row[2]) for row in rows[1:]]),
+        )
 
     def progress(self, executions: list[UUID]) -> Call[dict[UUID, str | None]]:
         """JSON texts, None of those that told nothing; what is not kept is missing."""

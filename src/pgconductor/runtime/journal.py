@@ -27,6 +27,7 @@ from ..db.call import Call
 from ..db.calls import (
     Calls,
     NewEffect,
+    NewItem,
     NewProgress,
     NewStep,
     NewWait,
@@ -144,7 +145,7 @@ class Journal:
     def __init__(self, link: Link, lease: Lease, calls: Calls, outages: OutageLog, rng: random.Random) -> None:
         self._link = link
         self._lease = lease
-        self._calls = calls
+        self.calls = calls
         self._outages = outages
         self._rng = rng
         self.steps = Combiner(self._save_steps)
@@ -155,6 +156,7 @@ class Journal:
         )
         self.effects = Combiner(self._save_effects)
         self.progress = Combiner(self._set_progress)
+        self.items = Combiner(self._append_items)
 
     async def ask(self, make: Callable[[UUID], Call[T]]) -> T:
         """Execute until the database has answered. Raises `Revoked` when the lease is over, `Unstorable`."""
@@ -180,7 +182,7 @@ class Journal:
         Raises `Revoked` when the lease is over, `Unavailable` if the transaction is lost, psycopg's errors.
         """
         try:
-            return await self._lease.attempt(transaction, lambda owner: self._calls.save_step_inside(owner, step))
+            return await self._lease.attempt(transaction, lambda owner: self.calls.save_step_inside(owner, step))
         except LeaseLost:
             if self._lease.is_lost:
                 raise Revoked from None
@@ -190,33 +192,39 @@ class Journal:
 
     async def _save_steps(self, steps: list[NewStep]) -> list[SavedStep]:
         failpoint("step.before")
-        saved = await self.ask(lambda owner: self._calls.save_steps(owner, steps))
+        saved = await self.ask(lambda owner: self.calls.save_steps(owner, steps))
         failpoint("step.answered")
         return saved
 
     async def _start_waits(self, waits: list[list[NewWait]]) -> list[list[StartedWait]]:
         failpoint("wait.before")
         flat = [wait for some in waits for wait in some]
-        started = await self.ask(lambda owner: self._calls.start_waits(owner, flat))
+        started = await self.ask(lambda owner: self.calls.start_waits(owner, flat))
         failpoint("wait.answered")
         answers = iter(started)
         return [[next(answers) for _ in some] for some in waits]
 
     async def _save_effects(self, effects: list[NewEffect]) -> list[SavedEffect]:
         failpoint("effect.before")
-        saved = await self.ask(lambda owner: self._calls.save_effects(owner, effects))
+        saved = await self.ask(lambda owner: self.calls.save_effects(owner, effects))
         failpoint("effect.answered")
         return saved
 
     async def _set_progress(self, told: list[NewProgress]) -> list[bool]:
         """For each whether the claim holds."""
-        revoked = await self.ask(lambda owner: self._calls.set_progress(owner, told))
+        revoked = await self.ask(lambda owner: self.calls.set_progress(owner, told))
         return [position not in revoked for position in range(len(told))]
+
+    async def _append_items(self, items: list[NewItem]) -> list[str]:
+        failpoint("item.before")
+        statuses = await self.ask(lambda owner: self.calls.append_items(owner, items))
+        failpoint("item.answered")
+        return statuses
 
     async def _read_waits(self, claims: list[tuple[UUID, int]]) -> list[list[ResolvedWait] | None]:
         """Once: what it tells it tells once, so a lost answer is made up for by loading the history."""
         try:
-            resolved = await self._lease.attempt(self._link, lambda owner: self._calls.read_waits(owner, claims))
+            resolved = await self._lease.attempt(self._link, lambda owner: self.calls.read_waits(owner, claims))
         except (LeaseLost, Unavailable, SchemaMissing):
             return [None for _ in claims]
         by_claim: dict[UUID, list[ResolvedWait]] = {execution: [] for execution, _ in claims}
@@ -226,14 +234,12 @@ class Journal:
 
     async def load(self, claimed: Claimed) -> list[Record] | None:
         """What is recorded of an execution; None if the claim is revoked."""
-        return await self.ask(lambda owner: self._calls.load_history(owner, claimed.id, claimed.claim_no))
+        return await self.ask(lambda owner: self.calls.load_history(owner, claimed.id, claimed.claim_no))
 
     async def close_children(self, claimed: Claimed, names: Sequence[str], reason: str) -> None:
         """Cancel the children behind these waits of an execution."""
-        await self.ask(
-            lambda owner: self._calls.request_close(owner, claimed.id, claimed.claim_no, list(names), reason)
-        )
-        while await self.ask(lambda _: self._calls.close_children()):
+        await self.ask(lambda owner: self.calls.request_close(owner, claimed.id, claimed.claim_no, list(names), reason))
+        while await self.ask(lambda _: self.calls.close_children()):
             pass
 
 
@@ -278,6 +284,25 @@ class ExecutionJournal:
 
     async def set_progress(self, value: str) -> None:
         if not await self._journal.progress.ask(NewProgress(self._claimed.id, self._claimed.claim_no, value)):
+            self._revoked()
+
+    async def open_channel(self, name: str, capacity: int) -> int:
+        claimed = self._claimed
+        last = await self._journal.ask(
+            lambda owner: self._journal.calls.open_channel(owner, claimed.id, claimed.claim_no, name, capacity)
+        )
+        return self._revoked() if last is None else last
+
+    async def append_item(self, channel: str, seq: int, value: str) -> bool:
+        item = NewItem(self._claimed.id, self._claimed.claim_no, channel, seq, value)
+        status = await self._journal.items.ask(item)
+        return self._revoked() if status == "fenced" else status == "sent"
+
+    async def close_channel(self, name: str) -> None:
+        claimed = self._claimed
+        if not await self._journal.ask(
+            lambda owner: self._journal.calls.close_channel(owner, claimed.id, claimed.claim_no, name)
+        ):
             self._revoked()
 
     async def start_waits(self, waits: Sequence[Mapping[str, object]]) -> list[Record]:

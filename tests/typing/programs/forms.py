@@ -9,6 +9,7 @@ from uuid import UUID
 
 import psycopg
 
+from pgconductor.channels import Channel
 from pgconductor.children import ChildHandle, DurableNursery, StepHandle
 from pgconductor.conductor import Conductor
 from pgconductor.context import Context
@@ -17,6 +18,7 @@ from pgconductor.errors import NoRetry, RetryAfter, Snooze
 from pgconductor.events import Promise
 from pgconductor.handle import Handle, SyncHandle
 from pgconductor.model import PromiseAnswer
+from pgconductor.readers import ChannelReader
 from pgconductor.retry import Delays, Exponential, Linear
 from pgconductor.sync_client import SyncClient
 from pgconductor.tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Tasks, Worker
@@ -171,6 +173,15 @@ async def events(ctx: Context, handle: Handle[str], sync_handle: SyncHandle[str]
     assert_type(await handle.progress(), Any)
     assert_type(sync_handle.send("channel"), bool)
     assert_type(sync_handle.progress(), Any)
+    channel = await ctx.open_channel("lines", capacity=10)
+    assert_type(channel, Channel)
+    await channel.send({"n": 1})
+    await channel.aclose()
+    async for report in handle.channel("lines", type=Report):
+        assert_type(report, Report)
+    assert_type(handle.channel("lines"), ChannelReader[Any])
+    for number in sync_handle.channel("lines", type=int, after=3):
+        assert_type(number, int)
 
 
 async def sending(
