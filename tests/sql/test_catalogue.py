@@ -11,14 +11,14 @@ from sql.database import Database
 from pgconductor.model import State
 
 PUBLIC = {
-    "cancel", "cancel_matching", "claim", "claim_suspect", "dead_letters", "drain_wait",
+    "cancel", "cancel_matching", "claim", "claim_suspect", "continue_as_new", "dead_letters", "drain_wait",
     "execution_details", "execution_errors", "execution_state", "execution_status", "execution_steps",
-    "executions", "flush", "grant_role", "granted_roles",
+    "executions", "flush", "fork", "grant_role", "granted_roles",
     "heartbeat", "hold_session", "invoke", "invoke_many", "list_executions", "load_payload",
     "lower_sleep_flag", "maintain",
     "orchestrator_status", "publish_queues", "queue_status", "raise_sleep_flag", "recover", "register_orchestrator",
-    "register_queue", "register_tasks", "release_unknown", "results", "retire_orchestrator", "retry", "retry_matching",
-    "revoke_role", "signals", "standing", "stored_histories", "succeed_orchestrator",
+    "register_queue", "register_tasks", "release_unknown", "restart", "results", "retire_orchestrator", "retry",
+    "retry_matching", "revoke_role", "signals", "standing", "stored_histories", "succeed_orchestrator",
 }  # fmt: skip
 
 

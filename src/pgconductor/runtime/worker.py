@@ -593,7 +593,14 @@ class Pipeline:
         interruption.drains = self._is_draining
         journal = ExecutionJournal(self._journal, claimed, interruption)
         durable = self._durables[claimed.id] = Durable(
-            claimed.attempt, journal, interruption, self._limiter, self._rng, task.limits, child_row
+            claimed.attempt,
+            journal,
+            interruption,
+            self._limiter,
+            self._rng,
+            task.limits,
+            child_row,
+            task.bind_arguments,
         )
         return durable
 
