@@ -507,6 +507,7 @@ view executions
 function _private_add_error(p_errors jsonb, p_error jsonb, p_attempt integer, p_now timestamp with time zone) returns jsonb language sql stable parallel safe
 function _private_advance_slots(p_now timestamp with time zone) returns integer language plpgsql set search_path=pg_catalog, pg_temp
 function _private_announce(p_queue text) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_begin_anew(p_id uuid, p_from_step text) returns TABLE(id uuid, task text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_bucket(p_id uuid) returns integer language sql immutable parallel safe strict
 function _private_cancel(p_ids uuid[], p_reason text) returns TABLE(id uuid, status text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_channel(p_queue text) returns text language sql immutable parallel safe strict
@@ -581,6 +582,7 @@ function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer, p_ve
 function claim_suspect(p_queue text, p_owner uuid, p_tasks text[], p_versions text[] DEFAULT NULL::text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function close_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function close_children(p_limit integer DEFAULT 1000) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
+function continue_as_new(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_lives jsonb[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function deliver_events(p_after bigint DEFAULT 0, p_limit integer DEFAULT 200) returns TABLE(upto bigint, delivered bigint, is_left boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=500ms
 function drain_wait(p_queue text, p_tasks text[], p_horizon double precision, p_versions text[] DEFAULT NULL::text[]) returns double precision language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
@@ -589,6 +591,7 @@ function execution_details(p_id uuid) returns TABLE(id uuid, queue text, task te
 function execution_errors(p_id uuid) returns jsonb language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function execution_steps(p_id uuid) returns TABLE(name text, kind text, "position" integer, attempt integer, outcome text, target text, scope text, value text, withheld boolean, error jsonb, created_at timestamp with time zone, resolved_at timestamp with time zone, due_at timestamp with time zone) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_family boolean DEFAULT true) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
+function fork(p_id uuid, p_from_step text) returns TABLE(id uuid, task text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp
 function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
@@ -616,6 +619,7 @@ function reject_promise(id uuid, message text DEFAULT 'rejected'::text) returns 
 function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function request_close(p_owner uuid, p_id uuid, p_claim_no bigint, p_names text[], p_reason text) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function resolve_promise(id uuid, value jsonb DEFAULT 'null'::jsonb) returns text language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function restart(p_id uuid) returns TABLE(id uuid, task text) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off
 function retire_orchestrator(p_id uuid) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function retry(p_ids uuid[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

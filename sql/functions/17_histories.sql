@@ -224,3 +224,155 @@ begin
     where (select count(*) from looked) >= p_look
     order by 1, 5 nulls last;
 end $$;
+
+-- A new execution of the same task and payload as another one, live or finished, with its queue, priority and options, but not
+-- its deadline, dedupe key or parent. p_from_step: with the records that come before that one, waits only if they are over;
+-- null: with none. Locks: as invoke_many. PC002: nothing of it is kept, or not its payload. PC001: there is no such record.
+create or replace function @schema@._private_begin_anew(p_id uuid, p_from_step text) returns table (id uuid, task text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $$
+#variable_conflict use_column
+declare
+    v_from record;
+    v_records jsonb;
+    v_position int;
+    v_id uuid;
+    v_options jsonb;
+begin
+    select x.* into v_from from (
+        select 0 as place, e.generation, e.queue, e.task, e.payload, e.priority, e.timeout, e.max_attempts, e.tags, e.backoff, e.version,
+            e.limit_key, e.headers, null::jsonb as steps
+        from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(p_id) and e.id = p_id
+        union all
+        select 1, f.generation, f.queue, f.task, f.payload, f.priority, f.timeout, f.max_attempts, f.tags, f.backoff, f.version,
+            f.limit_key, f.headers, f.steps
+        from @schema@._private_finished f where f.id = p_id
+    ) x order by x.place, x.generation desc limit 1;
+    if not found then
+        raise exception using errcode = 'PC002', message = format('there is no execution %s, or it was not kept', p_id);
+    end if;
+    if v_from.payload is null then
+        v_from.payload := (select l.payload from @schema@._private_payloads l where l.execution_id = p_id);
+    end if;
+    if v_from.payload is null then
+        raise exception using errcode = 'PC002', message = format('the payload of execution %s was not kept', p_id);
+    end if;
+    if p_from_step is not null then
+        v_records := case when v_from.place = 0 then @schema@._private_history(p_id) else v_from.steps end;
+        v_position := (select r.position from jsonb_to_recordset(v_records) as r (name text, position int) where r.name = p_from_step);
+        if v_position is null then
+            raise exception using errcode = 'PC001', message = format('execution %s has no record named %L', p_id, p_from_step);
+        end if;
+    end if;
+    v_options := (
+        select jsonb_object_agg(o.key, o.value) from jsonb_each(jsonb_build_object('timeout', extract(epoch from v_from.timeout),
+            'max_attempts', v_from.max_attempts, 'tags', v_from.tags, 'backoff', v_from.backoff, 'version', v_from.version)) o
+        where o.value <> 'null');
+    v_id := (select i.id from @schema@.invoke_many(array[v_from.task], array[v_from.payload], array[v_from.queue],
+        array[v_from.priority], p_options => array[v_options]) i);
+    -- claim_no 1: so that its first claim is not taken for one that nobody had before, and loads the records.
+    update @schema@._private_executions e set limit_key = v_from.limit_key,
+        headers = coalesce(v_from.headers, '{}') || jsonb_build_object('pgconductor.origin', p_id),
+        claim_no = case when v_position is null then 0 else 1 end, is_durable = v_position is not null
+    where e.queue_no = @schema@._private_queue_no(v_id) and e.id = v_id;
+    -- What was recorded in the last attempt is to be done again in the first of the new one.
+    insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target)
+    select v_id, r.name, r.kind, r.position, 1, case when r.attempt = max(r.attempt) over () then 1 else 0 end, r.created_at, r.value, r.error,
+        r.outcome, r.target
+    from (
+        select r.name, r.kind, r.position, coalesce(r.attempt, 1) as attempt, r.created_at, r.value, r.error, r.outcome, r.target
+        from jsonb_to_recordset(v_records) as r (name text, kind text, position int, attempt int, created_at timestamptz,
+            resolved_at timestamptz, value jsonb, error jsonb, outcome text, target text)
+        where r.position < v_position and r.resolved_at is not null
+    ) r;
+    return query select v_id, v_from.task;
+end $$;
+
+-- A new execution that begins where another one had come to before a record of this name: see _private_begin_anew.
+create or replace function @schema@.fork(p_id uuid, p_from_step text) returns table (id uuid, task text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if p_from_step is null then
+        raise exception using errcode = 'PC001', message = 'a fork needs the name of a record; a restart copies none';
+    end if;
+    return query select b.id, b.task from @schema@._private_begin_anew(p_id, p_from_step) b;
+end $$;
+
+-- A new execution of the same task and payload: see _private_begin_anew.
+create or replace function @schema@.restart(p_id uuid) returns table (id uuid, task text)
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    select b.id, b.task from @schema@._private_begin_anew(p_id, null) b
+$$;
+
+-- Instead of a flush: let executions begin a new life under the same id, with the same key, parent and deadline. Their records
+-- go, attempts and crashes are counted anew. p_lives: objects of payload and version. Returns those that were not written:
+--   cancelled       its cancellation was requested: flush it as cancelled
+--   open_children   it has children that were neither abandoned nor asked to end: flush it as failed
+--   already, fenced, gone   as flush
+-- Each is written whole or not at all. Locks: the rows, in the order of partition and id; K of their queues, by announcing them.
+create or replace function @schema@.continue_as_new(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_lives jsonb[])
+    returns table (id uuid, status text)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+    set lock_timeout = '1s'
+as $$
+#variable_conflict use_column
+declare
+    v_now timestamptz;
+    v_held uuid[];
+    v_cancelled uuid[];
+    v_parents uuid[];
+    v_free uuid[];
+    v_queues text[];
+begin
+    v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
+    v_now := @schema@._private_clock();
+    v_cancelled := array(
+        select e.id from unnest(v_held) as i join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
+        where e.cancel_requested_at is not null);
+    -- A child that was asked to end is noted among the closings, or knows it.
+    v_parents := array(
+        select distinct w.execution_id from @schema@._private_waits w
+        where w.execution_id = any (v_held) and w.kind = 'child' and w.resolved_at is null and w.on_close = 'cancel'
+            and not exists (select from @schema@._private_closings c where c.execution_id = w.target::uuid)
+            and not exists (select from @schema@._private_executions e
+                where e.queue_no = @schema@._private_queue_no(w.target::uuid) and e.id = w.target::uuid and e.cancel_requested_at is not null));
+    v_free := array(select i from unnest(v_held) as i where i <> all (v_cancelled) and i <> all (v_parents));
+
+    delete from @schema@._private_steps s where s.execution_id = any (v_free);
+    delete from @schema@._private_waits w where w.execution_id = any (v_free);
+    delete from @schema@._private_payloads l where l.execution_id = any (v_free);
+    insert into @schema@._private_payloads (execution_id, payload)
+    select o.id, o.life -> 'payload' from unnest(p_ids, p_lives) as o (id, life)
+    where o.id = any (v_free) and @schema@._private_is_large(o.life -> 'payload');
+    with again as (
+        update @schema@._private_executions e set state = 'ready', run_at = v_now, attempt = 0, crashes = 0, owner = null, claimed_at = null,
+            outcome = 'continued', outcome_claim = e.claim_no, is_durable = false, version = o.life ->> 'version',
+            payload = case when not @schema@._private_is_large(o.life -> 'payload') then o.life -> 'payload' end
+        from unnest(p_ids, p_lives) as o (id, life)
+        where o.id = any (v_free) and e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id
+        returning e.queue
+    )
+    select array_agg(distinct a.queue order by a.queue) into v_queues from again a;
+    perform @schema@._private_announce(q) from unnest(v_queues) as q;
+
+    return query
+    select o.id, case
+            when o.id = any (v_cancelled) then 'cancelled'
+            when o.id = any (v_parents) then 'open_children'
+            when exists (select from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id
+                and e.outcome_claim = o.claim_no and e.outcome = 'continued') then 'already'
+            when exists (select from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id)
+                or exists (select from @schema@._private_finished f where f.id = o.id) then 'fenced'
+            else 'gone' end
+    from unnest(p_ids, p_claim_nos) as o (id, claim_no) where o.id <> all (v_free);
+end $$;

@@ -65,6 +65,7 @@ as $$
         ('maintain', '{worker}', true),
         ('drain_wait', '{worker}', true),
         ('stored_histories', '{worker}', true),
+        ('continue_as_new', '{worker}', true),
         ('raise_sleep_flag', '{worker}', true),
         ('lower_sleep_flag', '{worker}', true),
         ('_private_channel', '{worker}', false),
@@ -80,6 +81,8 @@ as $$
         ('cancel_matching', '{operator}', true),
         ('retry', '{operator}', true),
         ('retry_matching', '{operator}', true),
+        ('fork', '{operator}', true),
+        ('restart', '{operator}', true),
         -- What every program reads before it begins: the schema's version.
         ('_private_migrations', '{producer,worker,viewer,operator}', false),
         ('_private_schema', '{producer,worker,viewer,operator}', false)

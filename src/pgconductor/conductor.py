@@ -541,6 +541,43 @@ class Conductor(Tasks):
         )
         return await follow(steps, self._ask)
 
+    # Beginning anew
+
+    @overload
+    async def fork(
+        self, execution: AnyHandle[R], /, *, from_step: str, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> Handle[R]: ...
+    @overload
+    async def fork(
+        self, execution: UUID, /, *, from_step: str, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> Handle[Any]: ...
+    async def fork(
+        self, execution: Any, /, *, from_step: str, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> Handle[Any]:
+        """Begin a new execution of the same task and payload, that has done what this one had done before a step.
+
+        `execution`: by handle or id, live or finished, and kept. `from_step`: the name of a record; those before it are
+        copied, of children and other waits only what was over. The new one has the queue, priority, timeout, attempts,
+        back-off, tags and version of the other, whose id is its `origin_id`; not its deadline, dedupe key or parent.
+        `conn`: the caller's connection; the fork is part of its transaction.
+
+        Returns a handle of the new one. Waits for the database only. Raises `Refused` if nothing of it is kept,
+        `Misuse` if there is no such record; `InvalidOption`, `NotOpen`, `Unavailable`, `SchemaMissing`.
+        """
+        begun = await self._ask(self._verbs.fork(execution, from_step), conn)
+        return Handle(self, self._by_name.task(begun.task), begun.id)
+
+    @overload
+    async def restart(
+        self, execution: AnyHandle[R], /, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> Handle[R]: ...
+    @overload
+    async def restart(self, execution: UUID, /, *, conn: psycopg.AsyncConnection[Any] | None = None) -> Handle[Any]: ...
+    async def restart(self, execution: Any, /, *, conn: psycopg.AsyncConnection[Any] | None = None) -> Handle[Any]:
+        """Begin a new execution of the same task and payload, with nothing done; otherwise as `fork`."""
+        begun = await self._ask(self._verbs.restart(execution), conn)
+        return Handle(self, self._by_name.task(begun.task), begun.id)
+
     # Results and reading
 
     async def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:

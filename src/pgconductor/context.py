@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
 from .codec import ResultCodec
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .db.connection import TrioConnection
     from .durable import Durable, TriesLike
     from .sync_context import SyncContext
-    from .tasks import Invocable
+    from .tasks import Invocable, Invocation
     from .transactions import Isolation
 
 T = TypeVar("T")
@@ -376,6 +376,30 @@ class Context:
         Nothing is recorded for a replay; it may be called in a step. Raises `InvalidPayload`.
         """
         await set_progress(self.durable, value)
+
+    async def continue_as_new(self, **arguments: object) -> NoReturn:
+        """End this run, and begin the execution anew with these arguments: its history is cut, the rest stays.
+
+        For what goes on for ever: the execution keeps its id, key, tags and deadline, and a parent goes on waiting for
+        it; attempts are counted anew. `arguments`: of the handler, by name. Never returns: the handler is cancelled,
+        and what it does on the way is not recorded. It happens when it has ended, unless the execution is cancelled or
+        the process dies before: then the run is done again.
+
+        Raises, before anything is done, `InvalidPayload`; `DurableMisuse` in a branch, under a shield, and with open
+        children.
+        """
+        await self.continue_as(self.durable.bind(arguments))
+
+    async def continue_as(self, call: Invocation[Any], /) -> NoReturn:
+        """The same with an invocation, as ``ctx.continue_as(greet.bind(...))``: of this task, in whatever version.
+
+        Its options do not count.
+        """
+        if call.task.name != self.task:
+            raise DurableMisuse(
+                f"an execution of task {self.task!r} cannot go on as task {call.task.name!r}; invoke that as a child"
+            )
+        await self.durable.continue_as(call)
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.

@@ -39,7 +39,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import trio
@@ -124,6 +124,10 @@ class Suspender(Protocol):
 
     def give_way(self) -> None:
         """Unwind: the execution is given back."""
+        ...
+
+    def continue_as_new(self, payload: str, version: str | None) -> None:
+        """Unwind: the execution begins a new life, with this payload, of this version of its task."""
         ...
 
     def locate(self) -> Place:
@@ -253,10 +257,12 @@ class Durable:
         rng: random.Random,
         limits: Limits,
         child_row: Callable[[Invocation[Any]], Mapping[str, object]],
+        bind: Callable[[dict[str, Any]], Invocation[Any]],
         transactions: Transactions | None = None,
     ) -> None:
-        """`attempt`: of this run. `child_row`: an invocation as `start_waits` takes it. `transactions`: for its steps,
-        None where there are none.
+        """`attempt`: of this run. `child_row`: an invocation as `start_waits` takes it. `bind`: arguments of the task
+        whose handler runs as an invocation of it; raises `InvalidPayload`. `transactions`: for its steps, None where
+        there are none.
         """
         self._attempt = attempt
         self.journal = journal
@@ -265,6 +271,8 @@ class Durable:
         self.child_row = child_row
         self.rng = rng
         self.transactions = transactions
+        self.bind = bind
+        self._closed: set[str] = set()  # children that were asked to end
         self._limiter = limiter
         self._history: History | None = None
         self._loading = trio.Lock()
@@ -698,8 +706,27 @@ class Durable:
                 trio.lowlevel.cancel_shielded_checkpoint()
             )  # if it is not the handler's own scope we have been told then
         if names and not self.suspender.is_unwinding:
+            self._closed.update(names)
             with suppress(Revoked), trio.move_on_after(LAST_WORDS, shield=True):
                 await self.journal.close_children(names, reason)
+
+    async def continue_as(self, call: Invocation[Any]) -> NoReturn:
+        """See `Context.continue_as`."""
+        what = "ctx.continue_as_new()"
+        with self.operation(what):
+            if not self.suspender.is_unwinding:
+                if self.suspender.locate() is Place.OUTSIDE or not self.is_alone:
+                    raise DurableMisuse(
+                        f"{what} under a shield or in a handler with branches: the handler could not be ended there"
+                    )
+                history = await self.history()
+                if left := [name for name in history.open_names("child") if name not in self._closed]:
+                    raise DurableMisuse(
+                        f"{what} with open children: {', '.join(map(printable, left[:10]))}; wait for them, or cancel "
+                        f"them"
+                    )
+                self.suspender.continue_as_new(call.payload, call.task.version)
+        await trio.sleep_forever()
 
     async def checkpoint(self) -> None:
         """See `Context.checkpoint`."""

@@ -92,6 +92,10 @@ class History:
         """A record of this run, or what became of one."""
         self._records[record.name] = record
 
+    def open_names(self, kind: str) -> list[str]:
+        """The names of open waits of this kind."""
+        return [r.name for r in self._records.values() if r.kind == kind and r.outcome is None]
+
     def has_open(self, kind: str) -> bool:
         """Whether a wait of this kind is open."""
         return any(record.outcome is None for record in self._records.values() if record.kind == kind)

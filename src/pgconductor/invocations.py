@@ -59,6 +59,10 @@ class InvocationByName:
 
         return Task(elsewhere, self._tasks, name=name, limits=self._tasks.limits)
 
+    def task(self, name: str) -> Task[..., Any]:
+        """The task of this name, or a stand-in if its code is elsewhere."""
+        return self._tasks.registry.get(name) or self._elsewhere(name)
+
     @property
     def tasks(self) -> Tasks:
         """The conductor's declaring half."""

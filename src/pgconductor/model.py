@@ -50,8 +50,8 @@ class Outcome(NamedTuple):
 
     id: UUID
     claim_no: int
-    kind: str  # completed | failed | cancelled | retried | released | waiting
-    result: str | None = None  # JSON text
+    kind: str  # completed | failed | cancelled | retried | released | waiting; continued: by another verb than flush
+    result: str | None = None  # JSON text; of a continued one an object of the new payload and version
     error: str | None = None  # JSON text
     delay: float = 0.0  # seconds until a retried or released one is due
     keep: float | None = None  # seconds to keep the finished row, should it end; None: for ever
@@ -211,6 +211,13 @@ class Retry(StrEnum):
     DUPLICATE = "duplicate"  # a live execution holds its dedupe key
     COMPLETED = "completed"  # it did what it was to do, and stays as it is
     UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
+
+
+class Begun(NamedTuple):
+    """A new execution that an operator's verb has made of another one."""
+
+    id: UUID
+    task: str
 
 
 class RetryCounts(NamedTuple):

@@ -106,7 +106,14 @@ class _Run:
         self._handler: trio.lowlevel.Task | None = None
         self.journal = _Journal(stored.records)
         self.durable = Durable(
-            stored.attempt, self.journal, self, trio.CapacityLimiter(1), random.Random(), task.limits, child_row
+            stored.attempt,
+            self.journal,
+            self,
+            trio.CapacityLimiter(1),
+            random.Random(),
+            task.limits,
+            child_row,
+            task.bind_arguments,
         )
         self.is_over = False
         self.has_returned = False
@@ -130,6 +137,10 @@ class _Run:
         self._scope.cancel()
 
     def give_way(self) -> None:
+        self._scope.cancel()
+
+    def continue_as_new(self, payload: str, version: str | None) -> None:
+        self.has_returned = True
         self._scope.cancel()
 
     def locate(self) -> Place:

@@ -407,6 +407,32 @@ class SyncClient:
         )
         return follow_sync(steps, self._ask)
 
+    # Beginning anew
+
+    @overload
+    def fork(
+        self, execution: AnyHandle[R], /, *, from_step: str, conn: psycopg.Connection[Any] | None = None
+    ) -> SyncHandle[R]: ...
+    @overload
+    def fork(
+        self, execution: UUID, /, *, from_step: str, conn: psycopg.Connection[Any] | None = None
+    ) -> SyncHandle[Any]: ...
+    def fork(
+        self, execution: Any, /, *, from_step: str, conn: psycopg.Connection[Any] | None = None
+    ) -> SyncHandle[Any]:
+        """As `Conductor.fork`."""
+        begun = self._ask(self._verbs.fork(execution, from_step), conn)
+        return SyncHandle(self._clients, self._by_name.task(begun.task), begun.id)
+
+    @overload
+    def restart(self, execution: AnyHandle[R], /, *, conn: psycopg.Connection[Any] | None = None) -> SyncHandle[R]: ...
+    @overload
+    def restart(self, execution: UUID, /, *, conn: psycopg.Connection[Any] | None = None) -> SyncHandle[Any]: ...
+    def restart(self, execution: Any, /, *, conn: psycopg.Connection[Any] | None = None) -> SyncHandle[Any]:
+        """As `Conductor.restart`."""
+        begun = self._ask(self._verbs.restart(execution), conn)
+        return SyncHandle(self._clients, self._by_name.task(begun.task), begun.id)
+
     # Reading
 
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:

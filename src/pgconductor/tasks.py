@@ -376,6 +376,10 @@ class Task(Invocable[P, R]):
         """Return the keyword arguments from a payload's JSON text. Raises `InvalidPayload` if they do not fit."""
         return (self._shape or self.shape).payload.decode(payload)
 
+    def bind_arguments(self, arguments: dict[str, Any]) -> Invocation[R]:
+        """As `bind`, of arguments that no type checker has seen."""
+        return Invocation(self, self.payload.encode((), arguments))
+
     def keep(self, kind: str) -> float | None:
         """Return for how many seconds a finished execution is kept that ended by an outcome of this kind.
 

@@ -21,7 +21,9 @@ from .db.calls import Calls, ExecutionFilter, NewExecution
 from .errors import InvalidOption, Unavailable, WaitTimeout
 from .events import checked_event, checked_retention, encoded, payload_codec
 from .handle import AnyHandle
+from .history import MAX_NAME_BYTES
 from .model import (
+    Begun,
     CancelCounts,
     Cancellation,
     DeadLetter,
@@ -384,6 +386,17 @@ class Verbs:
             retried += counts.retried
             duplicates += counts.duplicates
         return RetryCounts(retried, duplicates)
+
+    # Beginning anew
+
+    def fork(self, execution: UUID | AnyHandle[Any], from_step: str) -> Request[Begun]:
+        """Begin a new execution from a step of another one. Raises `InvalidOption`."""
+        step = checked_text("from_step", from_step, max_bytes=MAX_NAME_BYTES)
+        return Request(self._calls.fork(_id_of("fork", execution), step), "forking", is_repeatable=False)
+
+    def restart(self, execution: UUID | AnyHandle[Any]) -> Request[Begun]:
+        """Begin a new execution of the same task and payload. Raises `InvalidOption`."""
+        return Request(self._calls.restart(_id_of("restart", execution)), "restarting", is_repeatable=False)
 
     def _name(self, what: str, name: str | None) -> str | None:
         return None if name is None else checked_text(what, name, max_bytes=self._limits.name_bytes)

@@ -58,6 +58,7 @@ CALLS: dict[str, set[str]] = {
     "maintain": {W},
     "drain_wait": {W},
     "stored_histories": {W},
+    "continue_as_new": {W},
     "raise_sleep_flag": {W},
     "lower_sleep_flag": {W},
     "_private_channel": {W},
@@ -70,6 +71,8 @@ CALLS: dict[str, set[str]] = {
     "cancel_matching": {O},
     "retry": {O},
     "retry_matching": {O},
+    "fork": {O},
+    "restart": {O},
     # The marks of the kinds: whoever may execute one, is of it.
     "_private_kind_producer": {P},
     "_private_kind_worker": {W},

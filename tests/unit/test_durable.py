@@ -190,7 +190,7 @@ async def run(
     limiter, rng = trio.CapacityLimiter(2), random.Random(0)
 
     def open_durable() -> Durable:
-        journal.durable = Durable(attempt_no, journal, inner, limiter, rng, Limits(), lambda _: {})
+        journal.durable = Durable(attempt_no, journal, inner, limiter, rng, Limits(), lambda _: {}, task.bind_arguments)
         return journal.durable
 
     ctx.attach(open_durable, inner)

@@ -28,7 +28,7 @@ from .dead_letters import dead_letters, retry
 from .doctor import doctor
 from .exits import FAILED, complain, reported
 from .grant import grant
-from .histories import executions, replay_check, show
+from .histories import executions, fork, replay_check, restart, show
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
 from .sending import emit, promise, send
 from .target import Life, load_orchestrator
@@ -198,6 +198,8 @@ app.command("dead-letters")(dead_letters)
 app.command()(retry)
 app.command()(show)
 app.command()(executions)
+app.command()(fork)
+app.command()(restart)
 app.command("replay-check")(replay_check)
 app.command()(doctor)
 app.command()(grant)

@@ -1,11 +1,12 @@
-"""`pgconductor show`, `executions` and `replay-check`: one execution with all that is known of it, many by a filter,
-and whether new code could go on with what they have recorded.
+"""`pgconductor show`, `executions`, `fork`, `restart` and `replay-check`: one execution with all that is known of it,
+many by a filter, beginning anew, and whether new code could go on with what they have recorded.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Annotated
+from uuid import UUID
 
 import trio
 import typer
@@ -86,6 +87,41 @@ def executions(
         report.console().print(report.execution_table(found) if found else "No executions.")
         if len(found) == limit:
             complain(f"there may be more than these {limit:,}: see --limit")
+
+
+def fork(
+    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
+    from_step: Annotated[str, typer.Option(metavar="NAME", help="What is recorded before this is copied.")],
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Begin a new execution that has done what another one had done before a step; print its id."""
+    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        (execution_id,) = parse_ids([execution])
+        _print_begun(client.fork(execution_id, from_step=from_step).id, as_json=as_json)
+
+
+def restart(
+    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Begin a new execution of the same task and payload as another one; print its id."""
+    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        (execution_id,) = parse_ids([execution])
+        _print_begun(client.restart(execution_id).id, as_json=as_json)
+
+
+def _print_begun(execution: UUID, *, as_json: bool) -> None:
+    report.print_json({"id": execution}) if as_json else print(execution)
 
 
 def replay_check(

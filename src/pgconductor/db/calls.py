@@ -14,6 +14,7 @@ from uuid import UUID
 from psycopg import sql
 
 from ..model import (
+    Begun,
     CancelCounts,
     Cancellation,
     Claimed,
@@ -350,6 +351,9 @@ _QUERIES = {
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[], %s) /*flush*/",
+    "continue_as_new": "select id, status from {s}.continue_as_new(%s, %s::uuid[], %s::bigint[], %s::jsonb[])",
+    "fork": "select id, task from {s}.fork(%s, %s)",
+    "restart": "select id, task from {s}.restart(%s)",
     "load_history": 'select name, kind, "position", attempt, outcome, target, scope, value, error, due_in'
     " from {s}.load_history(%s, %s, %s) /*load_history*/",
     "read_waits": "select execution_id, name, outcome, value, error from {s}.read_waits(%s, %s::uuid[], %s::int8[])",
@@ -491,6 +495,21 @@ class Calls:
         """
         columns = [list(column) for column in zip(*outcomes, strict=True)]
         return Call(self._query["flush"], (owner, *columns, has_family), lambda rows: {row[0]: row[1] for row in rows})
+
+    def continue_as_new(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
+        """Let executions begin a new life. Result: those that were not written now, with "cancelled", "open_children",
+        "already", "fenced" or "gone".
+        """
+        columns = [o.id for o in outcomes], [o.claim_no for o in outcomes], [o.result for o in outcomes]
+        return Call(self._query["continue_as_new"], (owner, *columns), lambda rows: {row[0]: row[1] for row in rows})
+
+    def fork(self, execution: UUID, from_step: str) -> Call[Begun]:
+        """Begin a new execution with the records of another one before that step."""
+        return Call(self._query["fork"], (execution, from_step), lambda rows: Begun._make(rows[0]))
+
+    def restart(self, execution: UUID) -> Call[Begun]:
+        """Begin a new execution of the same task and payload."""
+        return Call(self._query["restart"], (execution,), lambda rows: Begun._make(rows[0]))
 
     # Histories
 

@@ -74,6 +74,7 @@ class Interruption:
     is_abandoned = False  # its thread is not waited for
     is_suspended = False  # it waits: what the handler returns or raises from now on means nothing
     awaited: Sequence[str] = ()  # the waits any of which is to wake it
+    continuation: str | None = None  # it begins a new life with this: an object of payload and version
     is_body_running = False  # in a thread, and not known to have ended
     reason: str | None = None  # of the requested cancellation
     unwound: BaseException | None = None  # what left an async handler: tells where it was
@@ -146,6 +147,12 @@ class Interruption:
     def give_way(self) -> None:
         """As `stop`, by the handler's own wish."""
         self.stop()
+
+    def continue_as_new(self, payload: str, version: str | None) -> None:
+        """The execution begins a new life when its handler, which is cancelled, has ended."""
+        if not self.is_requested and not self.is_stopping:
+            self.continuation = f'{{"payload": {payload}, "version": {_encode(version).decode()}}}'
+        self._scope.cancel()
 
     def locate(self) -> Place:
         """Where the current task is, seen from the attempt's scope."""
@@ -354,8 +361,11 @@ async def attempt(
         if trio.current_effective_deadline() == -math.inf:
             inner.is_stopping = True  # a scope outside is cancelled
     try:
+        if inner.continuation is not None:
+            _log_ignored(task, claimed, value, error, "was to begin anew")
+            return continued(task, claimed, inner.continuation)
         if inner.is_suspended:
-            _log_ignored(task, claimed, value, error)
+            _log_ignored(task, claimed, value, error, "was to wait")
             return waiting(task, claimed, inner.awaited)
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
@@ -404,18 +414,18 @@ def _not_completed(
     return retried_or_failed(task, claimed, error, rng, remaining)
 
 
-def _log_ignored(task: Task[..., Any], claimed: Claimed, value: object, error: BaseException | None) -> None:
-    """What a handler returned or raised when its execution was given up to wait."""
+def _log_ignored(task: Task[..., Any], claimed: Claimed, value: object, error: BaseException | None, what: str) -> None:
+    """What a handler returned or raised when its execution was given up to wait, or to begin anew."""
     if value is not _NOTHING:
         logger.warning(
-            "execution %s of task %r swallowed its cancellation when it was to wait, and returned; that is ignored: it "
-            "runs again when there is something to go on with",
-            claimed.id, printable(task.name),
+            "execution %s of task %r swallowed its cancellation when it %s, and returned; that is ignored: it runs "
+            "again when there is something to go on with",
+            claimed.id, printable(task.name), what,
         )  # fmt: skip
     elif error is not None and not _is_answer(error):
         logger.warning(
-            "execution %s of task %r raised when it was to wait, and is parked all the same: %s",
-            claimed.id, printable(task.name), described_type(error),
+            "execution %s of task %r raised when it %s, and does all the same: %s",
+            claimed.id, printable(task.name), what, described_type(error),
         )  # fmt: skip
 
 
@@ -472,6 +482,11 @@ def waiting(task: Task[..., Any], claimed: Claimed, awaited: Sequence[str] = ())
     """
     names = _encode(awaited).decode() if awaited else None
     return Outcome(claimed.id, claimed.claim_no, "waiting", names, keep=task.keep_failed)
+
+
+def continued(task: Task[..., Any], claimed: Claimed, life: str) -> Outcome:
+    """The outcome of an execution that begins a new life. `life`: its payload and version, as a JSON object."""
+    return Outcome(claimed.id, claimed.claim_no, "continued", life, keep=task.keep_failed)
 
 
 def cancelled(task: Task[..., Any], claimed: Claimed, error: BaseException | None = None) -> Outcome:

@@ -31,17 +31,18 @@ import trio
 
 from ..db.calls import Calls
 from ..db.link import Link, OutageLog, backoff
-from ..errors import LeaseLost, SchemaMissing, Unavailable, Unstorable
+from ..errors import DurableMisuse, LeaseLost, SchemaMissing, Unavailable, Unstorable
 from ..failpoints import failpoint
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
-from .execution import Interruption, failed
+from .execution import Interruption, cancelled, failed
 from .lease import Lease
 
 logger = logging.getLogger("pgconductor.worker")
 
 MAX_FLUSH = 1000
 _ENDS = ("completed", "failed", "cancelled")
+_INSTEAD = ("cancelled", "open_children")  # answers to who wants to begin a new life
 
 
 @dataclass(slots=True, eq=False)
@@ -222,6 +223,9 @@ class Flusher:
             return
         # Whoever came meanwhile is behind them.
         del self.outcomes[: len(batch)]
+        if instead := [self._instead(o, refused[o.id]) for o in batch if refused.get(o.id) in _INSTEAD]:
+            batch = [outcome for outcome in batch if refused.get(outcome.id) not in _INSTEAD]
+            self.outcomes += instead
         has_left = False
         for outcome in batch:
             held = self.held.pop(outcome.id, None)
@@ -248,9 +252,16 @@ class Flusher:
         failpoint("flush.before")
         try:
             has_family = former is not None or any(map(self._has_parent, batch))
-            refused = await self._lease.attempt(
-                link, lambda owner: self._calls.flush(former or owner, batch, has_family=has_family)
-            )
+            lives = [o for o in batch if o.kind == "continued"] if former is None else []
+            ends = [o for o in batch if o.kind != "continued"] if lives else batch
+            refused: dict[UUID, str] = {}
+            if ends:
+                refused = await self._lease.attempt(
+                    link, lambda owner: self._calls.flush(former or owner, ends, has_family=has_family)
+                )
+            if lives:
+                new = await self._lease.attempt(link, lambda owner: self._calls.continue_as_new(owner, lives))
+                refused = {**refused, **new}
         except Unstorable as error:
             if len(batch) > 1:
                 self._size = len(batch) // 2
@@ -269,6 +280,14 @@ class Flusher:
         failpoint("flush.answered")
         self._failures = 0
         return refused
+
+    def _instead(self, outcome: Outcome, status: str) -> Outcome:
+        """What is written of an execution that cannot begin a new life."""
+        claimed = self.held[outcome.id].claimed
+        task = self._handlers.of(claimed)
+        if status == "cancelled":
+            return cancelled(task, claimed)
+        return failed(task, claimed, DurableMisuse("ctx.continue_as_new() with children that had not ended"))
 
     def _has_parent(self, outcome: Outcome) -> bool:
         held = self.held.get(outcome.id)

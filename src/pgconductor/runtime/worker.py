@@ -625,6 +625,7 @@ class Pipeline:
             self._rng,
             task.limits,
             child_row,
+            task.bind_arguments,
             self._shared.transactions if task.is_async else self._shared.thread_transactions,
         )
         return durable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import Any, assert_type
 from uuid import UUID
 
 from pgconductor import (
@@ -52,3 +52,24 @@ async def reading(conductor: Conductor, client: SyncClient, handle: Handle[int],
     assert_type(client.executions(after=page[-1]), list[ExecutionSummary])
     assert_type(await conductor.replay_check(task="a"), ReplayReport)
     await conductor.status("a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def beginning_anew(conductor: Conductor, client: SyncClient, handle: Handle[int], sync: SyncHandle[int]) -> None:
+    assert_type(await conductor.fork(handle, from_step="a"), Handle[int])
+    assert_type(await conductor.restart(handle), Handle[int])
+    assert_type(await conductor.restart(UUID(int=0)), Handle[Any])
+    assert_type(client.fork(sync, from_step="a"), SyncHandle[int])
+    assert_type(client.restart(UUID(int=0)), SyncHandle[Any])
+    await conductor.fork(handle)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+
+    @conductor.task
+    async def loop(ctx: Context, n: int) -> int:
+        if n > 5:
+            return n
+        await ctx.continue_as_new(n=n + 1)  # so nothing is returned here
+
+    @conductor.task
+    async def typed(ctx: Context, n: int) -> int:
+        await ctx.continue_as(typed.bind(n=n + 1))
+
+    assert_type(await loop.invoke(n=0), Handle[int])
