@@ -402,8 +402,11 @@ async def test_drain_does_not_return_while_children_are_to_run_or_to_be_closed(
 
     @site.conductor.task(queue="near")
     async def leaves(ctx: Context) -> None:
+        async def ask() -> None:
+            await ctx.invoke("c", child.options(delay=3600.0), n=5)
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ctx.invoke, "c", child.options(delay=3600.0), 5)
+            nursery.start_soon(ask)
             await ctx.step("made", site.until, lambda: len(site.rows("select 1 from pgconductor.executions")) == 10)
             raise NoRetry("enough")
 

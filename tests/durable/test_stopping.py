@@ -31,21 +31,24 @@ async def test_end_of_an_orchestrator_cancels_no_children_of_parked_handlers(sit
                 if not is_released:
                     await trio.sleep_forever()
 
+            async def alone() -> None:
+                await ctx.invoke("alone", child, n=5)
+
             async with trio.open_nursery() as tasks:
-                tasks.start_soon(ctx.invoke, "alone", child.options(), 5)
+                tasks.start_soon(alone)
                 tasks.start_soon(ctx.step, "hold", hold)
         return sum([await handle.result() for handle in handles])
 
     is_released = False
     with trio.fail_after(LIMIT):
+        async with site.conductor:
+            handle = await parent.invoke()
         with trio.CancelScope() as scope:
             async with site.running(parent, child, grace=0.0, queues=["near"]):
-                handle = await parent.invoke()
                 await parked.wait()
                 await site.until(lambda: len(site.children(handle.id)) == 4)
                 if how == "cancel":
                     scope.cancel()
-                    await trio.lowlevel.checkpoint()
         assert site.state(handle.id) == "ready"
         assert {row[2] for row in site.children(handle.id)} == {"ready"}
         assert site.rows("select count(*) from pgconductor._private_closings") == [(0,)]
