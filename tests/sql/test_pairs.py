@@ -528,7 +528,7 @@ def _told_of(item: object, known: set[UUID]) -> object:
     """One position of an answer."""
     if isinstance(item, Invoked):
         return (item.id if item.id in known else NOBODY, item.created)
-    if isinstance(item, StartedWait | Record) and item.target not in map(str, known):
+    if isinstance(item, StartedWait | Record) and item.target not in {str(i) for i in known}:
         return item._replace(target=None)
     return item
 
