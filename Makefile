@@ -4,6 +4,7 @@
 #   make test    the test suite: PostgreSQL 18, the part that meets the database again on 16 and 15, a part on the newest Python
 #   make check   format, lint, types, import directions
 #   make bench   the benchmarks, each with its settings; BENCH=name runs one, BENCH_ARGS='--json FILE' is passed on
+#   make bench-peers   durable steps beside public packages, which it installs in .venv-peers; BENCH_ARGS as above
 #   make clean   remove environments and caches
 #
 # PYTHON=python3.12 chooses the interpreter, WORKERS=4 the number of processes for tests, PYTEST_ARGS='-k claim' what pytest gets.
@@ -21,7 +22,7 @@ DEBIAN_15 := /usr/lib/postgresql/15/bin
 # What searches at random, or through all orders, does so on one server version: the time of the whole run is bounded.
 SEARCHES := --ignore=tests/sql/test_stateful.py --ignore=tests/runtime/test_wakeup_random.py
 
-.PHONY: help demo test test-all test-16 test-15 test-newest-python check bench clean
+.PHONY: help demo test test-all test-16 test-15 test-newest-python check bench bench-peers clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,14 @@ bench:
 		echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name $(BENCH_ARGS) || exit 1; \
 	done
 
+# What cannot be installed is left out of the comparison.
+bench-peers:
+	@sh .ci/setup $(VENV) dev
+	@[ -x .venv-peers/bin/python ] || $(VENV)/bin/python -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r benchmarks/peers/requirements.txt \
+		|| echo "make bench-peers: not every peer could be installed, see above: check the network and the package index"
+	@$(VENV)/bin/python -m benchmarks.peers.steps $(BENCH_ARGS)
+
 clean:
-	rm -rf .venv .venv-newest .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-peers .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

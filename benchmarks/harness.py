@@ -140,6 +140,10 @@ class Bench:
         self.problems.append(text)
         print(f"  PROBLEM: {text}", flush=True)
 
+    def samples(self, label: str) -> list[float]:
+        """Return what was noted under a label."""
+        return self._samples.get(label, [])
+
     def median(self, label: str) -> float:
         return statistics.median(self._samples[label])
 
@@ -215,8 +219,11 @@ class Database:
         return row[0]
 
     def register_queue(self, name: str) -> int:
-        """Register a queue ahead of its worker, so that what is produced meanwhile lies in its own partition."""
-        return int(self.value("select pgconductor.register_queue(%s)", name))
+        """Register and publish a queue ahead of its worker: what is produced meanwhile lies in its partition."""
+        number = int(self.value("select pgconductor.register_queue(%s)", name))
+        while self.value("select pgconductor.publish_queues()"):
+            pass
+        return number
 
     def invoke_many(
         self, task: str, count: int, queue: str, payload: str = "jsonb_build_object()", delay: float = 0.0
@@ -276,10 +283,10 @@ class Database:
 class Process:
     """A subprocess of this package that prints lines and ends when its standard input does."""
 
-    def __init__(self, module: str, *arguments: object) -> None:
+    def __init__(self, module: str, *arguments: object, python: Path | str = sys.executable) -> None:
         self.name = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+            [python, "-m", f"benchmarks.{module}", *map(str, arguments)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -305,6 +312,14 @@ class Process:
         if not words:
             raise BenchmarkError(f"{self.name} ended, exit status {self._process.wait()}")
         return words
+
+    def peak_memory(self) -> int:
+        """Return the most memory that it has had resident so far, in bytes; 0 where the system does not tell."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
     def tell(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -13,29 +13,8 @@ import time
 import psycopg
 
 from . import harness
+from ._bare import bare_loop
 from .harness import Bench, Database
-
-_CLAIM = b"""
-    with picked as materialized (
-        select ctid from pgconductor._private_queue_%d where state = 'ready'
-        order by priority desc, run_at, id limit %d for update skip locked
-    )
-    update pgconductor._private_queue_%d e
-    set state = 'running', owner = '00000000-0000-8000-8000-000000000000', claim_no = e.claim_no + 1,
-        attempt = e.attempt + 1, claimed_at = clock_timestamp()
-    from picked p where e.ctid = p.ctid
-    returning e.id, e.claim_no, e.task, e.attempt, e.payload::text
-"""
-_FINISH = b"""
-    with gone as (delete from pgconductor._private_queue_%d where id = any($1::uuid[]) returning *)
-    insert into pgconductor._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state,
-        id, owner, claim_no, run_at, created_at, claimed_at, finished_at, queue, task, dedupe_key, payload, result,
-        errors, cancel_reason, parent_id, root_id, limit_key, version, tags, headers)
-    select 0, priority, attempt, crashes, generation, max_attempts, depth, 'completed', id, owner, claim_no, run_at,
-        created_at, claimed_at, clock_timestamp(), queue, task, dedupe_key, payload, 'null', errors, cancel_reason,
-        parent_id, root_id, limit_key, version, tags, headers
-    from gone
-"""
 
 
 def main() -> None:
@@ -64,7 +43,7 @@ def main() -> None:
                     committed_at = time.monotonic_ns()
                     completed_at, *statements = map(int, worker.line(timeout=300)[2:])
                     database.invoke_many("noop", count, "bare")
-                    bare_seconds = _bare_loop(conn, numbers[1], count, options.batch)
+                    bare_seconds = bare_loop(conn, numbers[1], count, options.batch)
                     if number:  # the first is the warm-up
                         bench.note("one process", count / ((completed_at - committed_at) / 1e9), "executions/s")
                         bench.note("bare SQL loop", count / bare_seconds, "rows/s")
@@ -78,21 +57,6 @@ def main() -> None:
                 pstats.Stats(str(profile)).sort_stats("tottime").print_stats(options.profile)
 
     harness.run("throughput", options, measure)
-
-
-def _bare_loop(conn: harness.Connection, queue_no: int, count: int, batch: int) -> float:
-    began = time.perf_counter()
-    claim = _CLAIM % (queue_no, batch, queue_no)
-    finish = _FINISH.replace(b"$1", b"%%s") % queue_no
-    done = 0
-    while done < count:
-        with conn.pipeline(), conn.transaction():
-            conn.execute(b"set local synchronous_commit = off")
-            claimed = conn.execute(claim, prepare=True)
-        ids = [row[0] for row in claimed]
-        conn.execute(finish, (ids,), prepare=True)
-        done += len(ids)
-    return time.perf_counter() - began
 
 
 def _check_kept(bench: Bench, database: Database) -> None:

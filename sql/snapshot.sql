@@ -5,7 +5,32 @@ type _private_invoke_options as (max_attempts integer, timeout interval, deadlin
 
 type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'completed', 'failed', 'cancelled')
 
+sequence _private_events_id_seq as bigint
+
 sequence _private_queues_no_seq as integer
+
+table _private_channel_items
+    execution_id uuid not null
+    channel text not null
+    seq bigint not null
+    value jsonb not null
+    constraint _private_channel_items_pkey PRIMARY KEY (execution_id, channel, seq)
+    constraint _private_channel_items_value_check CHECK ((pg_column_size(value) <= 8388608))
+
+table _private_channels
+    execution_id uuid not null
+    name text not null
+    capacity integer not null
+    last_seq bigint not null default 0
+    read_upto bigint not null default 0
+    closed_at timestamp with time zone
+    ended_at timestamp with time zone
+    expires_at timestamp with time zone
+    constraint _private_channels_capacity_check CHECK (((capacity >= 1) AND (capacity <= 10000)))
+    constraint _private_channels_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_channels_pkey PRIMARY KEY (execution_id, name)
+    constraint read CHECK (((0 <= read_upto) AND (read_upto <= last_seq)))
+    CREATE INDEX _private_channels_expiry ON _private_channels USING btree (expires_at) WHERE (ended_at IS NOT NULL)
 
 table _private_closings
     execution_id uuid not null
@@ -20,6 +45,28 @@ table _private_dedupe_keys
     execution_id uuid not null
     constraint _private_dedupe_keys_key_check CHECK (((octet_length(key) >= 1) AND (octet_length(key) <= 512)))
     constraint _private_dedupe_keys_pkey PRIMARY KEY (queue, task, key)
+
+table _private_events
+    id bigint generated always as identity not null
+    kind text not null
+    name text not null
+    execution_id uuid
+    payload jsonb
+    error jsonb
+    created_at timestamp with time zone not null
+    created_by oid not null
+    expires_at timestamp with time zone
+    delivered_at timestamp with time zone
+    constraint _private_events_kind_check CHECK ((kind = ANY (ARRAY['event'::text, 'message'::text, 'promise'::text])))
+    constraint _private_events_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
+    constraint _private_events_payload_check CHECK ((pg_column_size(payload) <= 8388608))
+    constraint _private_events_pkey PRIMARY KEY (id)
+    constraint addressed CHECK ((((kind = 'event'::text) = (execution_id IS NULL)) AND ((kind = 'event'::text) = (expires_at IS NOT NULL))))
+    CREATE INDEX _private_events_expiry ON _private_events USING btree (expires_at) WHERE (kind = 'event'::text)
+    CREATE INDEX _private_events_name ON _private_events USING btree (name, id) WHERE (kind = 'event'::text)
+    CREATE INDEX _private_events_new ON _private_events USING btree (id) WHERE (delivered_at IS NULL)
+    CREATE UNIQUE INDEX _private_events_promise ON _private_events USING btree (name) WHERE (kind = 'promise'::text)
+    CREATE INDEX _private_events_to ON _private_events USING btree (execution_id, name, id) WHERE (kind <> 'event'::text)
 
 table _private_executions partition by LIST (queue_no)
     queue_no integer not null
@@ -319,6 +366,13 @@ table _private_payloads
     constraint _private_payloads_payload_check CHECK ((pg_column_size(payload) <= 8388608))
     constraint _private_payloads_pkey PRIMARY KEY (execution_id)
 
+table _private_promises
+    id uuid not null
+    execution_id uuid not null
+    created_at timestamp with time zone not null
+    constraint _private_promises_pkey PRIMARY KEY (id)
+    CREATE INDEX _private_promises_execution ON _private_promises USING btree (execution_id)
+
 table _private_queues
     no integer generated always as identity not null
     name text not null
@@ -351,8 +405,10 @@ table _private_steps
     attempt integer not null default 1
     outcome text
     target text
+    event_id bigint
     constraint _private_steps_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_steps_pkey PRIMARY KEY (execution_id, name)
+    CREATE INDEX _private_steps_event ON _private_steps USING btree (execution_id, event_id) WHERE (event_id IS NOT NULL)
 
 table _private_tasks
     name text not null
@@ -381,10 +437,13 @@ table _private_waits
     outcome text
     is_seen boolean not null default false
     on_close text
+    match jsonb
+    event_id bigint
     constraint _private_waits_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_waits_on_close_check CHECK ((on_close = ANY (ARRAY['cancel'::text, 'abandon'::text])))
     constraint _private_waits_pkey PRIMARY KEY (execution_id, name)
     constraint resolved_by CHECK (((resolved_at IS NULL) = (outcome IS NULL)))
+    CREATE INDEX _private_waits_event ON _private_waits USING btree (execution_id, event_id) WHERE (event_id IS NOT NULL)
     CREATE INDEX _private_waits_open ON _private_waits USING btree (execution_id, scope) WHERE (resolved_at IS NULL)
     CREATE INDEX _private_waits_target ON _private_waits USING btree (kind, target) WHERE (resolved_at IS NULL)
     CREATE INDEX _private_waits_unseen ON _private_waits USING btree (execution_id) WHERE ((resolved_at IS NOT NULL) AND (NOT is_seen))
@@ -459,17 +518,23 @@ function _private_define_partition(p_no integer) returns void language plpgsql s
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
 function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_errands_channel() returns text language sql immutable parallel safe
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
+function _private_first_id(p_at timestamp with time zone) returns uuid language sql immutable parallel safe strict
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp
+function _private_forget_channels(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_forget_events(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_hold_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
+function _private_is_live(p_id uuid, p_creator oid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_is_resumable(p_id uuid) returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
+function _private_key_e(p_kind text, p_name text, p_execution_id uuid) returns bigint language sql immutable parallel safe
 function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
 function _private_key_m(p_queue text) returns bigint language sql immutable parallel safe strict
@@ -480,8 +545,11 @@ function _private_kind_operator() returns text language sql immutable
 function _private_kind_producer() returns text language sql immutable
 function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
-function _private_lock_family(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_lock_executions(p_ids uuid[], p_wait boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
 function _private_may_cancel_all() returns boolean language sql stable set search_path=pg_catalog, pg_temp
+function _private_may_see_values() returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -489,24 +557,37 @@ function _private_notify_results(p_ids uuid[]) returns void language plpgsql set
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
 function _private_options(p_options jsonb, p_now timestamp with time zone) returns _private_invoke_options language plpgsql stable set search_path=pg_catalog, pg_temp
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_put(p_kind text, p_name text, p_execution_id uuid, p_payload jsonb, p_error jsonb, p_retention double precision) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_receive(p_ids uuid[], p_names text[], p_due timestamp with time zone, p_is_seen boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_receive_due(p_ids uuid[], p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_receivers(p_id bigint) returns SETOF uuid language sql stable set search_path=pg_catalog, pg_temp
 function _private_remove_large(p_no integer, p_now timestamp with time zone, p_limit integer, p_bytes bigint) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_require_alive(p_owner uuid, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_rights() returns TABLE(object text, kinds text[], as_owner boolean) language sql immutable set search_path=pg_catalog, pg_temp
 function _private_server_epoch() returns text language sql stable
 function _private_settle(p_id uuid, p_now timestamp with time zone) returns void language sql set search_path=pg_catalog, pg_temp
-function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function _private_settle_promise(p_id uuid, p_value jsonb, p_error jsonb) returns text language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_task_key(p_task text, p_version text) returns text language sql immutable parallel safe
+function _private_trailing_failures(p_ids uuid[]) returns TABLE(execution_id uuid, name text) language sql stable set search_path=pg_catalog, pg_temp
+function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wake(p_ids uuid[]) returns text[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
+function append_items(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_channels text[], p_seqs bigint[], p_values jsonb[]) returns TABLE(n integer, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel(p_ids uuid[], p_reason text DEFAULT NULL::text) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function cancel_matching(p_reason text DEFAULT NULL::text, p_limit integer DEFAULT 1000, p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_tags text[] DEFAULT NULL::text[], p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone) returns TABLE(cancelled bigint, requested bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
-function claim_suspect(p_queue text, p_owner uuid, p_tasks text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
-function close_children(p_limit integer DEFAULT 200) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set lock_timeout=1s
+function claim(p_queue text, p_owner uuid, p_tasks text[], p_limit integer, p_versions text[] DEFAULT NULL::text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function claim_suspect(p_queue text, p_owner uuid, p_tasks text[], p_versions text[] DEFAULT NULL::text[]) returns TABLE(id uuid, claim_no bigint, task text, attempt integer, max_attempts integer, payload text, waited double precision, timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function close_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function close_children(p_limit integer DEFAULT 1000) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
 function dead_letters(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 100, p_after_finished_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_after_id uuid DEFAULT NULL::uuid, p_states text[] DEFAULT '{failed,cancelled}'::text[]) returns TABLE(id uuid, queue text, task text, state text, attempts integer, crashes integer, generation integer, created_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, dedupe_key text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
-function drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function deliver_events(p_after bigint DEFAULT 0, p_limit integer DEFAULT 200) returns TABLE(upto bigint, delivered bigint, is_left boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=500ms
+function drain_wait(p_queue text, p_tasks text[], p_horizon double precision, p_versions text[] DEFAULT NULL::text[]) returns double precision language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function emit(name text, payload jsonb DEFAULT 'null'::jsonb, retention interval DEFAULT '1 day'::interval) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function execution_details(p_id uuid) returns TABLE(id uuid, queue text, task text, version text, state text, priority integer, attempt integer, max_attempts integer, crashes integer, generation integer, depth integer, created_at timestamp with time zone, run_at timestamp with time zone, claimed_at timestamp with time zone, finished_at timestamp with time zone, expires_at timestamp with time zone, deadline_at timestamp with time zone, parent_id uuid, root_id uuid, origin_id uuid, dedupe_key text, tags text[], progress jsonb, cancel_requested boolean, reason text, error jsonb, open_waits bigint, waits jsonb) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off
 function execution_errors(p_id uuid) returns jsonb language sql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function execution_steps(p_id uuid) returns TABLE(name text, kind text, "position" integer, attempt integer, outcome text, target text, scope text, value text, withheld boolean, error jsonb, created_at timestamp with time zone, resolved_at timestamp with time zone, due_at timestamp with time zone) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_family boolean DEFAULT true) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off set lock_timeout=1s
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp
@@ -514,28 +595,38 @@ function heartbeat(p_id uuid, p_lease double precision) returns boolean language
 function hold_session(p_id uuid) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[], backoff jsonb DEFAULT NULL::jsonb) returns uuid language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function list_executions(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_states text[] DEFAULT NULL::text[], p_created_after timestamp with time zone DEFAULT NULL::timestamp with time zone, p_created_before timestamp with time zone DEFAULT NULL::timestamp with time zone, p_tags text[] DEFAULT NULL::text[], p_dedupe_key text DEFAULT NULL::text, p_parent uuid DEFAULT NULL::uuid, p_root uuid DEFAULT NULL::uuid, p_limit integer DEFAULT 100, p_after uuid DEFAULT NULL::uuid, p_look integer DEFAULT 10000) returns TABLE(id uuid, queue text, task text, version text, state text, priority integer, attempt integer, crashes integer, generation integer, created_at timestamp with time zone, run_at timestamp with time zone, claimed_at timestamp with time zone, finished_at timestamp with time zone, dedupe_key text, tags text[], parent_id uuid, root_id uuid, error_type text, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function load_history(p_owner uuid, p_id uuid, p_claim_no bigint) returns TABLE(name text, kind text, "position" integer, attempt integer, outcome text, target text, scope text, value text, error text, due_in double precision) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function load_payload(p_id uuid, p_claim_no bigint, p_owner uuid) returns text language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function lower_sleep_flag(p_queue text) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function maintain() returns TABLE(lock_held boolean, slots_emptied integer, rows_removed_estimate bigint, payloads_removed bigint, slots_made integer, slots_busy integer, tombstones integer, more boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function open_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text, p_capacity integer) returns bigint language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[], stop_requested boolean) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function progress(p_ids uuid[]) returns TABLE(id uuid, progress text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function publish_queues() returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function read_channel(p_id uuid, p_name text, p_after bigint DEFAULT 0, p_limit integer DEFAULT 100) returns TABLE(state text, seq bigint, value text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function read_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(execution_id uuid, name text, outcome text, value text, error text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function recover(p_queue text, p_limit integer DEFAULT 1000) returns TABLE(recovered bigint, failed bigint, cancelled bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function register_orchestrator(p_id uuid, p_name text, p_lease double precision, p_program_version text, p_schema_version integer, p_queues text[], p_tasks jsonb[], p_concurrencies integer[]) returns void language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function register_queue(p_queue text) returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
 function register_tasks(p_names text[], p_queue text, p_keep_completed double precision[] DEFAULT NULL::double precision[], p_keep_failed double precision[] DEFAULT NULL::double precision[]) returns void language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function reject_promise(id uuid, message text DEFAULT 'rejected'::text) returns text language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function release_unknown(p_owner uuid, p_queue text, p_known uuid[]) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
-function request_close(p_owner uuid, p_id uuid, p_claim_no bigint, p_names text[], p_reason text) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off
+function request_close(p_owner uuid, p_id uuid, p_claim_no bigint, p_names text[], p_reason text) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function resolve_promise(id uuid, value jsonb DEFAULT 'null'::jsonb) returns text language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function results(p_ids uuid[]) returns TABLE(id uuid, state text, result text, error jsonb, reason text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off
 function retire_orchestrator(p_id uuid) returns bigint language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function retry(p_ids uuid[]) returns TABLE(id uuid, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function retry_matching(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_error_type text DEFAULT NULL::text, p_finished_after timestamp with time zone DEFAULT NULL::timestamp with time zone, p_finished_before timestamp with time zone DEFAULT NULL::timestamp with time zone, p_limit integer DEFAULT 1000, p_states text[] DEFAULT '{failed}'::text[]) returns TABLE(retried bigint, duplicates bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function revoke_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function save_effects(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_names text[], p_positions integer[], p_effects jsonb[]) returns TABLE(n integer, status text, value text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function save_steps(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_names text[], p_kinds text[], p_positions integer[], p_values jsonb[], p_errors jsonb[]) returns TABLE(n integer, status text, value text, error text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function send(execution_id uuid, channel text, payload jsonb DEFAULT 'null'::jsonb) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function set_progress(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_values jsonb[]) returns SETOF integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function signals(p_owner uuid, p_queues text[]) returns TABLE(stop_requested boolean, cancelled_ids uuid[], cancelled_claim_nos bigint[], reasons text[], suspects text[], errands boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function standing(p_ids uuid[]) returns TABLE(id uuid, state text, task text, queue text, live_workers bigint, due_in double precision) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function start_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_waits jsonb[]) returns TABLE(n integer, status text, outcome text, value text, error text, due_in double precision, target text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function stored_histories(p_queue text DEFAULT NULL::text, p_task text DEFAULT NULL::text, p_limit integer DEFAULT 50, p_after uuid DEFAULT NULL::uuid, p_look integer DEFAULT 10000) returns TABLE(id uuid, queue text, task text, version text, state text, attempt integer, payload text, records jsonb) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set plan_cache_mode=force_custom_plan set enable_seqscan=off set jit=off set enable_bitmapscan=off
 function succeed_orchestrator(p_old uuid, p_new uuid, p_lease double precision, p_ids uuid[], p_claim_nos bigint[]) returns SETOF uuid language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

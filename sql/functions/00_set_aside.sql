@@ -21,8 +21,9 @@ begin
             -- Since schema 2.
             (p.proname, p.pronargs) in (('invoke_many', 7), ('invoke', 7), ('recover', 3), ('register_tasks', 2))
             or (p.proname, p.pronargs) = ('flush', 8)
-            or p.proname ~ '^(claim|claim_suspect|_private_claim_\d+|_private_flush_\d+|_private_flush_partition)$'
-                and pg_get_function_result(p.oid) !~ 'parent_id'
+            or p.proname ~ '^(_private_flush_\d+|_private_flush_partition)$' and pg_get_function_result(p.oid) !~ 'parent_id'
+            or p.proname ~ '^(claim|claim_suspect|_private_claim_\d+)$' and pg_get_function_result(p.oid) !~ 'version'
+            or (p.proname, p.pronargs) = ('drain_wait', 3)
             or p.proname = 'signals' and pg_get_function_result(p.oid) !~ 'errands'
             or p.proname = '_private_end' and pg_get_function_result(p.oid) !~ 'parent_id'
             or p.proname = 'orchestrator_status' and pg_get_function_result(p.oid) !~ 'stop_requested')

@@ -63,6 +63,11 @@ create or replace function @schema@._private_control_channel(p_owner uuid) retur
     language sql immutable parallel safe strict
     return 'pgconductor_c_' || pg_catalog.md5(pg_catalog.md5(@schema_literal@) || p_owner);
 
+-- What a worker has to have for an execution: the task, or one version of it. A version has no "@".
+create or replace function @schema@._private_task_key(p_task text, p_version text) returns text
+    language sql immutable parallel safe
+    return case when p_version is null then p_task else p_task || '@' || p_version end;
+
 -- Payloads above this size are kept out of the rows that move.
 create or replace function @schema@._private_is_large(p_payload jsonb) returns boolean
     language sql immutable parallel safe strict

@@ -7,10 +7,13 @@ create or replace function @schema@._private_options(p_options jsonb, p_now time
 as $$
 declare
     v_unknown constant text := (select string_agg(quote_literal(k), ', ') from jsonb_object_keys(p_options) as k
-        where k not in ('timeout', 'deadline_at', 'deadline_in', 'max_attempts', 'tags', 'backoff'));
+        where k not in ('timeout', 'deadline_at', 'deadline_in', 'max_attempts', 'tags', 'backoff', 'version'));
 begin
     if v_unknown is not null then
         raise exception using errcode = 'PC001', message = format('unknown options: %s', v_unknown);
+    end if;
+    if octet_length(p_options ->> 'version') not between 1 and 64 or strpos(p_options ->> 'version', '@') > 0 then
+        raise exception using errcode = 'PC001', message = 'the version of a task is 1 to 64 bytes long and has no "@"';
     end if;
     return (
         (p_options ->> 'max_attempts')::int,
@@ -36,7 +39,7 @@ create or replace function @schema@.invoke_many(
     p_dedupe_keys text[] default null,
     p_options jsonb[] default null          -- an object or null per position, with any of: timeout, deadline_in (seconds),
                                             -- deadline_at (an instant with its zone), max_attempts, tags (texts), backoff
-                                            -- (an object, e.g. {"kind": "fixed", "seconds": 5})
+                                            -- (an object, e.g. {"kind": "fixed", "seconds": 5}), version (of the task)
 ) returns table ("position" int, id uuid, created boolean)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -83,12 +86,12 @@ begin
             v_options := @schema@._private_options(p_options[1], v_now);
         end if;
         insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-            payload, max_attempts, timeout, deadline_at, tags, backoff)
+            payload, max_attempts, timeout, deadline_at, tags, backoff, version)
         values (coalesce(v_no, 0), v_id, v_queue, p_tasks[1],
             (case when v_run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
             coalesce(p_priorities[1], 0), v_run_at, v_now, v_me, case when not v_large then p_payloads[1] end,
             (v_options).max_attempts, (v_options).timeout, (v_options).deadline_at, (v_options).tags,
-            (v_options).backoff);
+            (v_options).backoff, p_options[1] ->> 'version');
         if v_large then
             insert into @schema@._private_payloads (execution_id, payload) values (v_id, p_payloads[1]);
         end if;
@@ -113,11 +116,11 @@ begin
                 left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published
         ), inserted as (
             insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-                payload, max_attempts, timeout, deadline_at, tags, backoff)
+                payload, max_attempts, timeout, deadline_at, tags, backoff, version)
             select queue_no, id, queue, task,
                 (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
                 priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end,
-                o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff
+                o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff, options ->> 'version'
             from item left join lateral @schema@._private_options(options, v_now) o on options is not null
         ), large as (
             insert into @schema@._private_payloads (execution_id, payload)
@@ -170,11 +173,11 @@ begin
             with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, options, n)
     ), inserted as (
         insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by,
-            payload, dedupe_key, max_attempts, timeout, deadline_at, tags, backoff)
+            payload, dedupe_key, max_attempts, timeout, deadline_at, tags, backoff, version)
         select queue_no, id, queue, task,
             (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
             priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end, key,
-            o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff
+            o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff, options ->> 'version'
         from item left join lateral @schema@._private_options(options, v_now) o on options is not null
         where id = holder
     ), large as (

@@ -46,19 +46,24 @@ end $$;
 -- Claim up to p_limit due executions of a queue, of the given tasks only, highest priority first, for one live
 -- orchestrator (T2).
 --
+-- Versions: p_versions goes with p_tasks, one for each, null for a task without; a task with several versions is there
+-- several times, the current one first. An execution with a version is claimed only by who has it; one without
+-- gets the current one, if there is one, and keeps it. Without p_versions (programs that know of none) none with a
+-- version is claimed.
+--
 -- Returns a row per execution (payload null: large, fetch it with load_payload), or, when there was nothing to claim,
 -- a single row with id null and due_in: seconds until the next one is due, null if none is; 0.01 at most if there are
 -- ready ones that another claim in flight has locked. `waited`: seconds it has been due. `timeout`: seconds for this
 -- attempt; `deadline_in`: seconds left to the execution, which may be negative; `backoff`: instead of the task's; `parent_id`:
--- of a child; null for none. Executions on their last
+-- of a child; null for none. `version`: which one to run. Executions on their last
 -- life (two crashes) are left to claim_suspect. Holds the queue's K until it commits: what it locks is hidden from other
 -- claimers and would be seen by nobody if it died. Commits asynchronously: a claim that a server crash forgets is harmless, since its token then
 -- fits nothing (an orchestrator takes a new id after a restart). The work is done by the partition's own function
 -- (09_partitions.sql).
-create or replace function @schema@.claim(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
+create or replace function @schema@.claim(p_queue text, p_owner uuid, p_tasks text[], p_limit int, p_versions text[] default null)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -70,16 +75,16 @@ begin
     if v_no is null then
         raise exception using errcode = 'PC001', message = format('queue %s is not registered', quote_literal(p_queue));
     end if;
-    return query execute format('select * from @schema@.%I($1, $2, $3, $4)', '_private_claim_' || v_no)
-        using p_queue, p_owner, p_tasks, p_limit;
+    return query execute format('select * from @schema@.%I($1, $2, $3, $4, $5)', '_private_claim_' || v_no)
+        using p_queue, p_owner, p_tasks, p_limit, p_versions;
 end $$;
 
 -- Claim one execution that has brought down two claims, if one is ready: its last life. Its process lets nothing else
 -- begin beside it, so that the third crash is charged to it alone. Returns at most one row, as claim does.
-create or replace function @schema@.claim_suspect(p_queue text, p_owner uuid, p_tasks text[])
+create or replace function @schema@.claim_suspect(p_queue text, p_owner uuid, p_tasks text[], p_versions text[] default null)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -91,6 +96,8 @@ declare
     v_now timestamptz;
     v_no int;
     v_claimed int;
+    v_keys constant text[] := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version)
+        where t.version is not null);
 begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     v_now := @schema@._private_clock();
@@ -100,14 +107,15 @@ begin
             with picked as materialized (
                 select ctid from @schema@.%1$I
                 where state = 'ready' and crashes >= 2 and queue = $1 and task = any ($2)
+                    and (version is null or task || '@' || version = any ($5))
                 order by priority desc, run_at, id limit 1 for update skip locked
             )
             update @schema@.%1$I e set state = 'running', owner = $3, claim_no = e.claim_no + 1, attempt = e.attempt + 1,
-                claimed_at = $4
+                claimed_at = $4, version = coalesce(e.version, $6[array_position($2, e.task)])
             from picked p where e.ctid = p.ctid
             returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', $4 - e.run_at),
-                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - $4), e.backoff::text, null::float8, e.parent_id
-            $sql$, '_private_queue_' || v_no) using p_queue, p_tasks, p_owner, v_now;
+                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - $4), e.backoff::text, null::float8, e.parent_id, e.version
+            $sql$, '_private_queue_' || v_no) using p_queue, p_tasks, p_owner, v_now, v_keys, p_versions;
         get diagnostics v_claimed = row_count;
         exit when v_claimed > 0;
     end loop;

@@ -72,9 +72,12 @@ declare
     v_index int[];
     v_parents uuid[];
     v_woken uuid[] := '{}';
+    v_goes_on constant boolean := cardinality(p_ids) > 1 and p_outcomes && array['retried', 'released', 'waiting'];
 begin
-    if p_family then
-        perform @schema@._private_lock_family(p_ids);
+    -- Rows that go on are written after those that end, so not in the order of ids; others may hold one of them while they
+    -- wait for another, as the parents of what they end.
+    if p_family or v_goes_on then
+        perform @schema@._private_lock_family(p_ids, v_goes_on);
     end if;
     -- An id that was made up may name a partition that is not there.
     v_nos := array(select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n

@@ -80,7 +80,7 @@ begin
     cancelled_claim_nos := '{}';
     reasons := '{}';
     suspects := '{}';
-    errands := exists (select from @schema@._private_closings);
+    errands := exists (select from @schema@._private_closings) or exists (select from @schema@._private_events e where e.delivered_at is null);
     for v_no, v_queue in select q.no, q.name from @schema@._private_queues q where q.name = any (p_queues) union all select 0, null loop
         execute format($sql$
             select coalesce(array_agg(id), '{}'), coalesce(array_agg(claim_no), '{}'), coalesce(array_agg(cancel_reason), '{}')

@@ -43,14 +43,15 @@ create or replace function @schema@.standing(p_ids uuid[])
 as $$
     select i, coalesce(e.state, f.state)::text, coalesce(e.task, f.task), coalesce(e.queue, f.queue),
         (select count(*) from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
-         where w.queue = e.queue and e.task = any (w.tasks) and o.died_at is null and o.expires_at > @schema@._private_clock()),
+         where w.queue = e.queue and @schema@._private_task_key(e.task, e.version) = any (w.tasks) and o.died_at is null and o.expires_at > @schema@._private_clock()),
         case when e.run_at is not null then greatest(0, date_part('epoch', e.run_at - @schema@._private_clock())) end
     from unnest(p_ids) as i
         left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
         left join lateral (select * from @schema@._private_finished f where f.id = i order by f.generation desc limit 1) f on true
 $$;
 
--- Counts per queue: of registered queues, and of those that only have executions.
+-- Counts per queue: of registered queues, and of those that only have executions. tasks_without_worker: those of live
+-- executions, "task@version" for one that wants a version.
 create or replace function @schema@.queue_status()
     returns table (queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint,
         completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[])
@@ -61,7 +62,7 @@ as $$
         select w.queue, w.tasks from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
         where o.died_at is null and o.expires_at > @schema@._private_clock()
     ), live as (
-        select e.queue, e.task, count(*) filter (where e.state = 'scheduled') as scheduled,
+        select e.queue, @schema@._private_task_key(e.task, e.version) as task, count(*) filter (where e.state = 'scheduled') as scheduled,
             count(*) filter (where e.state = 'ready') as ready, count(*) filter (where e.state = 'running') as running,
             count(*) filter (where e.state = 'waiting') as waiting, min(e.run_at) filter (where e.state = 'ready') as oldest
         from @schema@._private_executions e group by 1, 2
@@ -97,10 +98,13 @@ as $$
     from @schema@._private_orchestrators o order by o.started_at
 $$;
 
--- What drain waits for, among the given tasks of a queue: 0 if anything is ready or running, else the seconds until
--- the next one is due, if that is within p_horizon; null: nothing to wait for.
-create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision) returns double precision
-    language plpgsql volatile
+-- What drain waits for, among the given tasks of a queue: 0 if anything is ready, running or to be cancelled because its
+-- parent has ended, else the seconds until the next one is due, if that is within p_horizon; null: nothing to wait for.
+-- p_versions: as for claim. Stable: several queues in one statement are seen at one moment, so nothing passes from one to
+-- another in between.
+create or replace function @schema@.drain_wait(p_queue text, p_tasks text[], p_horizon double precision, p_versions text[] default null)
+    returns double precision
+    language plpgsql stable
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
     set jit = off
@@ -111,18 +115,29 @@ declare
     v_is_busy boolean;
     v_due timestamptz;
     v_next timestamptz;
+    v_keys constant text[] := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version)
+        where t.version is not null);
 begin
+    if exists (select from @schema@._private_events e where e.delivered_at is null) then
+        return 0;  -- it may be for one of them
+    end if;
     for v_no in select no from @schema@._private_queues where name = p_queue union all select 0 loop
         execute format($sql$
-            select exists (select from @schema@.%1$I where state = 'ready' and queue = $1 and task = any ($2))
-                or exists (select from @schema@.%1$I where state = 'running' and queue = $1 and task = any ($2)),
-                (select min(run_at) from @schema@.%1$I where state in ('scheduled', 'waiting') and queue = $1 and task = any ($2))
-            $sql$, '_private_queue_' || v_no) into v_is_busy, v_due using p_queue, p_tasks;
+            select exists (select from @schema@.%1$I where state = 'ready' and %2$s)
+                or exists (select from @schema@.%1$I where state = 'running' and %2$s),
+                (select min(run_at) from @schema@.%1$I where state in ('scheduled', 'waiting') and %2$s)
+            $sql$, '_private_queue_' || v_no, 'queue = $1 and task = any ($2) and (version is null or task || ''@'' || version = any ($3))')
+            into v_is_busy, v_due using p_queue, p_tasks, v_keys;
         if v_is_busy then
             return 0;
         end if;
         v_next := least(v_next, v_due);
     end loop;
+    if exists (select from @schema@._private_closings c
+            join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(c.execution_id) and e.id = c.execution_id
+        where e.queue = p_queue and e.task = any (p_tasks)) then
+        return 0;
+    end if;
     if v_next <= v_now + make_interval(secs => p_horizon) then
         return greatest(0, date_part('epoch', v_next - v_now));
     end if;

@@ -75,6 +75,16 @@ begin
                 delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
             ), steps as (
                 delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+            ), channels as (
+                update @schema@._private_channels c set ended_at = v_now,
+                    expires_at = case when g.keep is not null then v_now + make_interval(secs => greatest(g.keep, 3600)) end
+                from gone g where g.is_durable and c.execution_id = g.id
+            ), promises as (
+                delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id = g.id
+            ), inbox as (
+                -- What a deliverer has locked, that one removes.
+                delete from @schema@._private_events v where v.id in (select i.id from gone g join @schema@._private_events i
+                    on i.execution_id = g.id and i.kind <> 'event' where g.is_durable for update of i skip locked)
             ), waits as (
                 delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id = g.id
                 returning w.target, w.on_close, w.resolved_at, g.new_state
@@ -123,6 +133,15 @@ begin
         exit when not found;
     end loop;
     if 'waiting' = any (p_outcomes) then
+        -- Waits that a task of the handler's waits for by itself: of a nursery's such a one is a scope of its own, and if one
+        -- is resolved though its handler has been told, it was interrupted before it could go on.
+        if exists (select from unnest(p_outcomes, p_results) as o (outcome, result) where o.outcome = 'waiting' and o.result is not null) then
+            update @schema@._private_waits w set is_seen = false, scope = case when w.scope is not null then w.name end
+            from unnest(p_ids, p_claim_nos, p_outcomes, p_results) as o (id, claim_no, outcome, result)
+                join @schema@._private_queue_{no} e on e.id = o.id and e.state = 'waiting' and e.outcome_claim = o.claim_no
+                cross join lateral jsonb_array_elements_text(o.result) as a (name)
+            where o.outcome = 'waiting' and w.execution_id = o.id and w.name = a.name and (w.is_seen or w.scope <> w.name);
+        end if;
         -- What was resolved before we had the rows' locks: nobody else tells them (the resolver's side: _private_wake).
         return query
             update @schema@._private_queue_{no} e set state = 'ready', run_at = v_now
@@ -158,7 +177,8 @@ begin
         ), held as materialized (
             select row.* from o cross join lateral (
                 select e.ctid as tid, e.id, e.attempt, e.depth, e.root_id, e.deadline_at, e.is_durable from @schema@._private_queue_{no} e
-                where e.id = o.id and e.claim_no = o.claim_no and e.owner = p_owner and e.state = 'running' offset 0
+                -- In a form that only the index of ids answers, see flush.
+                where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running') offset 0
                 for no key update) row
         ), marked as (
             update @schema@._private_queue_{no} e set is_durable = true from held h where e.ctid = h.tid and not h.is_durable
@@ -170,10 +190,10 @@ end $body$
         return;  -- nobody claims from the overflow partition alone
     end if;
     execute replace($template$
-create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int)
+create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int, p_versions text[] default null)
     returns table (
         id uuid, claim_no bigint, task text, attempt int, max_attempts int, payload text, waited double precision,
-        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid
+        timeout double precision, deadline_in double precision, backoff text, due_in double precision, parent_id uuid, version text
     )
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -188,11 +208,15 @@ declare
     v_due timestamptz;
     v_due_0 timestamptz;
     v_found boolean := false;
+    v_keys text[];  -- the versions it has; null: none
 begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     perform set_config('synchronous_commit', 'off', true);
     v_now := @schema@._private_clock();
     perform @schema@._private_require_alive(p_owner, v_now);
+    if p_versions is not null then
+        v_keys := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version) where t.version is not null);
+    end if;
 
     -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
     select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1;
@@ -211,42 +235,42 @@ begin
         return query
         with own as materialized (
             select ctid, 1 as part, priority, run_at, id from @schema@._private_queue_{no}
-            where state = 'ready' and crashes < 2 and task = any (p_tasks)
+            where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), overflow as materialized (
             select ctid, 0 as part, priority, run_at, id from @schema@._private_queue_0
-            where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks)
+            where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), picked as materialized (
             select ctid, part from (table own union all table overflow) x order by priority desc, run_at, id limit p_limit
         ), claimed_own as (
             update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
-                attempt = e.attempt + 1, claimed_at = v_now
+                attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
             from picked p where p.part = 1 and e.ctid = p.ctid
             returning e.*
         ), claimed_overflow as (
             update @schema@._private_queue_0 e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
-                attempt = e.attempt + 1, claimed_at = v_now
+                attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
             from picked p where p.part = 0 and e.ctid = p.ctid
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id, version
         from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
         v_found := found;
     else
         return query
         with picked as materialized (
-            select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)
+            select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
             order by priority desc, run_at, id limit p_limit for update skip locked
         ), claimed as (
             update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
-                attempt = e.attempt + 1, claimed_at = v_now
+                attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
             from picked p where e.ctid = p.ctid
             returning e.*
         )
         select id, claim_no, task, attempt, max_attempts, payload::text, date_part('epoch', v_now - run_at),
-            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id
+            date_part('epoch', timeout), date_part('epoch', deadline_at - v_now), backoff::text, null::float8, parent_id, version
         from claimed order by priority desc, run_at, id;
         v_found := found;
     end if;
@@ -254,14 +278,14 @@ begin
         -- Rows that are ready, and that another claim in flight has locked: its end may make them visible again without
         -- a word, if it dies, and it may have begun after our caller looked at K. So our caller may not sleep on this:
         -- it has to come again in 10 ms. A plain read sees such rows.
-        if exists (select from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks))
+        if exists (select from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys)))
             or exists (select from @schema@._private_queue_0
-                where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks)) then
+                where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))) then
             v_due := least(v_due, v_now + interval '10 ms');
         end if;
         return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
             null::float8, null::float8, null::text, case when least(v_due, v_due_0) is not null
-                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid;
+                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid, null::text;
     end if;
 end $body$
     $template$, '{no}', p_no::text);

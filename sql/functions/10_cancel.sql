@@ -33,6 +33,16 @@ begin
             delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id = s.id
         ), steps as (
             delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+        ), channels as (
+            update @schema@._private_channels c set ended_at = $4,
+                expires_at = case when s.keep is not null then $4 + make_interval(secs => greatest(s.keep, 3600)) end
+            from gone g join slots s on s.id = g.id where g.is_durable and c.execution_id = g.id
+        ), promises as (
+            delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id = g.id
+        ), inbox as (
+            -- What a deliverer has locked, that one removes.
+            delete from @schema@._private_events v where v.id in (select i.id from gone g join @schema@._private_events i
+                on i.execution_id = g.id and i.kind <> 'event' where g.is_durable for update of i skip locked)
         ), waits as (
             delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id = g.id
             returning w.target, w.on_close, w.resolved_at

@@ -96,15 +96,29 @@ begin
         order by g.finished_at, g.id
         returning id
     ), steps as (
-        -- All but the failures at the end: those are tried again. A child's wait that was not over is one of them.
-        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target)
-        select g.id, s.name, s.kind, s.position, s.claim_no, coalesce(s.attempt, 1), s.created_at, s.value, s.error, s.outcome, s.target
-        from gone g cross join lateral jsonb_to_recordset(g.steps) as s (name text, kind text, position int, claim_no bigint,
-            attempt int, created_at timestamptz, value jsonb, error jsonb, outcome text, target text)
-        where s.kind <> 'child' or s.outcome is not null
+        -- All but waits that were open, which begin anew, and the failures at the end, which are tried again: as
+        -- _private_trailing_failures, before they become records among the others.
+        insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target,
+            event_id)
+        select s.id, s.name, s.kind, s.position, s.claim_no, coalesce(s.attempt, 1), s.created_at, s.value, s.error, s.outcome, s.target,
+            s.event_id
+        from (
+            select g.id, r.*, f.failed_at, max(case when f.failed_at is null then r.created_at end)
+                over (partition by g.id order by r.position desc rows between unbounded preceding and 1 preceding) as later_at
+            from gone g
+                cross join lateral jsonb_to_recordset(g.steps) as r (name text, kind text, position int, claim_no bigint, attempt int,
+                    created_at timestamptz, resolved_at timestamptz, value jsonb, error jsonb, outcome text, target text, event_id bigint)
+                cross join lateral (select case when r.error is not null or r.outcome = 'timed_out'
+                    then coalesce(r.resolved_at, '-infinity') end as failed_at) f
+        ) s
+        where (s.outcome is not null or s.value is not null or s.error is not null) and (s.failed_at is null or s.later_at >= s.failed_at)
     )
     select coalesce(array_agg(a.id), '{}') into v_retried from again a;
-    perform @schema@._private_forget_failures(v_retried);
+    -- Promises that it has not heard of are open again.
+    insert into @schema@._private_promises (id, execution_id, created_at)
+    select (s.value #>> '{}')::uuid, s.execution_id, v_now from @schema@._private_steps s
+    where s.execution_id = any (v_retried) and s.kind = 'new_promise' and not exists (
+        select from @schema@._private_steps x where x.execution_id = s.execution_id and x.kind = 'promise' and x.target = s.value #>> '{}');
     -- Keys of rows that somebody else moved or removed in the meantime.
     delete from @schema@._private_dedupe_keys d where d.execution_id = any (v_keyed) and d.execution_id <> all (v_retried);
 

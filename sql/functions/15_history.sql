@@ -7,26 +7,32 @@
 -- looks at the row (_private_wake): waiting, it is made ready. The flush that parks the execution holds the row too, and
 -- then looks at the waits, in a statement of its own. So one comes after the other, and the second sees what the first wrote.
 
--- All records of an execution, oldest first, as its finished row keeps them; null if there are none.
+-- All records of an execution, oldest first, as its finished row keeps them; null if there are none. Only a wait that is open has
+-- no outcome.
 create or replace function @schema@._private_history(p_id uuid) returns jsonb
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', x.name, 'kind', x.kind, 'position', x.position, 'claim_no', x.claim_no,
-        'attempt', x.attempt, 'created_at', x.created_at, 'outcome', x.outcome, 'target', x.target))
+        'attempt', x.attempt, 'created_at', x.created_at, 'resolved_at', x.resolved_at, 'outcome', x.outcome, 'target', x.target,
+            'event_id', x.event_id))
         || case when x.value is null then '{}' else jsonb_build_object('value', x.value) end
         || case when x.error is null then '{}' else jsonb_build_object('error', x.error) end order by x.position, x.name)
     from (
-        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, s.outcome, s.target, s.value, s.error
+        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, null::timestamptz as resolved_at,
+            coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome, s.target, s.event_id, s.value,
+            s.error
         from @schema@._private_steps s where s.execution_id = p_id
         union all
-        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.outcome, w.target, w.value, w.error
+        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.resolved_at, w.outcome, w.target, w.event_id, w.value,
+            w.error
         from @schema@._private_waits w where w.execution_id = p_id
     ) x
 $$;
 
--- Whether a waiting execution has something to go on with: a plain wait of it was resolved, or all of a scope were, or one
--- of a scope failed, and it has not been told. By indexes of what is open and what is unseen: a scope may have 10,000 waits.
+-- Whether a waiting execution has something to go on with: a plain wait of it was resolved, or all of a scope were, or the
+-- first of a scope failed (the others are then waited for together), and it has not been told. By indexes of what is open and
+-- what is unseen: a scope may have 10,000 waits.
 create or replace function @schema@._private_is_resumable(p_id uuid) returns boolean
     language sql stable
     set search_path = pg_catalog, pg_temp
@@ -40,13 +46,19 @@ as $$
         from scopes s where s.scope is not null
     )
     select exists (select from @schema@._private_waits w where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
-            and (w.scope is null or w.outcome <> 'completed'))
+            and w.scope is null)
+        or exists (select from scopes s where s.scope is not null
+            and exists (select from @schema@._private_waits w where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
+                and w.scope = s.scope and w.outcome <> 'completed')
+            and not exists (select from @schema@._private_waits w where w.execution_id = p_id and w.is_seen and w.scope = s.scope
+                and w.outcome <> 'completed'))
         or exists (select from scopes s where s.scope is not null and not exists (
             select from @schema@._private_waits w where w.execution_id = p_id and w.scope = s.scope and w.resolved_at is null))
 $$;
 
--- Lock executions and their parents, in the order of partition and id, which is the order of all who lock several.
-create or replace function @schema@._private_lock_family(p_ids uuid[]) returns void
+-- Lock executions and their parents, in the order of partition and id, which is the order of all who lock several. Where none
+-- has a parent nothing is locked, unless p_always says so: then the caller's own order is enough.
+create or replace function @schema@._private_lock_family(p_ids uuid[], p_always boolean default false) returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -54,13 +66,22 @@ create or replace function @schema@._private_lock_family(p_ids uuid[]) returns v
 as $$
 declare
     v_ids uuid[];
+    v_parents uuid[] := '{}';
     v_no int;
 begin
-    -- A parent never changes, so it may be read before the row is locked.
-    v_ids := p_ids || array(
-        select distinct e.parent_id from unnest(p_ids) as i
-            join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
-        where e.parent_id is not null);
+    -- A parent never changes, so it may be read before the row is locked. By partition: through the table all would be locked.
+    for v_no in
+        select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n
+        where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1
+    loop
+        execute format('select array(select distinct e.parent_id from @schema@.%I e where e.id = any ($1) and e.parent_id is not null)',
+            '_private_queue_' || v_no) into v_ids using p_ids;
+        v_parents := v_parents || v_ids;
+    end loop;
+    if v_parents = '{}' and not p_always then
+        return;
+    end if;
+    v_ids := p_ids || v_parents;
     for v_no in
         select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(v_ids) as i) n
         where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1
@@ -74,6 +95,7 @@ create or replace function @schema@._private_try_lock(p_id uuid) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_no constant int := @schema@._private_queue_no(p_id);
@@ -127,25 +149,39 @@ begin
     return v_queues;
 end $$;
 
--- Before another attempt: forget the failures that nothing was recorded after, so that they are tried again. Failures with a
--- later record were dealt with by the handler, and stay. The caller holds the executions' rows.
+-- The failures of executions that nothing was begun after: another attempt is to try them again. What failed before something else was begun was dealt with by the handler, and
+-- stays. The place of a step that failed is when it failed (durable.py), that of a wait when it was begun: what was begun
+-- beside it has a later place, but not a later time.
+create or replace function @schema@._private_trailing_failures(p_ids uuid[]) returns table (execution_id uuid, name text)
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select x.execution_id, x.name from (
+        select r.execution_id, r.name, r.failed_at, max(case when r.failed_at is null then r.created_at end)
+            over (partition by r.execution_id order by r.position desc rows between unbounded preceding and 1 preceding) as later_at
+        from (
+            select s.execution_id, s.name, s.position, s.created_at,
+                case when s.error is not null or s.outcome = 'timed_out' then '-infinity'::timestamptz end as failed_at
+            from @schema@._private_steps s where s.execution_id = any (p_ids)
+            union all
+            select w.execution_id, w.name, w.position, w.created_at,
+                case when w.error is not null or w.outcome = 'timed_out' then w.resolved_at end
+            from @schema@._private_waits w where w.execution_id = any (p_ids)
+        ) r
+    ) x where x.failed_at is not null and (x.later_at is null or x.later_at < x.failed_at)
+$$;
+
+-- Before another attempt: forget the failures that nothing was begun after. The caller holds the executions' rows.
 create or replace function @schema@._private_forget_failures(p_ids uuid[]) returns void
     language sql volatile
     set search_path = pg_catalog, pg_temp
 as $$
-    with last as materialized (
-        select i.id, greatest(
-            (select max(s.position) from @schema@._private_steps s where s.execution_id = i.id and s.error is null
-                and s.outcome is distinct from 'timed_out'),
-            (select max(w.position) from @schema@._private_waits w where w.execution_id = i.id and w.error is null
-                and w.outcome is distinct from 'timed_out')) as position
-        from unnest(p_ids) as i (id)
+    with forgotten as materialized (
+        select t.execution_id, t.name from @schema@._private_trailing_failures(p_ids) t
     ), steps as (
-        delete from @schema@._private_steps s using last l
-        where s.execution_id = l.id and (s.error is not null or s.outcome = 'timed_out') and s.position > coalesce(l.position, -1)
+        delete from @schema@._private_steps s using forgotten f where s.execution_id = f.execution_id and s.name = f.name
     )
-    delete from @schema@._private_waits w using last l
-    where w.execution_id = l.id and (w.error is not null or w.outcome = 'timed_out') and w.position > coalesce(l.position, -1)
+    delete from @schema@._private_waits w using forgotten f where w.execution_id = f.execution_id and w.name = f.name
 $$;
 
 -- Of these claims those that hold, locked and marked as having a history.
@@ -187,6 +223,7 @@ begin
         return;
     end if;
     v_now := @schema@._private_clock();
+    perform @schema@._private_receive_due(array[p_id], v_now);
     perform @schema@._private_settle(p_id, v_now);
     return query
     select ''::text, 'claim'::text, -1, null::int, null::text, null::text, null::text, null::text, null::text, null::float8
@@ -228,6 +265,7 @@ declare
 begin
     v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
     v_now := @schema@._private_clock();
+    perform @schema@._private_receive_due(v_held, v_now);
     return query
     with due as (
         update @schema@._private_waits w set resolved_at = v_now, is_seen = true,
@@ -279,16 +317,18 @@ begin
         case when o.attempt is not null and s.name is null then x.value::text end,
         case when o.attempt is not null and s.name is null then x.error::text end
     from o left join saved s on s.execution_id = o.id and s.name = o.name
-        left join @schema@._private_steps x on s.name is null and x.execution_id = o.id and x.name = o.name
+        left join lateral (select x.value, x.error from @schema@._private_steps x
+            where s.name is null and x.execution_id = o.id and x.name = o.name offset 0) x on true
     order by o.n;
 end $$;
 
 -- Begin waits of running executions: what each waits for is recorded, and a child made, in one transaction. Arrays of one
 -- length; p_waits: objects with name, kind (sleep, child, or one of 16_events.sql), position; scope; due_at (an instant) or due_in
--- (seconds); target; of a child on_close and child: {task, payload, queue, priority, run_at, delay, timeout, deadline_at,
+-- (seconds); target; of an event match; of a child on_close and child: {task, payload, queue, priority, run_at, delay, timeout, deadline_at,
 -- deadline_in, max_attempts, tags, backoff}. A child's deadline is at most its parent's.
 -- Returns a row per position: "open" (whether begun now or before), "resolved" with outcome, value and error, "fenced", or
--- "too_deep" (a child of the depth 16). due_in, target: of an open wait. Commits durably. Locks: the executions' rows.
+-- "too_deep" (a child of the depth 16). due_in, target: of an open wait. Commits durably. Locks: the names of events, shared,
+-- then the executions' rows.
 create or replace function @schema@.start_waits(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_waits jsonb[])
     returns table (n int, status text, outcome text, value text, error text, due_in double precision, target text)
     language plpgsql volatile
@@ -307,6 +347,10 @@ declare
     v_published int;
     v_me constant oid := quote_ident(session_user)::regrole;
 begin
+    -- Before the rows: who delivers has the locks of names first, too.
+    perform pg_advisory_xact_lock_shared(x.k) from (
+        select distinct @schema@._private_key_e(w.wait ->> 'kind', w.wait ->> 'target', case when w.wait ->> 'kind' = 'message' then w.id end) as k
+        from unnest(p_ids, p_waits) as w (id, wait) where w.wait ->> 'kind' in ('event', 'message', 'promise') order by 1) x;
     select array_agg(h.id), array_agg(h.attempt), array_agg(h.depth), array_agg(h.root_id), array_agg(h.deadline_at)
     into v_held, v_attempts, v_depths, v_roots, v_deadlines
     from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h;
@@ -316,7 +360,7 @@ begin
     perform pg_get_constraintdef(0);
     with o as materialized (
         select o.n, o.id, o.claim_no, h.attempt, h.depth, coalesce(h.root_id, o.id) as root_id, h.deadline_at as parent_deadline,
-            w.name, w.kind, w.position, w.scope, w.target, w.on_close,
+            w.name, w.kind, w.position, w.scope, w.target, w.match, w.on_close,
             case when w.due_in is null then w.due_at else v_now + make_interval(secs => w.due_in) end as due_at, c.*,
             coalesce(q.no, 0) as queue_no, r.queue as to_queue,
             case when w.kind = 'child' then @schema@._private_new_id(coalesce(q.no, 0), v_now) end as child_id,
@@ -325,7 +369,7 @@ begin
         from unnest(p_ids, p_claim_nos, p_waits) with ordinality as o (id, claim_no, wait, n)
             join unnest(v_held, v_attempts, v_depths, v_roots, v_deadlines) as h (id, attempt, depth, root_id, deadline_at) on h.id = o.id
             cross join lateral jsonb_to_record(o.wait) as w (name text, kind text, position int, scope text, due_at timestamptz,
-                due_in double precision, target text, on_close text, child jsonb)
+                due_in double precision, target text, match jsonb, on_close text, child jsonb)
             cross join lateral jsonb_to_record(coalesce(w.child, '{}')) as c (task text, payload jsonb, queue text, priority int,
                 run_at timestamptz, delay double precision, timeout double precision, deadline_at timestamptz, deadline_in double precision,
                 max_attempts int, tags text[], backoff jsonb, version text)
@@ -333,11 +377,12 @@ begin
             cross join lateral (select coalesce(c.queue, t.queue, 'default') as queue) r
             left join @schema@._private_queues q on q.name = r.queue and q.published <= v_published
         where (w.kind <> 'child' or h.depth < 16)
-            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name)
+            -- One look for each, by the key: offset 0 keeps the planner from reading all waits there are.
+            and not exists (select from @schema@._private_waits x where x.execution_id = o.id and x.name = w.name offset 0)
     ), begun as (
-        insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, due_at, on_close,
+        insert into @schema@._private_waits (execution_id, name, kind, position, claim_no, attempt, scope, target, match, due_at, on_close,
             created_at, resolved_at, outcome, is_seen)
-        select o.id, o.name, o.kind, o.position, o.claim_no, o.attempt, o.scope, coalesce(o.child_id::text, o.target), o.due_at, o.on_close, v_now,
+        select o.id, o.name, o.kind, o.position, o.claim_no, o.attempt, o.scope, coalesce(o.child_id::text, o.target), o.match, o.due_at, o.on_close, v_now,
             case when o.kind = 'sleep' and o.due_at <= v_now then v_now end,
             case when o.kind = 'sleep' and o.due_at <= v_now then 'elapsed' end, o.kind = 'sleep' and o.due_at <= v_now
         from o order by o.id, o.name
@@ -353,12 +398,17 @@ begin
     )
     insert into @schema@._private_payloads (execution_id, payload)
     select o.child_id, o.payload from o where o.kind = 'child' and @schema@._private_is_large(o.payload);
+    -- What is there already, in a new statement (16_events.sql).
+    perform @schema@._private_receive(array_agg(o.id), array_agg(o.wait ->> 'name'), null, true)
+    from unnest(p_ids, p_waits) as o (id, wait)
+    where o.id = any (v_held) and o.wait ->> 'kind' in ('event', 'message', 'promise') having count(*) > 0;
     return query
     select o.n::int, case when h.id is null then 'fenced' when w.name is null then 'too_deep' when w.resolved_at is null then 'open' else 'resolved' end,
         w.outcome, w.value::text, w.error::text, date_part('epoch', w.due_at - v_now), w.target
     from unnest(p_ids, p_waits) with ordinality as o (id, wait, n)
         left join unnest(v_held) as h (id) on h.id = o.id
-        left join @schema@._private_waits w on w.execution_id = h.id and w.name = o.wait ->> 'name'
+        left join lateral (select w.* from @schema@._private_waits w
+            where w.execution_id = h.id and w.name = o.wait ->> 'name' offset 0) w on true
     order by o.n;
 end $$;
 
@@ -368,6 +418,7 @@ create or replace function @schema@.request_close(p_owner uuid, p_id uuid, p_cla
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
 as $$
 declare
     v_count bigint;
@@ -382,26 +433,35 @@ begin
 end $$;
 
 -- Cancel children whose parent has ended or asked for it, at most p_limit. Each ends at once, or its owner is told, as by cancel;
--- its own children follow when it has ended. Returns how many it dealt with: call again until that is 0. Locks: as cancel,
--- after its rows of the closings, of which it passes over those that another call deals with.
-create or replace function @schema@.close_children(p_limit int default 200) returns bigint
+-- its own children follow when it has ended. Returns how many it dealt with: call again until that is 0. Those that somebody
+-- has locked for a second, with their parents, are left for later, and keep nobody else waiting. Locks: as cancel, after its
+-- rows of the closings, of which it passes over those that another call deals with.
+create or replace function @schema@.close_children(p_limit int default 1000) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
+    set jit = off
     set lock_timeout = '1s'
 as $$
 declare
     v_closing record;
+    v_ids uuid[];
     v_count bigint := 0;
 begin
-    -- The rows of all in one order, before those of each reason.
+    v_ids := array(select c.execution_id from (
+        select c.execution_id from @schema@._private_closings c order by c.execution_id limit p_limit for update skip locked) c);
+    begin
+        -- The rows of all in one order, before those of each reason.
+        perform @schema@._private_lock_family(v_ids);
+    exception when lock_not_available then
+        v_ids := array(
+            select i from unnest(v_ids) as i
+                left join @schema@._private_executions e on e.queue_no = @schema@._private_queue_no(i) and e.id = i
+            where @schema@._private_try_lock(i) and (e.parent_id is null or @schema@._private_try_lock(e.parent_id)));
+    end;
     for v_closing in
-        with taken as materialized (
-            select c.* from @schema@._private_closings c order by c.execution_id limit p_limit for update skip locked
-        ), locked as materialized (
-            select @schema@._private_lock_family(array(select t.execution_id from taken t))
-        )
-        select t.reason, array_agg(t.execution_id) as ids from taken t, locked group by t.reason order by t.reason
+        select c.reason, array_agg(c.execution_id) as ids from @schema@._private_closings c where c.execution_id = any (v_ids)
+        group by c.reason order by c.reason
     loop
         perform @schema@._private_cancel(v_closing.ids, v_closing.reason);
         delete from @schema@._private_closings c where c.execution_id = any (v_closing.ids);

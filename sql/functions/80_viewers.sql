@@ -103,11 +103,11 @@ begin
         v_orphans := v_orphans || coalesce(v_found, '[]');
         execute format($sql$
             select jsonb_agg(jsonb_build_object('queue', r.queue, 'task', r.task, 'ready', r.ready, 'waited', r.waited)) from (
-                select e.queue, e.task, count(*) as ready, greatest(0, date_part('epoch', $1 - min(e.run_at))) as waited
-                from (select e.queue, e.task, e.run_at from @schema@.%1$I e where e.state = 'ready' limit 10000) e
+                select e.queue, @schema@._private_task_key(e.task, e.version) as task, count(*) as ready, greatest(0, date_part('epoch', $1 - min(e.run_at))) as waited
+                from (select e.queue, e.task, e.version, e.run_at from @schema@.%1$I e where e.state = 'ready' limit 10000) e
                 where not exists (
                     select from @schema@._private_workers w join @schema@._private_orchestrators o on o.id = w.orchestrator_id
-                    where w.queue = e.queue and e.task = any (w.tasks) and o.died_at is null and o.expires_at > $1)
+                    where w.queue = e.queue and @schema@._private_task_key(e.task, e.version) = any (w.tasks) and o.died_at is null and o.expires_at > $1)
                     and not exists (select from @schema@._private_queues q where q.name = e.queue and q.paused_at is not null)
                 group by 1, 2 order by 3 desc limit 100) r
             $sql$, v_part.relname) into v_found using v_now;

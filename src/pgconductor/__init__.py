@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
     from .conductor import Conductor
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         NotOpen,
         PgconductorError,
         PoolTimeout,
+        PromiseRejected,
         Refused,
         ResultNotKept,
         RetryAfter,
@@ -54,26 +56,38 @@ if TYPE_CHECKING:
         StepFailed,
         Unavailable,
         Unstorable,
+        Unwinding,
         Verdict,
         WaitTimedOut,
         WaitTimeout,
     )
+    from .events import Promise
     from .handle import Handle, SyncHandle
     from .model import (
         CancelCounts,
         Cancellation,
         DeadLetter,
+        Divergence,
+        ExecutionStatus,
+        ExecutionSummary,
         FailedAttempt,
+        OpenWait,
         OrchestratorStatus,
+        PromiseAnswer,
         QueueStatus,
+        ReplayReport,
         Retry,
         RetryCounts,
         State,
+        StepRecord,
+        Trouble,
     )
+    from .readers import ChannelReader, SyncChannelReader
     from .retry import Backoff, Delays, Exponential, Fixed, Linear
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
     from .sync_client import SyncClient
+    from .sync_context import SyncContext
     from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
@@ -95,14 +109,19 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Snooze",
     "Verdict",
     # Durable operations
+    "Channel",
     "ChildHandle",
     "DurableNursery",
+    "Promise",
     "StepHandle",
+    "SyncContext",
     "Tries",
     # Invoking and waiting
+    "ChannelReader",
     "Handle",
     "Invocable",
     "Invocation",
+    "SyncChannelReader",
     "SyncClient",
     "SyncHandle",
     "SyncTaskCall",
@@ -111,16 +130,24 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "CancelCounts",
     "Cancellation",
     "DeadLetter",
+    "Divergence",
     "Drained",
+    "ExecutionStatus",
+    "ExecutionSummary",
     "FailedAttempt",
     "MigrationReport",
+    "OpenWait",
     "OrchestratorStatistics",
     "OrchestratorStatus",
+    "PromiseAnswer",
     "QueueStatus",
+    "ReplayReport",
     "Retry",
     "RetryCounts",
     "SchemaVersion",
     "State",
+    "StepRecord",
+    "Trouble",
     "WorkerStatistics",
     # psycopg on Trio
     "Pool",
@@ -152,6 +179,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "NotOpen",
     "PgconductorError",
     "PoolTimeout",
+    "PromiseRejected",
     "Refused",
     "ResultNotKept",
     "SchemaMissing",
@@ -159,6 +187,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "StepFailed",
     "Unavailable",
     "Unstorable",
+    "Unwinding",
     "WaitTimedOut",
     "WaitTimeout",
 ]
@@ -168,6 +197,8 @@ _MODULES = {
     "Backoff": "retry",
     "CancelCounts": "model",
     "Cancellation": "model",
+    "Channel": "channels",
+    "ChannelReader": "readers",
     "ChildCancelled": "errors",
     "ChildError": "errors",
     "ChildFailed": "errors",
@@ -178,6 +209,7 @@ _MODULES = {
     "DeadLetter": "model",
     "DeadlineExceeded": "errors",
     "Delays": "retry",
+    "Divergence": "model",
     "Drained": "runtime.orchestrator",
     "DurableError": "errors",
     "DurableMisuse": "errors",
@@ -185,6 +217,8 @@ _MODULES = {
     "ExecutionCancelled": "errors",
     "ExecutionError": "errors",
     "ExecutionFailed": "errors",
+    "ExecutionStatus": "model",
+    "ExecutionSummary": "model",
     "Exponential": "retry",
     "FailedAttempt": "model",
     "Fixed": "retry",
@@ -206,6 +240,7 @@ _MODULES = {
     "NoRetry": "errors",
     "NonDeterminism": "errors",
     "NotOpen": "errors",
+    "OpenWait": "model",
     "Orchestrator": "runtime.orchestrator",
     "OrchestratorStatistics": "runtime.orchestrator",
     "OrchestratorStatus": "model",
@@ -213,8 +248,12 @@ _MODULES = {
     "Pool": "db.pool",
     "PoolStatistics": "db.pool",
     "PoolTimeout": "errors",
+    "Promise": "events",
+    "PromiseAnswer": "model",
+    "PromiseRejected": "errors",
     "QueueStatus": "model",
     "Refused": "errors",
+    "ReplayReport": "model",
     "ResultNotKept": "errors",
     "Retry": "model",
     "RetryAfter": "errors",
@@ -226,15 +265,20 @@ _MODULES = {
     "State": "model",
     "StepFailed": "errors",
     "StepHandle": "children",
+    "StepRecord": "model",
+    "SyncChannelReader": "readers",
     "SyncClient": "sync_client",
+    "SyncContext": "sync_context",
     "SyncHandle": "handle",
     "SyncTaskCall": "tasks",
     "Task": "tasks",
     "TaskCall": "tasks",
     "Tries": "durable",
     "TrioConnection": "db.connection",
+    "Trouble": "model",
     "Unavailable": "errors",
     "Unstorable": "errors",
+    "Unwinding": "errors",
     "Verdict": "errors",
     "WaitTimedOut": "errors",
     "WaitTimeout": "errors",

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, ParamSpec, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
@@ -144,9 +146,15 @@ class DurableNursery:
         self._tasks = tasks
         self._on_close: OnClose = on_close
         self._handles: dict[str, ChildHandle[Any]] = {}
-        self._unstarted: list[str] = []
+        self._unstarted: dict[str, None] = {}  # in order
+        self._sent: set[str] = set()  # of these, what may be made already
         self._is_closed = False
+        self._is_abandoned = False
         self._starting = trio.Lock()
+        # Of a run before: the steps that have no record were cancelled by that, and do not begin again.
+        self._has_failed = durable.has_failed_child(name)
+        self._replaying = 0  # steps that have a record, which has not been raised or returned
+        self._replayed = trio.Event()
 
     def __repr__(self) -> str:
         return f"<DurableNursery {self.name!r}, {len(self._handles)} children>"
@@ -161,7 +169,7 @@ class DurableNursery:
         """The same with a name of one's own, unique in the nursery, for an invocation as `bind` makes it."""
         name = self._take(name)
         handle = self._handles[name] = ChildHandle(self, name, call)
-        self._unstarted.append(name)
+        self._unstarted[name] = None
         return handle
 
     @overload
@@ -172,17 +180,30 @@ class DurableNursery:
         /,
         *args: *Ts,
         retry: TriesLike = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[T]: ...
     @overload
     def start_step(
-        self, name: str, fn: Callable[[*Ts], T], /, *args: *Ts, retry: TriesLike = None, timeout: float | None = None
+        self,
+        name: str,
+        fn: Callable[[*Ts], T],
+        /,
+        *args: *Ts,
+        retry: TriesLike = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[T]: ...
     def start_step(
-        self, name: str, fn: Callable[..., Any], /, *args: object, retry: TriesLike = None, timeout: float | None = None
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        /,
+        *args: object,
+        retry: TriesLike = None,
+        timeout: float | timedelta | None = None,
     ) -> StepHandle[Any]:
         """Run a step beside the others; parameters as `Context.step`. Does not wait."""
         handle: StepHandle[Any] = StepHandle(self._take(name))
+        self._replaying += self.durable.record_of(handle.name) is not None
         self._tasks.start_soon(partial(self._run_step, handle, fn, args, retry, timeout), name=f"step {handle.name}")
         return handle
 
@@ -200,9 +221,17 @@ class DurableNursery:
         fn: Callable[..., Any],
         args: Iterable[object],
         retry: TriesLike,
-        timeout: float | None,
+        timeout: float | timedelta | None,
     ) -> None:
-        handle.set(await self.durable.step(handle.name, fn, tuple(args), retry, timeout))
+        is_replayed = self.durable.record_of(handle.name) is not None
+        if self._has_failed and not is_replayed:
+            await trio.sleep_forever()  # the block's end cancels us
+        try:
+            handle.set(await self.durable.step(handle.name, fn, tuple(args), retry, timeout))
+        finally:
+            if is_replayed:
+                self._replaying -= 1
+                self._replayed.set()
 
     def leave(self) -> None:
         """The block has been left."""
@@ -214,13 +243,21 @@ class DurableNursery:
         """Make those that are asked for and not made yet, or find them made."""
         async with self._starting:
             history = await self.durable.history()
-            while self._unstarted:
-                names = self._unstarted[:_AT_ONCE]
+            while self._unstarted and not self._is_abandoned:
+                names = list(islice(self._unstarted, _AT_ONCE))
                 with self.durable.operation(f"ctx.nursery({self.name!r})", waits=True):
-                    new = [name for name in names if history.begin(name, "child", alone=False) is None]
+                    for name in names:
+                        if name not in self._sent and history.begin(name, "child", alone=False) is None:
+                            self._sent.add(name)
+                        elif name not in self._sent:
+                            del self._unstarted[name]  # it was made by a run before
+                    new = [name for name in names if name in self._unstarted]
                     if new:
+                        await self.durable.admit(new[0], "child")
                         await self.durable.start([self._wait_for(name) for name in new])
-                    del self._unstarted[: len(names)]
+                    for name in new:
+                        del self._unstarted[name]
+                    self._sent.difference_update(new)
 
     def _wait_for(self, name: str) -> dict[str, object]:
         spec = _spec(self.durable, self._handles[name].call, self._on_close)
@@ -229,64 +266,80 @@ class DurableNursery:
     async def wait_child(self, name: str) -> Record:
         """The record of a child that has ended."""
         await self.start_children()
-        if self.durable.outcome(name) is None:
+        record = (await self.durable.history()).get(name)
+        if record is None:
+            raise DurableMisuse(f"child {name!r} was not made: the nursery's block was left by an error before that")
+        if record.outcome is None:
             self.durable.require_place(f"the result of child {name!r}", waits=True)
-            await self.durable.park(lambda: self.durable.outcome(name) is not None)
-        return cast(Record, (await self.durable.history()).get(name))
+            await self.durable.park_for(name)
+        return cast(Record, self.durable.record_of(name))
 
     async def run_children(self) -> None:
         """Make the children and wait until all have ended; raises the first failures, with the others running."""
         await self.start_children()
         open_names = list(self._handles)
+        has_failed = False
 
         def is_over() -> bool:
-            nonlocal open_names
-            if self._failed():
-                return True
-            open_names = [name for name in open_names if self.durable.outcome(name) is None]
-            return not open_names
+            nonlocal open_names, has_failed
+            still: list[str] = []
+            for name in open_names:
+                outcome = self.durable.outcome(name)
+                if outcome is None:
+                    still.append(name)
+                has_failed = has_failed or outcome not in (None, "completed")
+            open_names = still
+            return has_failed or not open_names
 
         await self.durable.park(is_over)
-        if failed := self._failed():
-            raise _Failed(failed)
-
-    def _failed(self) -> list[str]:
-        return [n for n in self._handles if self.durable.outcome(n) not in (None, "completed")]
+        while has_failed and self._replaying:  # what a step had raised before has to be raised again
+            await self._replayed.wait()
+            self._replayed = trio.Event()
+        if has_failed:
+            raise _ChildFailed
 
     async def close(self, reason: str) -> None:
-        """Cancel the children that have not ended."""
+        """Cancel the children that have not ended, and make no more."""
         self.leave()
-        started = [name for name in self._handles if name not in set(self._unstarted)]
-        open_names = [name for name in started if self.durable.outcome(name) is None]
-        await self.durable.close_children(open_names, reason)
+        self._is_abandoned = True
+        made = [name for name in self._handles if name not in self._unstarted or name in self._sent]
+        await self.durable.close_children([name for name in made if self.durable.outcome(name) is None], reason)
 
     async def wait_all(self) -> None:
         """Wait until every child that was made has ended, however."""
-        self._unstarted.clear()
         history = await self.durable.history()
-        made = [name for name in self._handles if history.get(name) is not None]
-        if any(self.durable.outcome(name) is None for name in made):
-            self.durable.require_place(f"ctx.nursery({self.name!r})", waits=True)
-            await self.durable.park(lambda: all(self.durable.outcome(name) is not None for name in made))
+        open_names = [name for name in self._handles if (r := history.get(name)) is not None and r.outcome is None]
 
-    def errors(self, reason: str) -> list[ChildError]:
-        """What the children ended with that did not complete, but for those that were cancelled for `reason`."""
+        def is_over() -> bool:
+            nonlocal open_names
+            open_names = [name for name in open_names if self.durable.outcome(name) is None]
+            return not open_names
+
+        if open_names:
+            self.durable.require_place(f"ctx.nursery({self.name!r})", waits=True)
+            await self.durable.park(is_over)
+
+    def failures(self, reason: str, known: BaseException | None) -> list[ChildError]:
+        """What the children ended with that did not complete, but for what is in `known`, and for those that were
+        cancelled for `reason`; these too if there would be no error at all.
+        """
+        told = {leaf.execution_id for leaf in leaves(known) if isinstance(leaf, ChildError)} if known else set[UUID]()
         errors: list[ChildError] = []
+        cancelled: list[ChildError] = []
         for name, handle in self._handles.items():
             if self.durable.outcome(name) in (None, "completed"):
                 continue
             try:
                 child_result(handle.call.task, cast(Record, self.durable.record_of(name)))
-            except ChildCancelled as error:
-                if error.reason != reason:
-                    errors.append(error)
             except ChildError as error:
-                errors.append(error)
-        return errors
+                if error.execution_id not in told:
+                    is_ours = isinstance(error, ChildCancelled) and error.reason == reason
+                    (cancelled if is_ours else errors).append(error)
+        return errors if errors or known else cancelled
 
 
-class _Failed(Exception):
-    """Children of these names have failed; never leaves this module."""
+class _ChildFailed(Exception):
+    """A child has failed; never leaves this module."""
 
 
 @asynccontextmanager
@@ -305,21 +358,16 @@ async def open_nursery(durable: Durable, name: str, on_close: OnClose) -> AsyncI
     except BaseExceptionGroup as group:
         assert nursery is not None
         await nursery.close(reason)
-        own, cancelled = _own_errors(group)
-        if cancelled or durable.suspender.is_unwinding:
-            raise
+        rest = group.split(_ChildFailed)[1]
+        title = f"durable nursery {printable(name)!r}"
+        if durable.suspender.is_unwinding:
+            raise rest or ExceptionGroup(title, nursery.failures(reason, None)) from None
+        if rest is not None and any(not isinstance(leaf, Exception) for leaf in leaves(rest)):
+            raise rest from None  # there is more than errors in it, and that has to propagate
         await nursery.wait_all()
-        raise ExceptionGroup(f"durable nursery {printable(name)!r}", [*own, *nursery.errors(reason)]) from None
+        errors = () if rest is None else cast("tuple[Exception, ...]", rest.exceptions)
+        raise ExceptionGroup(title, [*errors, *nursery.failures(reason, rest)]) from None
     except trio.Cancelled:
         if nursery is not None:
             await nursery.close(reason)
         raise
-
-
-def _own_errors(group: BaseExceptionGroup[BaseException]) -> tuple[list[Exception], bool]:
-    """The errors of the block and its steps, and whether there is more than errors in it: then it has to propagate."""
-    rest = group.split(_Failed)[1]
-    if rest is None:
-        return [], False
-    errors = [error for error in rest.exceptions if isinstance(error, Exception)]
-    return errors, any(not isinstance(leaf, Exception) for leaf in leaves(rest))

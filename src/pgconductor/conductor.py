@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from uuid import UUID
 
 import trio
@@ -30,27 +30,38 @@ from .db.pool import Pool, open_pool
 from .db.schema import MigrationReport, SchemaVersion, check, migrate
 from .db.session import ask, connect, insert, insert_sync, is_async_connection
 from .db.sql_files import validate_schema_name
+from .db.transactions import PoolTransactions, ThreadTransactions
 from .errors import InvalidOption, Misuse, NotOpen
 from .handle import AnyHandle, Handle, SyncHandle
 from .invocations import InvocationByName, new_executions
+from .listening import Listening
 from .model import (
     CancelCounts,
     Cancellation,
     DeadLetter,
+    Divergence,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
+    Page,
+    PromiseAnswer,
     QueueStatus,
+    ReplayReport,
     Retry,
     RetryCounts,
     State,
+    StepRecord,
 )
-from .options import checked_int
+from .options import checked_int, checked_seconds
 from .polling import PollSchedule
+from .readers import ChannelReader, is_news, open_reader
+from .replaying import PATIENCE, replayed
 from .results import Results
 from .retry import BackoffLike
 from .sync_client import OpenClients, SyncClient
 from .tasks import Invocation, Task, Tasks, checked_options
-from .verbs import Request, Verbs, follow
+from .verbs import Request, Verbs, checked_id, checked_limit, follow
 
 if TYPE_CHECKING:
     import psycopg
@@ -61,6 +72,7 @@ T = TypeVar("T")
 
 MAX_POOL_SIZE: Final = 1_000
 _CLOSE_TIMEOUT: Final = 30.0
+_HISTORIES: Final = 50  # read by one statement of a replay check, with their payloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,7 @@ class _Open:
     listen_conninfo: str
     pool: Pool[TrioConnection[TupleRow]]
     results: Results
+    listening: Listening
     stack: AsyncExitStack
 
 
@@ -198,7 +211,9 @@ class Conductor(Tasks):
             await stack.enter_async_context(pool)
             results = Results(self.calls, self._verbs, listen_conninfo, self._ask, self._poll_schedule)
             stack.push_async_callback(results.aclose)
-            return _Open(conninfo, listen_conninfo, pool, results, stack.pop_all())
+            listening = Listening(self.calls, listen_conninfo, self._poll_schedule)
+            stack.push_async_callback(listening.aclose)
+            return _Open(conninfo, listen_conninfo, pool, results, listening, stack.pop_all())
         raise AssertionError("unreachable: the block returns or raises")
 
     async def _leave(self) -> None:
@@ -233,6 +248,15 @@ class Conductor(Tasks):
     def listen_conninfo(self) -> str:
         """The same for what needs a session of its own: LISTEN, migrations."""
         return self._require_open().listen_conninfo
+
+    @property
+    def transactions(self) -> PoolTransactions:
+        """What opens the transactions of steps, on connections of the client's pool. Raises `NotOpen`."""
+        return PoolTransactions(self._require_open().pool)
+
+    def thread_transactions(self) -> ThreadTransactions:
+        """The same on blocking connections, as many as the pool has; to be closed by the caller. Raises `NotOpen`."""
+        return ThreadTransactions(self.conninfo, self.prepare_threshold, self._pool_size)
 
     @property
     def prepare_threshold(self) -> int | None:
@@ -376,6 +400,77 @@ class Conductor(Tasks):
         )
         return await follow(steps, self._ask)
 
+    # Events, messages, promises
+
+    async def emit(
+        self,
+        event: str,
+        payload: object = None,
+        /,
+        *,
+        retention: float | timedelta | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> int:
+        """Send an event to every execution that waits for it, or will while it is kept. Waits for the database only.
+
+        `event`: its name, 1 to 128 bytes. `payload`: any JSON value. `retention`: how long it is kept for executions
+        that do not wait yet, seconds or a `timedelta` up to a century; None is a day, 0 is for those that wait now.
+        `conn`: the caller's connection; the event is part of its transaction, and delivered when that has committed.
+
+        Returns the event's id. Raises `InvalidPayload`, `InvalidOption`, `NotOpen`, `SchemaMissing`, and `Unavailable`:
+        then it may have been sent or not.
+        """
+        return await self._ask(self._verbs.emit(event, payload, retention), conn)
+
+    async def send(
+        self,
+        execution: UUID | AnyHandle[Any],
+        channel: str,
+        payload: object = None,
+        /,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> bool:
+        """Send a message to one execution, by handle or id; as `Handle.send`. `conn`: as `emit`."""
+        return await self._ask(self._verbs.send(execution, channel, payload), conn)
+
+    async def resolve_promise(
+        self, promise: UUID, value: object = None, /, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> PromiseAnswer:
+        """Resolve a promise by its id, with any JSON value; the first who resolves or rejects it counts.
+
+        `conn`: as `emit`. Waits for the database, and for an open transaction that resolves the same. Returns what came
+        of it. Raises as `emit`; after `Unavailable` ask again: "already" is then this call's, or another's before it.
+        """
+        return await self._ask(self._verbs.resolve_promise(promise, value), conn)
+
+    async def reject_promise(
+        self, promise: UUID, message: str = "rejected", /, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> PromiseAnswer:
+        """Reject a promise: `PromiseRejected` is raised in its handler. `message`: 1 to 8,000 bytes."""
+        return await self._ask(self._verbs.reject_promise(promise, message), conn)
+
+    async def progress(self, execution_id: UUID) -> Any:
+        """Return an execution's progress, as `Handle.progress`, for an id that was kept."""
+        return self._verbs.decode_progress(execution_id, await self._ask(self._verbs.progress(execution_id)))
+
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> ChannelReader[T]: ...
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]: ...
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]:
+        """Read a channel of an execution, as `Handle.channel`, for an id that was kept."""
+        return open_reader(self, execution_id, name, type, after, self.limits)
+
+    async def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Wait until there is something to tell of a channel; for `ChannelReader`."""
+
+        async def look() -> Page:
+            return await self._ask(self._verbs.read_channel(execution_id, name, after, limit))
+
+        page = await look()
+        return page if is_news(page) else await self._require_open().listening.until(execution_id, look, is_news)
+
     # Dead letters
 
     async def dead_letters(
@@ -458,6 +553,91 @@ class Conductor(Tasks):
     async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
         return await self._ask(self._verbs.execution_errors(execution_id))
+
+    async def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
+        """Return where an execution stands and what it waits for, by handle or id; as `Handle.status`."""
+        return await self._ask(self._verbs.execution_details(checked_id("status", execution)))
+
+    async def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
+        """Return what an execution has done and waits for, by handle or id; as `Handle.steps`."""
+        return await self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+
+    async def executions(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        tags: Iterable[str] | None = None,
+        dedupe_key: str | None = None,
+        parent: UUID | AnyHandle[Any] | None = None,
+        root: UUID | AnyHandle[Any] | None = None,
+        limit: int = 100,
+        after: ExecutionSummary | None = None,
+    ) -> list[ExecutionSummary]:
+        """Return executions, live and finished, that fit every filter given, the newest first: those created last.
+
+        `queue`, `task`: names. `states`: of all seven. `created_after`, `created_before`: aware datetimes, from the
+        first to before the second. `tags`: those that have all of these. `parent`: children of it; `root`: it and all
+        beneath it. `limit`: 1 to 10,000. `after`: the last one of the page before.
+
+        Waits for the database only: for one short statement after the other, each looking at a bounded number, until
+        the page is full or all were looked at; a time span bounds how many that are. Raises `InvalidOption`, `NotOpen`,
+        `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        steps = self._verbs.executions(
+            queue=queue,
+            task=task,
+            states=states,
+            created_after=created_after,
+            created_before=created_before,
+            tags=tags,
+            dedupe_key=dedupe_key,
+            parent=parent,
+            root=root,
+            limit=limit,
+            after=after,
+        )
+        return await follow(steps, self._ask)
+
+    async def replay_check(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        limit: int | None = None,
+        patience: float | timedelta = PATIENCE,
+    ) -> ReplayReport:
+        """Try the tasks declared here against what live executions have recorded, before they are deployed.
+
+        Each handler is run up to where its execution has come; no step is called, nothing is written, and resources
+        are stand-ins. What a handler does outside of its steps is done. `queue`, `task`: names. `limit`: how many
+        executions at most, the oldest first; None for all. `patience`: seconds for a handler that waits for what is not
+        durable, 0.01 to 3,600.
+
+        Returns how many were tried, and those that could not go on. Waits for the database and the handlers. Needs the
+        rights of a worker, to read. Raises `InvalidOption`, `NotOpen`, `Unavailable`, `Refused`, `SchemaMissing`.
+        """
+        limit = checked_limit(limit)
+        seconds = checked_seconds("patience", patience, minimum=0.01, maximum=3_600.0)
+        divergences: list[Divergence] = []
+        checked = 0
+        after: UUID | None = None
+        while (page := _HISTORIES if limit is None else min(_HISTORIES, limit - checked)) > 0:
+            stored = await self._ask(self._verbs.stored_histories(queue=queue, task=task, limit=page, after=after))
+            for history in stored.found:
+                if (divergence := await replayed(self.registry, history, seconds)) is not None:
+                    divergences.append(divergence)
+            checked += len(stored.found)
+            if len(stored.found) == page:
+                after = stored.found[-1].id
+            elif stored.go_on is None:
+                break
+            else:
+                after = stored.go_on
+        return ReplayReport(checked, tuple(divergences))
 
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""

@@ -11,20 +11,27 @@ from __future__ import annotations
 import logging
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, cast, overload
 from uuid import UUID
 
-from .children import DurableNursery, OnClose, checked_on_close, invoke_child, open_nursery
 from .codec import ResultCodec
-from .durable import Durable, TriesLike
 from .errors import DurableMisuse, Misuse
+from .events import Promise, emit, make_promise, receive, send, set_progress, wait_for_event
 from .options import checked_instant, checked_seconds
 
 if TYPE_CHECKING:
+    from psycopg.rows import TupleRow
+
+    from .channels import Channel
+    from .children import DurableNursery, OnClose
+    from .db.connection import TrioConnection
+    from .durable import Durable, TriesLike
+    from .sync_context import SyncContext
     from .tasks import Invocable
+    from .transactions import Isolation
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +41,10 @@ Ts = TypeVarTuple("Ts")
 Resources: TypeAlias = Mapping[type[Any], object]
 
 _LOGGER = "pgconductor.task"
+_UNATTACHED = (
+    "this context belongs to no execution: a handler that is called directly has no durable operations; invoke the "
+    "task, and run it with Orchestrator.drain()"
+)
 
 _INSTANT: ResultCodec[datetime] = ResultCodec("now", datetime, kind_of_value="value of")
 _ID: ResultCodec[UUID] = ResultCodec("uuid", UUID, kind_of_value="value of")
@@ -61,6 +72,18 @@ class Watch(Protocol):
         ...
 
 
+class Desk(Protocol):
+    """Where the thread of a plain ``def`` has its durable operations done; the engine implements it."""
+
+    def call(self, operation: Callable[[], Awaitable[T]], /) -> T:
+        """Run an operation in Trio for the thread of a plain ``def`` handler, which it blocks."""
+        ...
+
+    def lend(self, opening: Callable[[], AbstractAsyncContextManager[T]], /) -> AbstractContextManager[T]:
+        """The same for a block: it is entered and left in Trio, and runs in the thread."""
+        ...
+
+
 class Context:
     """The first parameter of a handler that asks for it by the annotation `Context`.
 
@@ -69,7 +92,8 @@ class Context:
     """
 
     __slots__ = (
-        "_durable", "_logger", "_open_durable", "_resources", "_watch", "attempt", "execution_id", "queue", "task",
+        "_desk", "_durable", "_logger", "_open_durable", "_resources", "_watch", "attempt", "execution_id", "queue",
+        "task",
     )  # fmt: skip
 
     def __init__(self, execution_id: UUID, attempt: int, *, task: str, queue: str, resources: Resources) -> None:
@@ -84,22 +108,27 @@ class Context:
         self._resources = resources
         self._logger: logging.LoggerAdapter[logging.Logger] | None = None
         self._watch: Watch | None = None
+        self._desk: Desk | None = None
         self._open_durable: Callable[[], Durable] | None = None
         self._durable: Durable | None = None
 
-    def attach(self, open_durable: Callable[[], Durable]) -> None:
-        """Let `open_durable` make what the durable operations need, when one is asked for; the engine's."""
+    def attach(self, open_durable: Callable[[], Durable], desk: Desk) -> None:
+        """Let `open_durable` make what the durable operations need, when one is asked for, and `desk` do them for a
+        thread; the engine's.
+        """
         self._open_durable = open_durable
+        self._desk = desk
+
+    def close(self) -> None:
+        """The handler has ended: nothing durable is begun any more; the engine's."""
+        self._open_durable = _refuse
 
     @property
     def durable(self) -> Durable:
         """What the durable operations use. Raises `DurableMisuse` where no engine runs the handler."""
         if self._durable is None:
             if self._open_durable is None:
-                raise DurableMisuse(
-                    "this context belongs to no execution: a handler that is called directly has no durable "
-                    "operations; invoke the task, and run it with Orchestrator.drain()"
-                )
+                raise DurableMisuse(_UNATTACHED)
             self._durable = self._open_durable()
         return self._durable
 
@@ -150,7 +179,7 @@ class Context:
         Waits for `fn` and until the record is durable. Raises `StepFailed` when no tries remain, the same at a replay
         (the first time with what `fn` raised as cause); `DurableMisuse`, `NonDeterminism`; `Snooze` of `fn` passes.
         """
-        return await self.durable.step(name, fn, args, retry, _seconds_or_none(timeout))
+        return await self.durable.step(name, fn, args, retry, timeout)
 
     async def sleep(self, name: str, duration: float | timedelta) -> None:
         """Sleep, without a slot if it is long: recorded at once, so that it goes on though every process dies.
@@ -176,10 +205,14 @@ class Context:
         is recorded; `DurableMisuse` (also beyond a depth of 16), `NonDeterminism`. Cancelling it by a scope of the
         handler's own cancels the child.
         """
+        from .children import invoke_child  # here and below: declaring tasks and producing need no event loop
+
         return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "cancel")
 
     async def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """As `invoke`, but the child goes on when its parent has ended, however that ends."""
+        from .children import invoke_child
+
         return await invoke_child(self.durable, name, task.bind(*args, **kwargs), "abandon")
 
     def nursery(self, name: str, *, on_parent_close: OnClose = "cancel") -> AbstractAsyncContextManager[DurableNursery]:
@@ -192,7 +225,157 @@ class Context:
         Leaving it waits, without a slot if it is long. Raises an `ExceptionGroup` of what went wrong: `ChildError`,
         `StepFailed`, and what the block raised.
         """
+        from .children import checked_on_close, open_nursery
+
         return open_nursery(self.durable, name, checked_on_close(on_parent_close))
+
+    @overload
+    def transaction(
+        self, name: str, fn: Callable[[TrioConnection[TupleRow], *Ts], Awaitable[T]], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> Coroutine[Any, Any, T]: ...  # fmt: skip
+    @overload
+    def transaction(
+        self, name: str, /, *, timeout: float | timedelta | None = None, isolation: Isolation = "read committed"
+    ) -> AbstractAsyncContextManager[TrioConnection[TupleRow]]: ...
+    def transaction(
+        self, name: str, fn: Callable[..., Any] | None = None, /, *args: object,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> Any:  # fmt: skip
+        """A step whose effects in this database happen exactly once: they and its record are one transaction.
+
+        ``await ctx.transaction(name, fn, *args)`` calls ``fn(conn, *args)``, async, and returns what it returns, which
+        must be JSON as a step's; a replay gets the record. `conn`: a connection of the conductor's pool in an open
+        transaction, which the engine commits when `fn` has returned and rolls back when it raises or the claim was
+        revoked. Savepoints are fine (``conn.transaction()``), `commit` and `rollback` are refused.
+        ``task.options(conn=conn).invoke()`` is part of it.
+
+        ``async with ctx.transaction(name) as conn:`` does the same for a block. At a replay the block runs again; its
+        statements are not executed but told what they returned, from a record of at most 256 KiB. So nothing else
+        must happen in it. The function form is the cheaper one.
+
+        `name`, `retry`, `timeout`: as for `step`; a block has one try. `isolation`: "read committed", "repeatable
+        read" or "serializable". Serialization failures, deadlocks and lost connections before the commit begin the
+        function anew, up to 20 times, before they count as its failure; in a block they count at once.
+
+        Raises `StepFailed`, as `step`; `DurableMisuse` also if the transaction was ended by hand, `NonDeterminism`.
+        """
+        from .durable import is_async
+        from .transactions import checked_isolation, open_block, run_transaction
+
+        seconds = None if timeout is None else checked_seconds("a transaction's timeout", timeout, minimum=0.001)
+        if fn is None:
+            if retry is not None:
+                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
+            return open_block(self.durable, name, seconds, checked_isolation(isolation))
+        if not is_async(fn):
+            raise DurableMisuse(
+                f"ctx.transaction({name!r}) in an async handler needs an async function; it gets an async connection"
+            )
+        return run_transaction(self.durable, name, fn, args, retry, seconds, checked_isolation(isolation))
+
+    @property
+    def sync(self) -> SyncContext:
+        """The durable operations for a plain ``def`` handler: the same methods, which block its thread."""
+        from .sync_context import SyncContext
+
+        return SyncContext(self)
+
+    @property
+    def desk(self) -> Desk:
+        """What does the operations of `sync`. Raises `DurableMisuse` where no engine runs the handler."""
+        if self._desk is None:
+            raise DurableMisuse(_UNATTACHED)
+        return self._desk
+
+    # Events, messages, promises
+
+    @overload
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: type[T],
+    ) -> T: ...  # fmt: skip
+    @overload
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any: ...  # fmt: skip
+    async def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any:  # fmt: skip
+        """Wait for an event, without a slot if it takes long, and return its payload.
+
+        `name`: as for `step`. `event`: the event's name, 1 to 128 bytes; otherwise `name`. `match`: what the payload
+        must hold, compared as JSON: all of it, at any depth. `timeout`: seconds or a `timedelta`, from when the wait is
+        recorded. `type`: the annotation of the payload.
+
+        It gets the oldest event that fits, is still kept (also one from before this execution began), and was not
+        received by this execution before. Others may receive the same. Raises `WaitTimedOut`, the same at a replay;
+        `InvalidPayload` for a payload that does not fit the type, `DurableMisuse`, `InvalidOption`, `NonDeterminism`.
+        """
+        return await wait_for_event(self.durable, name, event, match, timeout, type)
+
+    @overload
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: type[T]
+    ) -> T: ...
+    @overload
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any: ...
+    async def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any:
+        """Wait for a message to this execution (`Handle.send`), and return its payload; the oldest comes first.
+
+        `channel`: of the message, 1 to 128 bytes; otherwise `name`. Each message is received once. The rest as
+        `wait_for_event`.
+        """
+        return await receive(self.durable, name, channel, timeout, type)
+
+    async def promise(self, name: str) -> Promise:
+        """Make a promise that the outside resolves or rejects, once, by its id; the same one at each replay.
+
+        `name`: as for `step`, 1 to 121 bytes. Give `promise.id` away in a step, then await ``promise.result()``. The id
+        is a secret: whoever has it may resolve it, until this execution ends. Raises `DurableMisuse`, `NonDeterminism`.
+        """
+        return await make_promise(self.durable, name)
+
+    async def emit(
+        self, name: str, event: str | None = None, payload: object = None, /, *,
+        retention: float | timedelta | None = None,
+    ) -> None:  # fmt: skip
+        """Send an event, exactly once: recorded in the transaction that sends it.
+
+        `name`: as for `step`. `event`: the event's name; otherwise `name`. `payload`: any JSON value. `retention`: as
+        `Conductor.emit`. Raises `InvalidPayload`, `InvalidOption`, `DurableMisuse`, `NonDeterminism`.
+        """
+        await emit(self.durable, name, event, payload, retention)
+
+    async def send(
+        self, name: str, execution_id: UUID, channel: str | None = None, payload: object = None, /
+    ) -> bool:  # fmt: skip
+        """Send a message to an execution, exactly once; whether there is such a live execution. The rest as `emit`."""
+        return await send(self.durable, name, execution_id, channel, payload)
+
+    async def open_channel(self, name: str, *, capacity: int = 100) -> Channel:
+        """Open a channel: items that are appended in order, for readers inside and outside (`Handle.channel`).
+
+        `name`: as for `step`, and of the channel. `capacity`: how many items may be unread, 1 to 10,000; `Channel.send`
+        waits while there are. A replay goes on behind what was sent. For one task of the handler. Raises
+        `DurableMisuse`, `InvalidOption`, `NonDeterminism`.
+        """
+        from .channels import open_channel
+
+        return await open_channel(self.durable, name, capacity)
+
+    async def set_progress(self, value: object) -> None:
+        """Tell how far this execution has come: any JSON value, read by `Handle.progress`. The latest counts.
+
+        Nothing is recorded for a replay; it may be called in a step. Raises `InvalidPayload`.
+        """
+        await set_progress(self.durable, value)
 
     async def checkpoint(self) -> None:
         """A good place to be interrupted: if the worker is stopping, the execution is given back here, at no cost.
@@ -200,6 +383,18 @@ class Context:
         What is recorded stays. Raises `trio.Cancelled` then; let it pass.
         """
         await self.durable.checkpoint()
+
+    async def patched(self, change: str) -> bool:
+        """Whether a change of the code is in force for this execution: ``if await ctx.patched("new-tax"): ...``.
+
+        True for executions that come here first with code that asks, and recorded for them; False for those of which
+        anything was recorded past this place before, by code without the change. The same at each replay, and however
+        often it is asked in one run. When no execution of the old code is left, keep what stood under the condition.
+
+        `change`: as the name of a step, unique among them. To be asked in the handler's own task, before branches
+        begin. Waits until it is durable. Raises `DurableMisuse`, `NonDeterminism`.
+        """
+        return await self.durable.patched(change)
 
     async def now(self, *, name: str | None = None) -> datetime:
         """Return the time, in UTC, by this machine's clock: the same at each replay.
@@ -263,8 +458,8 @@ class Context:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
 
 
-def _seconds_or_none(timeout: float | timedelta | None) -> float | None:
-    return None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
+def _refuse() -> Durable:
+    raise DurableMisuse("the handler of this context has ended")
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

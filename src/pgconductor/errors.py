@@ -32,11 +32,14 @@
     │   │   ├── ChildFailed
     │   │   ├── ChildTimedOut         by its timeout or deadline (also a TimeoutError)
     │   │   └── ChildCancelled
+    │   ├── PromiseRejected           whoever was asked has said no
     │   └── WaitTimedOut              nothing came in time (also a TimeoutError)
     ├── HandlerCancelled              `Context.check_cancelled` raises it: a handler in a thread is asked to end
     └── AttemptError                  the engine ended an attempt; recorded with its execution, raised by nobody
         ├── HandlerTimeout            the handler ran for longer than its timeout (also a TimeoutError)
         └── DeadlineExceeded          the execution's deadline has passed (also a TimeoutError)
+
+    Unwinding                         not an error but a BaseException, as `trio.Cancelled` is: it ends a plain ``def``
 
 Messages name the object and the remedy. The cause, where a driver's error lies beneath, is chained.
 """
@@ -197,7 +200,12 @@ class NonDeterminism(NoRetry):
 
     The code has changed, or it decides by something that is not recorded. The execution fails for good and keeps its
     history, so that it can be retried with code that fits.
+
+    `recorded`: all that is recorded, `asked`: what this run asked for, in words and in order.
     """
+
+    recorded: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
 
 class DurableError(PgconductorError):
@@ -237,12 +245,24 @@ class ChildCancelled(ChildError):
     reason: str | None = None
 
 
+class PromiseRejected(DurableError):
+    """A promise was rejected; ``error["message"]`` is what was said."""
+
+
 class WaitTimedOut(DurableError, TimeoutError):
     """What was waited for did not come within the timeout."""
 
 
 class HandlerCancelled(PgconductorError):
     """The handler is asked to end: its time is up, its cancellation was requested, or its worker stops."""
+
+
+class Unwinding(BaseException):
+    """A plain ``def`` handler leaves its thread: its execution waits, or was asked to end. Let it propagate.
+
+    Raised by the operations of `Context.sync`, as Trio raises `trio.Cancelled` in an async handler; no `Exception`, so
+    that ``except Exception`` lets it pass. ``finally`` blocks run each time an execution begins to wait.
+    """
 
 
 class AttemptError(PgconductorError):

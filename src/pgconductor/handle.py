@@ -8,19 +8,28 @@ timer, and dropping one costs nothing. Cancelling the wait, by Trio, leaves the 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 from uuid import UUID
 
 from .options import MAX_DELAY, checked_seconds
+from .readers import (
+    ChannelReader,
+    ChannelSource,
+    SyncChannelReader,
+    SyncChannelSource,
+    open_reader,
+    open_sync_reader,
+)
 
 if TYPE_CHECKING:
-    from .model import Cancellation, FailedAttempt
+    from .model import Cancellation, ExecutionStatus, FailedAttempt, StepRecord
     from .tasks import Task
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
-class Source(Protocol):
+class Source(ChannelSource, Protocol):
     """Asks the database on Trio; `Conductor` implements it."""
 
     async def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
@@ -35,8 +44,24 @@ class Source(Protocol):
         """Return the errors of an execution's attempts, oldest first."""
         ...
 
+    async def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send a message; whether there is such an execution."""
+        ...
 
-class SyncSource(Protocol):
+    async def progress(self, execution_id: UUID) -> Any:
+        """Return what the execution last told."""
+        ...
+
+    async def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    async def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
+        ...
+
+
+class SyncSource(SyncChannelSource, Protocol):
     """The same by blocking the thread; the sync client implements it."""
 
     def wait_result(self, execution_id: UUID, task: Task[..., R], timeout: float | None) -> R:
@@ -49,6 +74,22 @@ class SyncSource(Protocol):
 
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Return the errors of an execution's attempts, oldest first."""
+        ...
+
+    def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send a message; whether there is such an execution."""
+        ...
+
+    def progress(self, execution_id: UUID) -> Any:
+        """Return what the execution last told."""
+        ...
+
+    def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Return where an execution stands, None if nothing of it is kept."""
+        ...
+
+    def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Return what an execution has recorded, in order."""
         ...
 
 
@@ -104,6 +145,48 @@ class Handle(AnyHandle[R]):
         """
         return await self._source.execution_errors(self.id)
 
+    async def send(self, channel: str, payload: object = None, /) -> bool:
+        """Send a message to the execution, which it gets by `Context.receive`; kept until then, or until it ends.
+
+        `channel`: 1 to 128 bytes. `payload`: any JSON value. Returns whether it is live, and yours to send to. Raises
+        `InvalidPayload`, `InvalidOption`, `NotOpen`, `Unavailable`: then it may have been sent or not.
+        """
+        return await self._source.send(self.id, channel, payload)
+
+    async def progress(self) -> Any:
+        """Return what the handler last told by `Context.set_progress`, live or finished; None if nothing, or not kept.
+
+        Raises `NotOpen`, `Unavailable`.
+        """
+        return await self._source.progress(self.id)
+
+    async def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands and what it waits for; None if nothing of it is kept.
+
+        Waits for the database only. Raises `NotOpen`, `Unavailable`, `SchemaMissing`, `Refused`.
+        """
+        return await self._source.status(self.id)
+
+    async def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for, in the order in which it began.
+
+        Of a finished one, if it is kept; empty if nothing is recorded. Raises as `status`.
+        """
+        return await self._source.steps(self.id)
+
+    @overload
+    def channel(self, name: str, /, *, type: type[T], after: int = 0) -> ChannelReader[T]: ...
+    @overload
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]: ...
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]:
+        """Read a channel of the execution: ``async for item in handle.channel("lines"):``.
+
+        `name`: of the channel, 1 to 128 bytes. `type`: the annotation of its items. `after`: the number of the item to
+        begin behind, 0 for the first. Ends when the channel is closed or the execution has ended; waits for one that is
+        not open yet. Does not wait by itself.
+        """
+        return open_reader(self._source, self.id, name, type, after, self._task.limits)
+
 
 class SyncHandle(AnyHandle[R]):
     """One execution, seen from a program without an event loop; otherwise as `Handle`."""
@@ -125,6 +208,30 @@ class SyncHandle(AnyHandle[R]):
     def errors(self) -> list[FailedAttempt]:
         """Return the errors of its failed attempts; as `Handle.errors`."""
         return self._source.execution_errors(self.id)
+
+    def send(self, channel: str, payload: object = None, /) -> bool:
+        """Send a message to the execution; as `Handle.send`."""
+        return self._source.send(self.id, channel, payload)
+
+    def progress(self) -> Any:
+        """Return what the handler last told; as `Handle.progress`."""
+        return self._source.progress(self.id)
+
+    def status(self) -> ExecutionStatus | None:
+        """Return where the execution stands; as `Handle.status`."""
+        return self._source.status(self.id)
+
+    def steps(self) -> list[StepRecord]:
+        """Return what the execution has done and waits for; as `Handle.steps`."""
+        return self._source.steps(self.id)
+
+    @overload
+    def channel(self, name: str, /, *, type: type[T], after: int = 0) -> SyncChannelReader[T]: ...
+    @overload
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]: ...
+    def channel(self, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]:
+        """Read a channel of the execution, blocking: ``for item in handle.channel("lines"):``; as `Handle.channel`."""
+        return open_sync_reader(self._source, self.id, name, type, after, self._task.limits)
 
 
 def checked_timeout(timeout: Any) -> float | None:

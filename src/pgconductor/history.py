@@ -12,6 +12,7 @@ by something that is not recorded. That is told before any harm is done (`NonDet
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Final, NoReturn
 
@@ -34,15 +35,11 @@ class History:
         self._used: dict[str, str] = {}  # names of this run, with their kinds
         self._position = max((record.position for record in self._records.values()), default=-1)
         self._was_concurrent = False
-        self._replayed = 0
+        mine = (record for record in self._records.values() if record.attempt == attempt)
+        self._due = deque(sorted(mine, key=lambda record: record.position))  # what is to be asked for, in order
 
     def __len__(self) -> int:
         return len(self._records)
-
-    @property
-    def is_replaying(self) -> bool:
-        """Whether there are records that this run has not asked for."""
-        return self._replayed < len(self._records)
 
     def begin(self, name: str, kind: str, *, alone: bool, target: str | None = None) -> Record | None:
         """Use a name; return what was recorded under it, None if this is new.
@@ -68,7 +65,6 @@ class History:
                     f"an execution has at most {MAX_RECORDS:,} records; invoke children, or continue as new"
                 )
             return None
-        self._replayed += 1
         if record.kind != kind:
             self._diverged(f"asks for {kind} {name!r}, which was recorded as a {record.kind}")
         if target is not None and record.target is not None and record.target != target:
@@ -94,8 +90,6 @@ class History:
 
     def note(self, record: Record) -> None:
         """A record of this run, or what became of one."""
-        if record.name not in self._records:
-            self._replayed += 1
         self._records[record.name] = record
 
     def has_open(self, kind: str) -> bool:
@@ -103,23 +97,52 @@ class History:
         return any(record.outcome is None for record in self._records.values() if record.kind == kind)
 
     def unused(self) -> list[Record]:
-        """Records of this attempt that the run has not asked for."""
-        return [r for r in self._records.values() if r.name not in self._used and r.attempt == self._attempt]
+        """Records of this attempt that the run has not asked for. A patch is none: it may be asked for no more, when
+        all executions have it.
+        """
+        return [record for record in self._due if record.name not in self._used and record.kind != "patch"]
+
+    def has_unasked(self) -> bool:
+        """Whether there is anything, of whatever attempt, that this run has not asked for: it has gone on from here
+        before.
+        """
+        return any(r.name not in self._used and r.kind != "patch" for r in self._records.values())
+
+    def asked(self) -> list[str]:
+        """What this run has asked for, in words and in order."""
+        return [f"{kind} {name!r}" for name, kind in self._used.items()]
+
+    def has_failed_child(self, scope: str) -> bool:
+        """Whether a child of this nursery is known to have ended otherwise than by completing."""
+        # A child that was waited for by itself has a scope of its own, named as it is.
+        own = f"{scope}/"
+        return any(
+            r.outcome not in (None, "completed")
+            and (r.scope == scope or (r.scope == r.name and r.name.startswith(own)))
+            for r in self._records.values()
+        )
 
     def _missed(self) -> Record | None:
         """The first record of this attempt that has not been asked for."""
-        if not self.is_replaying:
-            return None
-        return min(self.unused(), key=lambda record: record.position, default=None)
+        while self._due and self._due[0].name in self._used:
+            self._due.popleft()
+        return self._due[0] if self._due else None
 
     def _diverged(self, what: str) -> NoReturn:
-        recorded = [f"{r.kind} {r.name!r}" for r in sorted(self._records.values(), key=lambda r: r.position)]
-        asked = [f"{kind} {name!r}" for name, kind in self._used.items()]
-        raise NonDeterminism(
+        recorded = [in_words(r) for r in sorted(self._records.values(), key=lambda r: r.position)]
+        asked = self.asked()
+        error = NonDeterminism(
             f"the handler does not do again what it did: it {what}. Recorded: {_listed(recorded)}. "
             f"Asked for in this run: {_listed(asked)}. Give changed steps new names behind ctx.patched(), or the task "
             f"a new version"
         )
+        error.recorded, error.asked = tuple(recorded), tuple(asked)
+        raise error
+
+
+def in_words(record: Record) -> str:
+    """A record by its kind and name."""
+    return f"{record.kind} {record.name!r}"
 
 
 def _listed(words: list[str]) -> str:

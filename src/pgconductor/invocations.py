@@ -84,7 +84,7 @@ def _parameters(name: str, payload: object) -> dict[str, Any]:
 
 
 def _row(name: str, payload: str, options: InvokeOptions, declared: Task[..., Any] | None) -> NewExecution:
-    deadline = None if declared is None else declared.deadline
+    deadline, version = (None, None) if declared is None else (declared.deadline, declared.version)
     return NewExecution(
         name,
         payload,
@@ -93,14 +93,16 @@ def _row(name: str, payload: str, options: InvokeOptions, declared: Task[..., An
         options.run_at,
         options.delay,
         options.dedupe_key,
-        None if options is DEFAULT_OPTIONS and deadline is None else options_json(options, deadline),
+        None
+        if options is DEFAULT_OPTIONS and deadline is None and version is None
+        else options_json(options, deadline, version),
     )
 
 
-def options_json(options: InvokeOptions, deadline: float | None = None) -> str | None:
+def options_json(options: InvokeOptions, deadline: float | None = None, version: str | None = None) -> str | None:
     """Return the options that have no column of their own in `invoke_many` as a JSON object, None if none is given.
 
-    `deadline`: the task's, for an invocation without one: seconds from when it is due.
+    `deadline`: the task's, for an invocation without one: seconds from when it is due. `version`: the task's.
     """
     given: dict[str, object] = {}
     if options.timeout is not None:
@@ -120,6 +122,8 @@ def options_json(options: InvokeOptions, deadline: float | None = None) -> str |
         given["backoff"] = options.backoff
     if options.tags:
         given["tags"] = options.tags
+    if version is not None:
+        given["version"] = version
     return json.dumps(given) if given else None
 
 

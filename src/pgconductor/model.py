@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 
@@ -42,6 +42,7 @@ class Claimed(NamedTuple):
     deadline_in: float | None = None  # seconds left to it at the claim, perhaps negative; None: no deadline
     backoff: str | None = None  # JSON text, as its invocation says; None: the task's
     parent_id: UUID | None = None  # of a child
+    version: str | None = None  # of the task, which to run
 
 
 class Outcome(NamedTuple):
@@ -81,6 +82,21 @@ class Cancellation(StrEnum):
     REQUESTED = "requested"  # it is running: its worker is told, and interrupts it
     FINISHED = "finished"  # it had ended before
     UNKNOWN = "unknown"  # there is no such execution, or nothing of it was kept
+
+
+class PromiseAnswer(StrEnum):
+    """What resolving or rejecting a promise did."""
+
+    RESOLVED = "resolved"  # now, by this call, in whichever way
+    ALREADY = "already"  # it was resolved or rejected before; that counts
+    UNKNOWN = "unknown"  # there is no such promise, or its execution has ended
+
+
+class Page(NamedTuple):
+    """What one look at a channel found: its state, and items with their numbers."""
+
+    state: str  # open | closed | absent | gone
+    items: list[tuple[int, str]]
 
 
 class CancelCounts(NamedTuple):
@@ -221,3 +237,160 @@ class DeadLetter:
     dedupe_key: str | None
     error: FailedAttempt | None  # the last one
     reason: str | None  # of a cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWait:
+    """What a live execution waits for. `target`: a child's id, the name of an event, the id of a promise."""
+
+    name: str
+    kind: str  # sleep | child | event | promise | ...
+    target: str | None
+    scope: str | None  # the nursery it belongs to
+    due_at: datetime | None  # when it ends by itself
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionStatus:
+    """Where one execution stands, and all that is known of it but its payload, result and steps."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None  # of the task
+    state: State
+    priority: int
+    attempt: int  # attempts that have begun, what was given back not counted
+    max_attempts: int | None  # None: the task's
+    crashes: int
+    generation: int  # how often it was retried by hand
+    depth: int  # 0: nobody's child
+    created_at: datetime
+    run_at: datetime | None  # when it was or is due; of a waiting one the earliest end of a wait
+    claimed_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None  # of a finished one; None: kept for ever
+    deadline_at: datetime | None
+    parent_id: UUID | None
+    root_id: UUID | None  # the first of its family, None for that one itself
+    origin_id: UUID | None  # what it was forked from, or is a restart of
+    dedupe_key: str | None
+    tags: tuple[str, ...]
+    progress: Any  # as its handler last told
+    is_cancel_requested: bool
+    reason: str | None  # of the cancellation
+    error: FailedAttempt | None  # the last one
+    open_waits: int
+    waits_for: tuple[OpenWait, ...]  # the first 100 of them
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What an execution did or waits for, under a name of its own."""
+
+    name: str
+    kind: str  # step | now | uuid | random | patch | sleep | child | event | promise | ...
+    position: int  # in the order in which they began
+    attempt: int
+    outcome: str | None  # completed, failed, cancelled, elapsed, timed_out, ...; None: an open wait
+    target: str | None  # of a wait: a child's id, an event's name, a promise's id
+    scope: str | None  # the nursery of an open or resolved wait, while its execution is live
+    value: Any  # plain JSON values
+    is_withheld: bool  # there is a value, and your role may not see it
+    error: FailedAttempt | None
+    reason: str | None  # of a child's cancellation
+    created_at: datetime
+    resolved_at: datetime | None
+    due_at: datetime | None  # when an open wait ends by itself
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionSummary:
+    """One of the executions that a search found."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None
+    state: State
+    priority: int
+    attempt: int
+    crashes: int
+    generation: int
+    created_at: datetime
+    run_at: datetime | None
+    claimed_at: datetime | None
+    finished_at: datetime | None
+    dedupe_key: str | None
+    tags: tuple[str, ...]
+    parent_id: UUID | None
+    root_id: UUID | None
+    error_type: str | None  # of the last error
+    reason: str | None  # of a cancellation
+
+
+class Looked(NamedTuple):
+    """What one statement of a search brought. `go_on`: the id at which to look further, None if all was looked at or
+    the page is full.
+    """
+
+    found: list[ExecutionSummary]
+    go_on: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHistory:
+    """What a live execution has recorded, as new code would find it. `attempt`: of the run that would go on."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None
+    state: State
+    attempt: int
+    payload: str  # JSON text
+    records: tuple[Record, ...]
+
+
+class StoredHistories(NamedTuple):
+    """What one statement brought. `go_on`: the id at which to look further, None if all was looked at or the limit was
+    reached.
+    """
+
+    found: list[StoredHistory]
+    go_on: UUID | None
+
+
+class Trouble(StrEnum):
+    """Why new code could not go on with what an execution has recorded."""
+
+    TASK = "task"  # there is no such task any more
+    VERSION = "version"  # the task has no such version any more
+    PAYLOAD = "payload"  # it does not fit the handler's parameters any more
+    DIVERGED = "diverged"  # the handler asks for something else than was recorded
+    UNASKED = "unasked"  # it goes on without asking for what was recorded
+    FAILED = "failed"  # it raises, before it has come as far as before, or for a value that does not fit any more
+    UNDECIDED = "undecided"  # it waits for, or uses, what is not durable: nothing is known
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """An execution that would not go on with the new code. `recorded` and `asked`: in words and in order."""
+
+    id: UUID
+    queue: str
+    task: str
+    version: str | None
+    trouble: Trouble
+    what: str
+    recorded: tuple[str, ...]
+    asked: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
+    """What a replay check found. `checked`: executions tried, those that diverge among them."""
+
+    checked: int
+    divergences: tuple[Divergence, ...]

@@ -34,19 +34,25 @@ from .model import (
     Cancellation,
     DeadLetter,
     Ended,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     OrchestratorStatus,
+    Page,
+    PromiseAnswer,
     QueueStatus,
     Retry,
     RetryCounts,
     Standing,
     State,
+    StepRecord,
 )
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
+from .readers import SyncChannelReader, is_news, open_sync_reader
 from .retry import BackoffLike
 from .tasks import Invocable, Invocation, SyncTaskCall, Task, checked_options
-from .verbs import Request, Verbs, follow_sync
+from .verbs import Request, Verbs, checked_id, follow_sync
 
 if TYPE_CHECKING:
     import psycopg
@@ -84,6 +90,26 @@ class OpenClients:
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """Read with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("errors").execution_errors(execution_id)
+
+    def send(self, execution: UUID, channel: str, payload: object = None, /) -> bool:
+        """Send with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("send").send(execution, channel, payload)
+
+    def progress(self, execution_id: UUID) -> Any:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("progress").progress(execution_id)
+
+    def status(self, execution: UUID, /) -> ExecutionStatus | None:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("status").status(execution)
+
+    def steps(self, execution: UUID, /) -> list[StepRecord]:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("steps").steps(execution)
+
+    def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Read with the client that was opened last; raises `NotOpen` without one."""
+        return self._latest("channel").wait_page(execution_id, name, after, limit)
 
     def _latest(self, method: str) -> SyncClient:
         with self._lock:
@@ -257,6 +283,83 @@ class SyncClient:
         )
         return follow_sync(steps, self._ask)
 
+    # Events, messages, promises
+
+    def emit(
+        self,
+        event: str,
+        payload: object = None,
+        /,
+        *,
+        retention: float | timedelta | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> int:
+        """As `Conductor.emit`."""
+        return self._ask(self._verbs.emit(event, payload, retention), conn)
+
+    def send(
+        self,
+        execution: UUID | AnyHandle[Any],
+        channel: str,
+        payload: object = None,
+        /,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> bool:
+        """As `Conductor.send`."""
+        return self._ask(self._verbs.send(execution, channel, payload), conn)
+
+    def resolve_promise(
+        self, promise: UUID, value: object = None, /, *, conn: psycopg.Connection[Any] | None = None
+    ) -> PromiseAnswer:
+        """As `Conductor.resolve_promise`."""
+        return self._ask(self._verbs.resolve_promise(promise, value), conn)
+
+    def reject_promise(
+        self, promise: UUID, message: str = "rejected", /, *, conn: psycopg.Connection[Any] | None = None
+    ) -> PromiseAnswer:
+        """As `Conductor.reject_promise`."""
+        return self._ask(self._verbs.reject_promise(promise, message), conn)
+
+    def progress(self, execution_id: UUID) -> Any:
+        """As `Conductor.progress`."""
+        return self._verbs.decode_progress(execution_id, self._ask(self._verbs.progress(execution_id)))
+
+    @overload
+    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> SyncChannelReader[T]: ...
+    @overload
+    def channel(
+        self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0
+    ) -> SyncChannelReader[Any]: ...
+    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]:
+        """Read a channel of an execution, as `SyncHandle.channel`, for an id that was kept."""
+        return open_sync_reader(self, execution_id, name, type, after, self._by_name.tasks.limits)
+
+    def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
+        """Wait until there is something to tell of a channel; for `SyncChannelReader`."""
+        request = self._verbs.read_channel(execution_id, name, after, limit)
+        page = self._ask(request)
+        if is_news(page):
+            return page
+        next_look = -math.inf
+        with self._open_ear(execution_id) as ear:
+            while not is_news(page):
+                now = time.monotonic()
+                if ear.listen_if_due():
+                    next_look = -math.inf  # what was sent before the flags were raised was not announced
+                if now < next_look:
+                    if ear.nap(next_look - now):
+                        next_look = -math.inf
+                    continue
+                try:
+                    page = self._ask(request)
+                except Unavailable as error:
+                    logger.warning("cannot look for items of a channel, and try again: %s", error)
+                    next_look = self._schedule.deaf_until(time.monotonic())
+                    continue
+                next_look = self._schedule.next_look(time.monotonic(), ear.flagged_at)
+        return page
+
     # Dead letters
 
     def dead_letters(
@@ -309,6 +412,45 @@ class SyncClient:
     def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
         """As `Conductor.execution_errors`."""
         return self._ask(self._verbs.execution_errors(execution_id))
+
+    def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
+        """As `Conductor.status`."""
+        return self._ask(self._verbs.execution_details(checked_id("status", execution)))
+
+    def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
+        """As `Conductor.steps`."""
+        return self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+
+    def executions(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        states: Iterable[State | str] | State | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        tags: Iterable[str] | None = None,
+        dedupe_key: str | None = None,
+        parent: UUID | AnyHandle[Any] | None = None,
+        root: UUID | AnyHandle[Any] | None = None,
+        limit: int = 100,
+        after: ExecutionSummary | None = None,
+    ) -> list[ExecutionSummary]:
+        """As `Conductor.executions`."""
+        steps = self._verbs.executions(
+            queue=queue,
+            task=task,
+            states=states,
+            created_after=created_after,
+            created_before=created_before,
+            tags=tags,
+            dedupe_key=dedupe_key,
+            parent=parent,
+            root=root,
+            limit=limit,
+            after=after,
+        )
+        return follow_sync(steps, self._ask)
 
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""

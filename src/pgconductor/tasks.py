@@ -59,6 +59,7 @@ DEFAULT_QUEUE: Final = "default"
 MAX_ATTEMPTS: Final = 10_000
 MAX_TAGS: Final = 16
 MAX_TAG_BYTES: Final = 128
+MAX_VERSION_BYTES: Final = 64
 KEEP_COMPLETED: Final = 86_400.0
 KEEP_FAILED: Final = 7 * 86_400.0
 MAX_CONCURRENCY: Final = 10_000
@@ -220,11 +221,13 @@ class Task(Invocable[P, R]):
     `backoff`: the wait between attempts. `timeout`: seconds that an attempt may take, `deadline`: seconds from its due
     time in which an execution has to finish, both None without end.
     `keep_completed`, `keep_failed`: seconds for which finished executions are kept, None for ever, 0 not at all.
+    `version`: of the code, None without; `versions`: this one and those of former code, which workers run as well.
     `handler`: the function itself, to be called in tests. `is_async`: whether it is a coroutine function (a plain
     ``def`` runs in a thread).
     """
 
     __slots__ = (
+        "_former",
         "_shape",
         "backoff",
         "deadline",
@@ -237,7 +240,9 @@ class Task(Invocable[P, R]):
         "max_attempts",
         "name",
         "queue",
+        "replaced_by",
         "timeout",
+        "version",
     )
 
     def __init__(
@@ -253,6 +258,7 @@ class Task(Invocable[P, R]):
         deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
+        version: str | None = None,
         limits: Limits | None = None,
     ) -> None:
         """As `Tasks.task` describes, which registers it too."""
@@ -270,6 +276,9 @@ class Task(Invocable[P, R]):
         self.deadline = _checked_timeout(f"deadline of task {self.name!r}", deadline)
         self.keep_completed = _checked_keep(f"keep_completed of task {self.name!r}", keep_completed)
         self.keep_failed = _checked_keep(f"keep_failed of task {self.name!r}", keep_failed)
+        self.version = None if version is None else _checked_version(self.name, version)
+        self.replaced_by: Task[..., Any] | None = None  # the current one, of a former version
+        self._former: list[Task[..., Any]] = []
         self.handler = handler
         self.invoker = invoker
         self.is_async = inspect.iscoroutinefunction(function)
@@ -291,6 +300,55 @@ class Task(Invocable[P, R]):
         """
         if self._shape is None:
             self._shape = _shape_of(self.name, self.handler, self.limits)
+
+    @property
+    def versions(self) -> tuple[Task[..., Any], ...]:
+        """This task and, of a current one, its former versions."""
+        return (self, *self._former)
+
+    def former(self, version: str, /) -> TaskDecorator:
+        """Make a function the handler of executions of a former version, as ``@greet.former("1")``.
+
+        They are run by whatever worker has the current task; what is invoked from now on is of the current version. It
+        has this task's name, queue and options, and parameters and a result of its own. `version`: 1 to 64 bytes
+        without "@". Returns the version as a `Task`, whose `invoke` makes an execution of it. Raises `InvalidTask` for
+        what cannot be a task, for a version that is there already, and on a task that is a former version itself;
+        `InvalidOption` for what is no version.
+        """
+        if self.replaced_by is not None:
+            raise InvalidTask(
+                f"{self!r} is a former version itself; declare version {version!r} with the current task's former()"
+            )
+        _checked_version(self.name, version)
+
+        def register(handler: Callable[..., Any]) -> Task[..., Any]:
+            task: Task[..., Any] = Task(
+                handler,
+                self.invoker,
+                name=self.name,
+                queue=self.queue,
+                max_attempts=self.max_attempts,
+                backoff=self.backoff,
+                timeout=self.timeout,
+                deadline=self.deadline,
+                keep_completed=self.keep_completed,
+                keep_failed=self.keep_failed,
+                version=version,
+                limits=self.limits,
+            )
+            for other in self.versions:
+                if other.version == task.version:
+                    raise InvalidTask(
+                        f"there are two handlers of version {version!r} of task {self.name!r}: {_place(other)} and "
+                        f"{_place(task)}"
+                    )
+                if other.handler is handler:
+                    raise InvalidTask(f"{_place(task)} is registered already as {other!r}; one function is one version")
+            task.replaced_by = self
+            self._former.append(task)
+            return task
+
+        return cast("TaskDecorator", register)
 
     @property
     def shape(self) -> _Shape[R]:
@@ -443,7 +501,8 @@ class Task(Invocable[P, R]):
         return ready
 
     def __repr__(self) -> str:
-        return f"<Task {self.name!r} on queue {self.queue!r}>"
+        version = "" if self.version is None else f", version {self.version!r},"
+        return f"<Task {self.name!r}{version} on queue {self.queue!r}>"
 
 
 def checked_options(
@@ -519,6 +578,13 @@ def _checked_timeout(what: str, timeout: object) -> float | None:
 
 def _checked_keep(what: str, keep: object) -> float | None:
     return None if keep is None else checked_seconds(what, keep)
+
+
+def _checked_version(task: str, version: object) -> str:
+    text = checked_text(f"version of task {task!r}", version, max_bytes=MAX_VERSION_BYTES)
+    if "@" in text:
+        raise InvalidOption(f"version of task {task!r} must not have an '@' in it, as {text!r} has")
+    return text
 
 
 def _checked_queue(queue: object, limits: Limits) -> str:
@@ -787,6 +853,7 @@ class Tasks(Invoker):
         deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
+        version: str | None = None,
     ) -> TaskDecorator: ...
     def task(
         self,
@@ -801,6 +868,7 @@ class Tasks(Invoker):
         deadline: float | timedelta | None = None,
         keep_completed: float | timedelta | None = KEEP_COMPLETED,
         keep_failed: float | timedelta | None = KEEP_FAILED,
+        version: str | None = None,
     ) -> Any:
         """Make a function a task, as ``@conductor.task`` or ``@conductor.task(queue=..., ...)``.
 
@@ -814,7 +882,8 @@ class Tasks(Invoker):
         than 0 and up to a century; None without end. `deadline`: the same for an execution with all its attempts, from
         when it is due; past it, it is not started, is ended if it runs, and has failed. `keep_completed`,
         `keep_failed`: for how long finished executions are kept, in seconds (or a `timedelta`, up to a century), None
-        for ever, 0 not at all; `keep_failed` is for cancelled ones too.
+        for ever, 0 not at all; `keep_failed` is for cancelled ones too. `version`: of the code, 1 to 64 bytes without
+        "@": executions keep theirs, and are run only by workers that have it, as current or by `Task.former`.
 
         Returns the `Task` in the function's place. Raises `InvalidTask` for what cannot be a task or is registered
         already, `InvalidOption` outside these ranges.
@@ -832,6 +901,7 @@ class Tasks(Invoker):
                 deadline=deadline,
                 keep_completed=keep_completed,
                 keep_failed=keep_failed,
+                version=version,
                 limits=self.limits,
             )
             self.registry.add(task)
@@ -873,6 +943,10 @@ class Tasks(Invoker):
                 raise InvalidTask(
                     f"task {task.name!r} of {where} belongs to another conductor; "
                     f"declare it with this conductor's task()"
+                )
+            if task.replaced_by is not None:
+                raise InvalidTask(
+                    f"tasks of {where} holds {task!r}, a former version; give it the current one, which brings them all"
                 )
             given.append(task)
         return Worker(

@@ -17,22 +17,30 @@ from uuid import UUID
 
 from .codec import Limits
 from .db.call import Call
-from .db.calls import Calls, NewExecution
+from .db.calls import Calls, ExecutionFilter, NewExecution
 from .errors import InvalidOption, Unavailable, WaitTimeout
+from .events import checked_event, checked_retention, encoded, payload_codec
 from .handle import AnyHandle
 from .model import (
     CancelCounts,
     Cancellation,
     DeadLetter,
     Ended,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     Invoked,
+    Looked,
     OrchestratorStatus,
+    Page,
+    PromiseAnswer,
     QueueStatus,
     Retry,
     RetryCounts,
     Standing,
     State,
+    StepRecord,
+    StoredHistories,
 )
 from .options import checked_instant, checked_int, checked_text
 from .outcomes import FINISHED, not_kept, unanswered_timeout, wait_timeout
@@ -41,10 +49,13 @@ from .tasks import Task, checked_tags
 T = TypeVar("T")
 
 MAX_REASON_BYTES: Final = 1_000
+MAX_MESSAGE_BYTES: Final = 8_000  # of a rejection
 MAX_COUNT: Final = 2**31 - 1
 _CHUNK: Final = 1_000  # executions per statement of a verb that takes a filter
 
 MAX_PAGE: Final = 10_000
+_FIRST_LOOK: Final = 1_000  # rows that a search looks at in its first statement; each further one at four times as many
+_LONGEST_LOOK: Final = 50_000
 
 LIVE_STATES: Final = tuple(state for state in State if state not in FINISHED)
 DEAD_STATES: Final = (State.FAILED, State.CANCELLED)
@@ -157,6 +168,66 @@ class Verbs:
     def execution_errors(self, execution_id: UUID) -> Request[list[FailedAttempt]]:
         return Request(self._calls.execution_errors(execution_id), "reading an execution's errors")
 
+    def execution_details(self, execution_id: UUID) -> Request[ExecutionStatus | None]:
+        return Request(self._calls.execution_details(execution_id), "reading an execution")
+
+    def execution_steps(self, execution_id: UUID) -> Request[list[StepRecord]]:
+        return Request(self._calls.execution_steps(execution_id), "reading an execution's steps")
+
+    def executions(
+        self,
+        *,
+        queue: str | None,
+        task: str | None,
+        states: States,
+        created_after: datetime | None,
+        created_before: datetime | None,
+        tags: Iterable[str] | None,
+        dedupe_key: str | None,
+        parent: UUID | AnyHandle[Any] | None,
+        root: UUID | AnyHandle[Any] | None,
+        limit: int,
+        after: ExecutionSummary | None,
+    ) -> Steps[list[ExecutionSummary]]:
+        """A page of executions, by statements that each look at a bounded number. Raises `InvalidOption`."""
+        limit = checked_int("limit", limit, minimum=1, maximum=MAX_PAGE)
+        if after is not None and not isinstance(cast(object, after), ExecutionSummary):
+            raise InvalidOption(
+                f"after must be the last ExecutionSummary of the page before, not {type(after).__name__}"
+            )
+        filters = ExecutionFilter(
+            queue=self._name("queue", queue),
+            task=self._name("task", task),
+            states=None if states is None else [state.value for state in _checked_states(states, tuple(State))],
+            created_after=None if created_after is None else checked_instant("created_after", created_after),
+            created_before=None if created_before is None else checked_instant("created_before", created_before),
+            tags=None if tags is None else _checked_tags(tags),
+            dedupe_key=None
+            if dedupe_key is None
+            else checked_text("dedupe_key", dedupe_key, max_bytes=self._limits.dedupe_key_bytes),
+            parent=None if parent is None else _id_of("executions(parent=)", parent),
+            root=None if root is None else _id_of("executions(root=)", root),
+        )
+        return self._look(filters, limit, None if after is None else after.id)
+
+    def _look(self, filters: ExecutionFilter, limit: int, after: UUID | None) -> Steps[list[ExecutionSummary]]:
+        found: list[ExecutionSummary] = []
+        look = max(_FIRST_LOOK, limit)
+        while True:
+            call = self._calls.list_executions(filters, limit - len(found), after, look)
+            looked: Looked = yield from _asked(Request(call, "looking for executions"))
+            found += looked.found
+            if looked.go_on is None or len(found) == limit:
+                return found
+            after, look = looked.go_on, min(4 * look, _LONGEST_LOOK)
+
+    def stored_histories(
+        self, *, queue: str | None, task: str | None, limit: int, after: UUID | None
+    ) -> Request[StoredHistories]:
+        """A page of live executions with what they have recorded. Raises `InvalidOption`."""
+        call = self._calls.stored_histories(self._name("queue", queue), self._name("task", task), limit, after)
+        return Request(call, "reading histories")
+
     # Cancelling
 
     def cancel(
@@ -204,6 +275,44 @@ class Verbs:
             cancelled += counts.cancelled
             requested += counts.requested
         return CancelCounts(cancelled, requested)
+
+    # Events
+
+    def emit(self, event: str, payload: object, retention: object) -> Request[int]:
+        """Send an event. Not repeated unasked: it would be sent twice. Raises `InvalidOption`, `InvalidPayload`."""
+        call = self._calls.emit(
+            checked_event("the name of an event", event), encoded(payload, self._limits), checked_retention(retention)
+        )
+        return Request(call, "sending an event", is_repeatable=False)
+
+    def send(self, execution: UUID | AnyHandle[Any], channel: str, payload: object) -> Request[bool]:
+        """Send a message; as `emit`."""
+        call = self._calls.send(
+            _id_of("send", execution), checked_event("the name of a channel", channel), encoded(payload, self._limits)
+        )
+        return Request(call, "sending a message", is_repeatable=False)
+
+    def resolve_promise(self, promise: UUID, value: object) -> Request[PromiseAnswer]:
+        """Resolve a promise. Not repeated unasked: the answer would be that of the second. Raises `InvalidOption`."""
+        call = self._calls.resolve_promise(_promise_id(promise), encoded(value, self._limits))
+        return Request(call, "resolving a promise", is_repeatable=False)
+
+    def reject_promise(self, promise: UUID, message: str) -> Request[PromiseAnswer]:
+        """Reject a promise; as `resolve_promise`."""
+        call = self._calls.reject_promise(
+            _promise_id(promise), checked_text("message", message, max_bytes=MAX_MESSAGE_BYTES)
+        )
+        return Request(call, "rejecting a promise", is_repeatable=False)
+
+    def read_channel(self, execution: UUID, name: str, after: int, limit: int) -> Request[Page]:
+        return Request(self._calls.read_channel(execution, name, after, limit), "reading a channel")
+
+    def progress(self, execution: UUID) -> Request[dict[UUID, str | None]]:
+        return Request(self._calls.progress([execution]), "reading the progress")
+
+    def decode_progress(self, execution: UUID, told: dict[UUID, str | None]) -> Any:
+        """What `progress` was answered, as a value."""
+        return payload_codec(Any, self._limits).decode(told.get(execution) or "null")
 
     # Dead letters
 
@@ -286,6 +395,11 @@ class Verbs:
         return ids
 
 
+def checked_id(verb: str, execution: object) -> UUID:
+    """Return the id of an execution, given as one or as a handle, or raise `InvalidOption`."""
+    return _id_of(verb, execution)
+
+
 def checked_reason(reason: object) -> str | None:
     """Return a cancellation's reason if it is None or a text of 1 to 1,000 bytes, or raise `InvalidOption`."""
     return None if reason is None else checked_text("reason", reason, max_bytes=MAX_REASON_BYTES)
@@ -306,6 +420,12 @@ def _id_of(verb: str, execution: object) -> UUID:
     if isinstance(execution, UUID):
         return execution
     raise InvalidOption(f"{verb} takes handles and ids (uuid.UUID), not {type(execution).__name__}")
+
+
+def _promise_id(promise: object) -> UUID:
+    if isinstance(promise, UUID):
+        return promise
+    raise InvalidOption(f"a promise is named by its id (uuid.UUID), not {type(promise).__name__}")
 
 
 def _checked_states(states: States, allowed: Sequence[State]) -> list[State]:

@@ -123,7 +123,7 @@ def record(conn: psycopg.Connection[Any]) -> dict[str, Any]:
     do("standing", calls.standing(ids))
     do("queue_status", calls.queue_status())
     do("orchestrator_status", calls.orchestrator_status())
-    do("drain_wait", calls.drain_wait("q", ["greet"], 10.0))
+    do("drain_wait", calls.drain_wait({"q": ["greet"]}, 10.0))
     do("channel", calls.channel("q"))
     do("probe", calls.probe("somewhere"))
     do("results_channel", calls.results_channel())

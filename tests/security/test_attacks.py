@@ -105,7 +105,7 @@ def _use_everything(session: Login) -> None:
     session.run(session.calls.results([keyed]))
     session.run(session.calls.standing([keyed, claimed[1].id]))
     session.run(session.calls.retry([claimed[1].id]))
-    session.run(session.calls.drain_wait(queue, ["t"], 1.0))
+    session.run(session.calls.drain_wait({queue: ["t"]}, 1.0))
     session.run(session.calls.raise_sleep_flag(queue, raise_it=True))
     session.run(session.calls.lower_sleep_flag(queue))
     session.run(session.calls.hold_session(owner))

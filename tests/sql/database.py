@@ -130,8 +130,18 @@ class Session:
         """A claim, with what an empty one tells."""
         return self.run(self.calls.claim(queue, owner, list(tasks), limit))
 
-    def claim(self, owner: UUID, queue: str = "q", *, tasks: Sequence[str] = ("t",), limit: int = 100) -> list[Claimed]:
-        return self.look(owner, queue, tasks=tasks, limit=limit).claimed
+    def claim(
+        self,
+        owner: UUID,
+        queue: str = "q",
+        *,
+        tasks: Sequence[str] = ("t",),
+        limit: int = 100,
+        version: str | None = None,
+    ) -> list[Claimed]:
+        if version is None:
+            return self.look(owner, queue, tasks=tasks, limit=limit).claimed
+        return self.run(self.calls.claim(queue, owner, list(tasks), limit, versions=[version] * len(tasks))).claimed
 
     def flush(self, owner: UUID, *outcomes: Outcome) -> dict[UUID, str]:
         return self.run(self.calls.flush(owner, outcomes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -87,7 +88,7 @@ def test_retried_execution_begins_anew_with_what_it_had(db: Database, clock: Dat
         " cancel_reason, run_at > created_at + interval '99 s'",
     ) == ("ready", 0, 0, 1, errors, None, None, None, None, None, True)
     assert db.value("select execution_id from {s}._private_dedupe_keys where key = 'k'") == claimed.id
-    (again,) = db.claim(owner)
+    (again,) = db.claim(owner, version="v")
     assert (again.id, again.claim_no, again.attempt) == (claimed.id, claimed.claim_no + 1, 1)
 
 
@@ -104,14 +105,14 @@ def test_flush_of_a_former_life_changes_nothing(db: Database) -> None:
 
 
 def test_steps_come_back_with_it(db: Database) -> None:
-    """What was done once is done again."""
+    """What was done once is done again, or a failure that the handler dealt with is another time none."""
     one = dead(db)
-    columns = "name, kind, position, claim_no, created_at, value, error"
+    columns = "name, kind, position, claim_no, attempt, created_at, value, error, outcome, target"
     db.rows(
         f"insert into {{s}}._private_steps (execution_id, {columns})"
-        " values (%s, 'a', 'step', 0, 1, now(), '{\"x\": [1, null]}', null),"
-        " (%s, 'b', 'step', 1, 1, now(), null, '{}')",
-        one,
+        " select %s, s.n, s.k, s.p, s.c, s.t, now(), v::jsonb, e::jsonb, null, null from (values"
+        " ('a', 'step', 0, 1, 2), ('b', 'step', 1, 1, 1), ('c', 'step', 2, 1, 2)) s (n, k, p, c, t)"
+        " join (values ('a', '{\"x\": [1]}', null), ('b', null, '{}'), ('c', '3', null)) v (n, v, e) using (n)",
         one,
     )
     before = db.rows(f"select {columns} from {{s}}._private_steps order by name")
@@ -121,6 +122,19 @@ def test_steps_come_back_with_it(db: Database) -> None:
     )
     retry(db, one)
     assert db.rows(f"select {columns} from {{s}}._private_steps where execution_id = %s order by name", one) == before
+
+
+def test_failures_at_the_end_are_tried_again(db: Database) -> None:
+    """The retry of a dead letter finds the failure it died of, and dies of it again without having tried."""
+    one = dead(db)
+    ends: dict[str, dict[str, object]] = {"a": {"value": 1}, "b": {"error": {}}}
+    records: list[dict[str, object]] = [
+        {"name": name, "kind": "step", "position": n, "claim_no": 1, "created_at": "2030-01-01T00:00:00Z", **what}
+        for n, (name, what) in enumerate(ends.items())
+    ]
+    db.rows("update {s}._private_finished set steps = %s::jsonb", json.dumps(records))
+    retry(db, one)
+    assert db.rows("select name from {s}._private_steps") == [("a",)]
 
 
 def test_large_payload_is_there_again(db: Database) -> None:

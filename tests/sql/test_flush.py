@@ -352,9 +352,9 @@ def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str) -> 
     db.rows(
         "update {s}._private_executions set generation = 2, max_attempts = 9, depth = 3, cancel_reason = 'r',"
         " parent_id = id, root_id = id, limit_key = 'l', version = 'v', tags = '{x}',"
-        " headers = '{\"h\": 1}', crashes = 1, timeout = '7 s', backoff = '1'"
+        " headers = '{\"h\": 1}', crashes = 1, timeout = '7 s', backoff = '1', progress = '2'"
     )
-    (claimed,) = db.claim(owner)
+    (claimed,) = db.claim(owner, version="v")
     columns = ", ".join(shared_columns)
     before = db.live(id_, columns)
     assert before is not None

@@ -191,7 +191,7 @@ def test_everything_works_in_a_schema_of_any_name(elsewhere: Database) -> None:
     assert db.run(db.calls.retire_orchestrator(owner)) == 0
     assert db.run(db.calls.results([early]))[early].result == "1"
     assert db.run(db.calls.standing([late]))[late].queue == "q"
-    assert db.run(db.calls.drain_wait("q", ["t"], 0.0)) == 0
+    assert db.run(db.calls.drain_wait({"q": ["t"]}, 0.0)) == 0
     assert [s.ready for s in db.queue_status()] == [1]
     assert db.rows("select count(*) from {s}.executions") == [(2,)]
 

@@ -42,6 +42,21 @@ class Source:
     async def execution_errors(self, execution_id: Any) -> Any:
         raise AssertionError("not asked for here")
 
+    async def send(self, execution: Any, channel: str, payload: object = None, /) -> bool:
+        raise AssertionError("not asked for here")
+
+    async def progress(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def status(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def steps(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
+        raise AssertionError("not asked for here")
+
 
 class SyncSource:
     """The same, blocking."""
@@ -53,6 +68,21 @@ class SyncSource:
         raise AssertionError("not asked for here")
 
     def execution_errors(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    def send(self, execution: Any, channel: str, payload: object = None, /) -> bool:
+        raise AssertionError("not asked for here")
+
+    def progress(self, execution_id: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    def status(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    def steps(self, execution: Any, /) -> Any:
+        raise AssertionError("not asked for here")
+
+    def wait_page(self, execution_id: Any, name: str, after: int, limit: int) -> Any:
         raise AssertionError("not asked for here")
 
 
@@ -780,3 +810,58 @@ def test_public_docstrings_exist() -> None:
         for name, member in inspect.getmembers(kind):
             if not name.startswith("_") and callable(member):
                 assert inspect.getdoc(member), f"{kind.__name__}.{name}"
+
+
+def test_versions_of_a_task_belong_together() -> None:
+    """A former version that gets a queue of its own, or that hides the current one in the registry."""
+    tasks = Recorder()
+
+    @tasks.task(version="3", queue="q", max_attempts=7, timeout=5)
+    async def greet(name: str) -> None: ...
+
+    @greet.former("1")
+    async def greet_1(names: list[str]) -> None: ...
+
+    @greet.former("2")
+    def greet_2() -> None: ...
+
+    assert greet.versions == (greet, greet_1, greet_2)
+    assert [each.version for each in greet.versions] == ["3", "1", "2"]
+    assert (greet_1.name, greet_1.queue, greet_1.max_attempts, greet_1.timeout) == ("greet", "q", 7, 5.0)
+    assert list(tasks.registry) == [greet]
+    assert tasks.registry.get("greet") is greet
+    assert tasks.create_worker(queue="q", tasks=[greet]).tasks == (greet,)
+    rows = new_executions([greet.bind("a"), greet_1.bind(["a"]), greet_2.options(tags=["x"]).bind()])
+    assert [row.options for row in rows] == [
+        '{"version": "3"}',
+        '{"version": "1"}',
+        '{"tags": ["x"], "version": "2"}',
+    ]
+    assert repr(greet_1) == "<Task 'greet', version '1', on queue 'q'>"
+    with pytest.raises(InvalidTask, match="two handlers of version '1'"):
+        greet.former("1")(lambda_like)
+    with pytest.raises(InvalidTask, match="two handlers of version '3'"):
+        greet.former("3")(lambda_like)
+    with pytest.raises(InvalidTask, match="registered already"):
+        greet.former("4")(greet_1.handler)
+    with pytest.raises(InvalidTask, match="a former version itself"):
+        greet_1.former("0")
+    with pytest.raises(InvalidTask, match="a former version; give it the current one"):
+        tasks.create_worker(queue="q", tasks=[greet_1])
+    with pytest.raises(InvalidOption, match="must be a str"):
+        Recorder().task(lambda_like).former(None)(other_like)  # type: ignore[arg-type]
+
+
+async def lambda_like() -> None: ...
+
+
+async def other_like() -> None: ...
+
+
+@pytest.mark.parametrize(("version", "said"), [("", "empty"), ("a@b", "must not have an '@'"), ("x" * 65, "65 bytes")])
+def test_version_outside_its_range_is_refused(version: str, said: str) -> None:
+    """It would be stored, and no worker could be asked whether it has it."""
+    with pytest.raises(InvalidOption, match=said):
+        Recorder().task(version=version)(lambda_like)
+    with pytest.raises(InvalidOption, match=said):
+        Recorder().task(lambda_like).former(version)(other_like)

@@ -1,4 +1,4 @@
-"""The command line: `pgconductor migrate | run | invoke | cancel | dead-letters | retry | status | ... | demo`.
+"""The command line: `pgconductor migrate | run | invoke | show | executions | emit | cancel | retry | ... | demo`.
 
 Each command opens what it needs, does one thing and exits; what it exits with is listed in `exits`. Only `run` and
 `demo` run a Trio loop; the others use the client that needs none. A command says what it found on stdout and what went
@@ -28,7 +28,9 @@ from .dead_letters import dead_letters, retry
 from .doctor import doctor
 from .exits import FAILED, complain, reported
 from .grant import grant
+from .histories import executions, replay_check, show
 from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
+from .sending import emit, promise, send
 from .target import Life, load_orchestrator
 
 app = typer.Typer(
@@ -188,9 +190,15 @@ def invoke(
             report.print_json({**answer, "result": result} if as_json else result)
 
 
+app.command()(emit)
+app.command()(send)
+app.command()(promise)
 app.command()(cancel)
 app.command("dead-letters")(dead_letters)
 app.command()(retry)
+app.command()(show)
+app.command()(executions)
+app.command("replay-check")(replay_check)
 app.command()(doctor)
 app.command()(grant)
 

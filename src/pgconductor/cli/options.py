@@ -66,10 +66,12 @@ def parse_deadline(text: str | None) -> datetime | float | None:
 
 def parse_ids(texts: list[str]) -> list[UUID]:
     """The ids of executions. Raises `InvalidOption` for a text that is none."""
-    ids: list[UUID] = []
-    for text in texts:
-        try:
-            ids.append(UUID(text))
-        except ValueError:
-            raise InvalidOption(f"{text!r} is no execution's id; `pgconductor invoke` prints them") from None
-    return ids
+    return [parse_id(text, "execution's id; `pgconductor invoke` prints them") for text in texts]
+
+
+def parse_id(text: str, what: str) -> UUID:
+    """An id; `what` tells of which kind, and where one finds it. Raises `InvalidOption` for a text that is none."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidOption(f"{text!r} is no {what}") from None

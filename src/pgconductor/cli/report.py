@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -16,9 +17,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..model import DeadLetter, FailedAttempt, OrchestratorStatus, QueueStatus, State
+from ..model import (
+    DeadLetter,
+    Divergence,
+    ExecutionStatus,
+    ExecutionSummary,
+    FailedAttempt,
+    OpenWait,
+    OrchestratorStatus,
+    QueueStatus,
+    State,
+    StepRecord,
+)
 
 _LONG = 100  # characters of an error in a table
+_SHOWN = 20  # records in a line
 _WIDE = 240  # columns where there is no terminal: whoever reads a file or a pipe wants whole lines
 
 
@@ -118,6 +131,113 @@ def _why(letter: DeadLetter) -> str:
 def shortened(text: str) -> str:
     """`text`, cut to what fits into a line."""
     return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+
+
+def named(task: str, version: str | None) -> str:
+    """A task's name, with its version if it has one."""
+    return plain(task if version is None else f"{task}@{version}")
+
+
+def instant(at: datetime | None) -> str:
+    """An instant to the second; none as a dash."""
+    return "-" if at is None else f"{at:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def status_lines(status: ExecutionStatus) -> list[str]:
+    """What is known of an execution, a line for each fact that there is."""
+    error, reason = status.error, status.reason
+    facts: list[tuple[str, object]] = [
+        ("execution", status.id),
+        ("task", named(status.task, status.version)),
+        ("queue", plain(status.queue)),
+        ("state", status.state.value),
+        ("attempt", status.attempt if status.max_attempts is None else f"{status.attempt} of {status.max_attempts}"),
+        ("crashes", status.crashes or None),
+        ("retried", status.generation or None),
+        ("priority", status.priority or None),
+        ("created", instant(status.created_at)),
+        ("due", None if status.run_at is None else instant(status.run_at)),
+        ("claimed", None if status.claimed_at is None else instant(status.claimed_at)),
+        ("finished", None if status.finished_at is None else instant(status.finished_at)),
+        ("kept until", None if status.expires_at is None else instant(status.expires_at)),
+        ("deadline", None if status.deadline_at is None else instant(status.deadline_at)),
+        ("parent", status.parent_id),
+        ("root", status.root_id),
+        ("origin", status.origin_id),
+        ("key", None if status.dedupe_key is None else plain(status.dedupe_key)),
+        ("tags", ", ".join(map(plain, status.tags)) or None),
+        ("progress", None if status.progress is None else plain(json.dumps(status.progress, ensure_ascii=False))),
+        ("cancelled", (plain(reason) if reason else "yes") if status.is_cancel_requested else None),
+        ("last error", None if error is None else plain(f"{error.type}: {error.message}")),
+    ]
+    lines = [f"{name + ':':12} {value}" for name, value in facts if value is not None]
+    lines += [f"waits for:   {_wait(wait)}" for wait in status.waits_for]
+    if (more := status.open_waits - len(status.waits_for)) > 0:
+        lines.append(f"             and {more:,} more")
+    return lines
+
+
+def _wait(wait: OpenWait) -> str:
+    target = "" if wait.target is None else f" {plain(wait.target)}"
+    until = "" if wait.due_at is None else f", until {instant(wait.due_at)} at most"
+    return f"{plain(wait.kind)} {plain(wait.name)!r}{target}{until}"
+
+
+def step_table(records: Sequence[StepRecord]) -> Table:
+    """One row per record."""
+    table = Table(title="Steps", title_justify="left")
+    table.add_column("", justify="right")
+    for column in ("kind", "name", "outcome", "began", "ended", "what"):
+        table.add_column(column)
+    for each in records:
+        table.add_row(
+            str(each.position), Text(plain(each.kind)), Text(plain(each.name)), plain(each.outcome or "open"),
+            instant(each.created_at), instant(each.resolved_at), Text(shortened(_what(each))),
+        )  # fmt: skip
+    return table
+
+
+def _what(record: StepRecord) -> str:
+    if record.error is not None:
+        return plain(f"{record.error.type}: {record.error.message}")
+    if record.reason is not None:
+        return plain(record.reason)
+    if record.is_withheld:
+        return "(not shown)"
+    if record.value is not None:
+        return plain(json.dumps(record.value, ensure_ascii=False))
+    return plain(record.target or "")
+
+
+def execution_table(found: Sequence[ExecutionSummary]) -> Table:
+    """One row per execution."""
+    table = Table(title="Executions", title_justify="left")
+    for column in ("execution", "queue", "task", "state", "created", "ended"):
+        table.add_column(column)
+    table.add_column("attempt", justify="right")
+    for column in ("tags", "why"):
+        table.add_column(column)
+    for each in found:
+        table.add_row(
+            str(each.id), Text(plain(each.queue)), Text(named(each.task, each.version)), each.state.value,
+            instant(each.created_at), instant(each.finished_at), str(each.attempt),
+            Text(", ".join(map(plain, each.tags))), Text(shortened(plain(each.reason or each.error_type or ""))),
+        )  # fmt: skip
+    return table
+
+
+def divergence_lines(found: Divergence) -> list[str]:
+    """Why an execution could not go on, in several lines."""
+    return [
+        f"{found.id} {named(found.task, found.version)}: {found.trouble.value}: {plain(found.what)}",
+        f"    recorded: {plain(_listed(found.recorded))}",
+        f"    asked:    {plain(_listed(found.asked))}",
+    ]
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = ", ".join(words[:_SHOWN]) or "nothing"
+    return shown if len(words) <= _SHOWN else f"{shown}, ... ({len(words):,} in all)"
 
 
 def attempt(error: FailedAttempt) -> str:

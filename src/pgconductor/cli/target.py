@@ -1,4 +1,4 @@
-"""The program that `pgconductor run` runs: finds it by name.
+"""The program that `pgconductor run` runs, or `replay-check` tries: finds it by name.
 
 Imports the user's module, so whatever its top level does happens here. It must not start anything.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from ..conductor import Conductor
 from ..errors import Misuse
 from ..runtime.orchestrator import Orchestrator
 
@@ -39,9 +40,25 @@ def load_orchestrator(target: str, *, debug: bool = False) -> Orchestrator:
     The current folder comes first on the path. The attribute, which may be dotted, is an `Orchestrator` or a callable
     without arguments that returns one. `debug`: let errors of the module's own code pass as they are. Raises `Misuse`.
     """
+    found = _load(target, (Orchestrator,), debug)
+    assert isinstance(found, Orchestrator)
+    return found
+
+
+def load_conductor(target: str, *, debug: bool = False) -> Conductor:
+    """The same for a conductor; of an orchestrator its own."""
+    found = _load(target, (Conductor, Orchestrator), debug)
+    if isinstance(found, Orchestrator):
+        return found.conductor
+    assert isinstance(found, Conductor)
+    return found
+
+
+def _load(target: str, kinds: tuple[type[object], ...], debug: bool) -> object:
+    kind = kinds[0].__name__
     module_name, colon, path = target.partition(":")
     if not (module_name and colon and path):
-        raise Misuse(f"{target!r} does not name an orchestrator: {_FORM}")
+        raise Misuse(f"{target!r} does not name {_a(kind)}: {_FORM}")
     if module_name.endswith(".py") or os.sep in module_name:
         raise Misuse(f"{module_name!r} is a file's name, and a module's is needed: {_FORM}")
     folder = os.getcwd()
@@ -51,13 +68,17 @@ def load_orchestrator(target: str, *, debug: bool = False) -> Orchestrator:
     found: object = module
     for name in path.split("."):
         if not hasattr(found, name):
-            raise Misuse(f"{module_name!r} has no {path!r}; {_known(module, module_name)}")
+            raise Misuse(f"{module_name!r} has no {path!r}; {_known(module, module_name, kinds)}")
         found = getattr(found, name)
-    if not isinstance(found, Orchestrator) and callable(found):
-        found = _call(found, target)
-    if not isinstance(found, Orchestrator):
-        raise Misuse(f"{target!r} is a {type(found).__name__}, not an Orchestrator; {_known(module, module_name)}")
+    if not isinstance(found, kinds) and callable(found):
+        found = _call(found, target, kind)
+    if not isinstance(found, kinds):
+        raise Misuse(f"{target!r} is a {type(found).__name__}, not {_a(kind)}; {_known(module, module_name, kinds)}")
     return found
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def _import(name: str, debug: bool) -> ModuleType:
@@ -80,20 +101,24 @@ def _import(name: str, debug: bool) -> ModuleType:
         ) from error
 
 
-def _call(factory: Callable[..., object], target: str) -> object:
+def _call(factory: Callable[..., object], target: str, kind: str) -> object:
     try:
         inspect.signature(factory).bind()
     except TypeError:
-        raise Misuse(f"{target!r} needs arguments; name an Orchestrator, or a callable without any") from None
+        raise Misuse(f"{target!r} needs arguments; name {_a(kind)}, or a callable without any") from None
     except ValueError:  # a builtin that does not tell its signature
-        raise Misuse(f"{target!r} is not an Orchestrator, nor a function that returns one") from None
+        raise Misuse(f"{target!r} is not {_a(kind)}, nor a function that returns one") from None
     if inspect.iscoroutinefunction(factory):
-        raise Misuse(f"{target!r} is an async function; name an Orchestrator, or a plain function that returns one")
+        raise Misuse(f"{target!r} is an async function; name {_a(kind)}, or a plain function that returns one")
     return factory()
 
 
-def _known(module: ModuleType, name: str) -> str:
-    names = [key for key, value in vars(module).items() if isinstance(value, Orchestrator)]
+def _known(module: ModuleType, name: str, kinds: tuple[type[object], ...]) -> str:
+    kind = kinds[0].__name__
+    names = [key for key, value in vars(module).items() if isinstance(value, kinds)]
     if names:
-        return f"its orchestrators: {', '.join(f'{name}:{key}' for key in names)}"
-    return "it has no Orchestrator at its top level: orchestrator = Orchestrator(conductor, workers=[...])"
+        return f"its {kind.lower()}s: {', '.join(f'{name}:{key}' for key in names)}"
+    form = (
+        "orchestrator = Orchestrator(conductor, workers=[...])" if kind == "Orchestrator" else "conductor = Conductor()"
+    )
+    return f"it has no {kind} at its top level: {form}"

@@ -19,11 +19,17 @@ from ..model import (
     Claimed,
     DeadLetter,
     Ended,
+    ExecutionStatus,
+    ExecutionSummary,
     FailedAttempt,
     Invoked,
+    Looked,
     Maintenance,
+    OpenWait,
     OrchestratorStatus,
     Outcome,
+    Page,
+    PromiseAnswer,
     QueueStatus,
     Record,
     Retry,
@@ -31,6 +37,9 @@ from ..model import (
     Signals,
     Standing,
     State,
+    StepRecord,
+    StoredHistories,
+    StoredHistory,
 )
 from .call import Call, Row, ignore
 
@@ -87,6 +96,49 @@ class SavedStep(NamedTuple):
     error: str | None
 
 
+class NewEffect(NamedTuple):
+    """One position of `save_effects`; `effect` is its JSON object."""
+
+    execution: UUID
+    claim_no: int
+    name: str
+    position: int
+    effect: str
+
+
+class SavedEffect(NamedTuple):
+    """What became of it: "saved", "stored" (it had been done), "fenced"; and its value, JSON text."""
+
+    status: str
+    value: str | None
+
+
+class NewProgress(NamedTuple):
+    """One position of `set_progress`; `value` is JSON text."""
+
+    execution: UUID
+    claim_no: int
+    value: str
+
+
+class Delivery(NamedTuple):
+    """What a delivery did: where to go on, None if there was nothing; whether something was left for later."""
+
+    upto: int | None
+    delivered: int
+    is_left: bool
+
+
+class NewItem(NamedTuple):
+    """One position of `append_items`; `value` is JSON text."""
+
+    execution: UUID
+    claim_no: int
+    channel: str
+    seq: int
+    value: str
+
+
 class NewWait(NamedTuple):
     """One position of `start_waits`; `wait` is its JSON object."""
 
@@ -116,6 +168,20 @@ class ResolvedWait(NamedTuple):
     error: str | None
 
 
+class ExecutionFilter(NamedTuple):
+    """What a search looks for; None is for all."""
+
+    queue: str | None = None
+    task: str | None = None
+    states: list[str] | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    tags: list[str] | None = None
+    dedupe_key: str | None = None
+    parent: UUID | None = None
+    root: UUID | None = None
+
+
 class WorkerRow(NamedTuple):
     """A worker as its orchestrator registers it."""
 
@@ -126,8 +192,8 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][11])
-    return Claim([Claimed._make(row[:11]) for row in rows], None)
+        return Claim([], rows[0][12])
+    return Claim([Claimed._make(row[:12]) for row in rows], None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
@@ -135,7 +201,7 @@ def _last_as_tuple(row: Row) -> list[Any]:
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
-    return Claimed._make(rows[0][:11]) if rows else None
+    return Claimed._make(rows[0][:12]) if rows else None
 
 
 def _signals(row: Sequence[Any]) -> Signals:
@@ -171,8 +237,74 @@ def _failed_attempt(error: dict[str, Any]) -> FailedAttempt:
 def _dead_letter(row: Row) -> DeadLetter:
     columns = list(row)
     columns[3] = State(row[3])
-    columns[11] = next(iter(_failed_attempts(None if row[11] is None else f"[{row[11]}]")), None)
+    columns[11] = _error_of(row[11])
     return DeadLetter(*columns)
+
+
+def _status(rows: list[Row]) -> ExecutionStatus | None:
+    if not rows:
+        return None
+    columns = list(rows[0])
+    columns[4] = State(columns[4])
+    columns[21] = tuple(columns[21] or ())
+    columns[22] = None if columns[22] is None else json.loads(columns[22])
+    columns[25] = _error_of(columns[25])
+    columns[27] = tuple(_open_wait(wait) for wait in json.loads(columns[27] or "[]"))
+    return ExecutionStatus(*columns)
+
+
+def _open_wait(wait: dict[str, Any]) -> OpenWait:
+    due_at = wait["due_at"]
+    return OpenWait(
+        wait["name"],
+        wait["kind"],
+        wait["target"],
+        wait["scope"],
+        None if due_at is None else datetime.fromisoformat(due_at),
+        datetime.fromisoformat(wait["created_at"]),
+    )
+
+
+def _error_of(text: str | None) -> FailedAttempt | None:
+    """One error, from a JSON object that any client may have written."""
+    return None if text is None else next(iter(_failed_attempts(f"[{text}]")), None)
+
+
+def _step_record(row: Row) -> StepRecord:
+    name, kind, position, attempt, outcome, target, scope, value, is_withheld, error, *times = row
+    is_cancelled = outcome == "cancelled"
+    described: object = json.loads(error) if is_cancelled and error is not None else None
+    reason = cast("dict[str, Any]", described).get("reason") if isinstance(described, dict) else None
+    return StepRecord(
+        name, kind, position, attempt, outcome, target, scope, None if value is None else json.loads(value),
+        is_withheld, None if is_cancelled else _error_of(error), reason if isinstance(reason, str) else None, *times,
+    )  # fmt: skip
+
+
+def _looked(rows: list[Row]) -> Looked:
+    found: list[ExecutionSummary] = []
+    go_on: UUID | None = None
+    for row in rows:
+        if row[4] is None:
+            go_on = row[0]
+        else:
+            columns = list(row)
+            columns[4] = State(row[4])
+            columns[14] = tuple(row[14] or ())
+            found.append(ExecutionSummary(*columns))
+    return Looked(found, go_on)
+
+
+def _stored(rows: list[Row]) -> StoredHistories:
+    found: list[StoredHistory] = []
+    go_on: UUID | None = None
+    for execution, queue, task, version, state, attempt, payload, records in rows:
+        if state is None:
+            go_on = execution
+            continue
+        loaded = tuple(Record._make([*record, None]) for record in json.loads(records or "[]"))
+        found.append(StoredHistory(execution, queue, task, version, State(state), attempt, payload or "{}", loaded))
+    return StoredHistories(found, go_on)
 
 
 def _history(rows: list[Row]) -> list[Record] | None:
@@ -185,6 +317,14 @@ def _scalar(rows: list[Row]) -> object:
 
 def _count(rows: list[Row]) -> int:
     return int(rows[0][0])
+
+
+def _promise_answer(rows: list[Row]) -> PromiseAnswer:
+    return PromiseAnswer(rows[0][0])
+
+
+def _count_or_none(rows: list[Row]) -> int | None:
+    return None if rows[0][0] is None else int(rows[0][0])
 
 
 def _text_or_none(rows: list[Row]) -> str | None:
@@ -204,9 +344,9 @@ _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
     "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, due_in from {s}.claim(%s, %s, %s::text[], %s) /*claim*/",
+    " parent_id, version, due_in from {s}.claim(%s, %s, %s::text[], %s, %s::text[]) /*claim*/",
     "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, due_in from {s}.claim_suspect(%s, %s, %s::text[]) /*claim_suspect*/",
+    " parent_id, version, due_in from {s}.claim_suspect(%s, %s, %s::text[], %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[], %s) /*flush*/",
@@ -215,10 +355,29 @@ _QUERIES = {
     "read_waits": "select execution_id, name, outcome, value, error from {s}.read_waits(%s, %s::uuid[], %s::int8[])",
     "save_steps": "select status, value, error from {s}.save_steps(%s, %s::uuid[], %s::int8[], %s::text[], %s::text[],"
     " %s::int[], %s::jsonb[], %s::jsonb[]) order by n /*save_steps*/",
+    # Only COMMIT follows: a process that freezes now is not to keep the execution's row locked for ever.
+    "save_step_inside": "select status, value, error, pg_catalog.pg_current_xact_id()::text,"
+    " pg_catalog.set_config('idle_in_transaction_session_timeout', '10s', true) from {s}.save_steps(%s,"
+    " %s::uuid[], %s::int8[], %s::text[], %s::text[], %s::int[], %s::jsonb[], %s::jsonb[]) /*save_step_inside*/",
     "start_waits": "select status, outcome, value, error, due_in, target"
     " from {s}.start_waits(%s, %s::uuid[], %s::int8[], %s::jsonb[]) order by n /*start_waits*/",
     "request_close": "select {s}.request_close(%s, %s, %s, %s::text[], %s)",
     "close_children": "select {s}.close_children()",
+    "save_effects": "select status, value from {s}.save_effects(%s, %s::uuid[], %s::bigint[], %s::text[], %s::int[],"
+    " %s::jsonb[]) order by n /*save_effects*/",
+    "set_progress": "select {s}.set_progress(%s, %s::uuid[], %s::bigint[], %s::jsonb[])",
+    "deliver_events": "select upto, delivered, is_left from {s}.deliver_events(%s, %s) /*deliver_events*/",
+    "errands_channel": "select {s}._private_errands_channel()",
+    "emit": "select {s}.emit(%s, %s::jsonb, make_interval(secs => %s)) /*emit*/",
+    "send": "select {s}.send(%s, %s, %s::jsonb)",
+    "resolve_promise": "select {s}.resolve_promise(%s, %s::jsonb)",
+    "reject_promise": "select {s}.reject_promise(%s, %s)",
+    "open_channel": "select {s}.open_channel(%s, %s, %s, %s, %s)",
+    "append_items": "select status from {s}.append_items(%s, %s::uuid[], %s::bigint[], %s::text[], %s::bigint[],"
+    " %s::jsonb[]) order by n /*append_items*/",
+    "close_channel": "select {s}.close_channel(%s, %s, %s, %s)",
+    "read_channel": "select state, seq, value from {s}.read_channel(%s, %s, %s, %s) /*read_channel*/",
+    "progress": "select id, progress from {s}.progress(%s::uuid[])",
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
@@ -250,12 +409,26 @@ _QUERIES = {
     "results": "select id, state, result, error::text, reason from {s}.results(%s::uuid[])",
     "standing": "select id, state, task, queue, live_workers, due_in from {s}.standing(%s::uuid[])",
     "execution_errors": "select {s}.execution_errors(%s)::text",
+    "execution_details": "select id, queue, task, version, state, priority, attempt, max_attempts, crashes, generation,"
+    " depth, created_at, run_at, claimed_at, finished_at, expires_at, deadline_at, parent_id, root_id, origin_id,"
+    " dedupe_key, tags, progress::text, cancel_requested, reason, error::text, open_waits, waits::text"
+    " from {s}.execution_details(%s)",
+    "execution_steps": 'select name, kind, "position", attempt, outcome, target, scope, value, withheld, error::text,'
+    " created_at, resolved_at, due_at from {s}.execution_steps(%s)",
+    "list_executions": "select id, queue, task, version, state, priority, attempt, crashes, generation, created_at,"
+    " run_at, claimed_at, finished_at, dedupe_key, tags, parent_id, root_id, error_type, reason"
+    " from {s}.list_executions(%s, %s, %s::text[], %s::timestamptz, %s::timestamptz, %s::text[], %s, %s::uuid,"
+    " %s::uuid, %s, %s::uuid, %s)",
+    "stored_histories": "select id, queue, task, version, state, attempt, payload, records::text"
+    " from {s}.stored_histories(%s, %s, %s, %s::uuid, %s)",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
     " queues"
     " from {s}.orchestrator_status()",
-    "drain_wait": "select {s}.drain_wait(%s, %s::text[], %s)",
+    "drain_wait": "select min(w) from unnest(%s::text[], %s::jsonb[], %s::jsonb[]) as x (queue, tasks, versions)"
+    " cross join lateral {s}.drain_wait(x.queue, array(select jsonb_array_elements_text(x.tasks)), %s,"
+    " array(select jsonb_array_elements_text(x.versions))) as w",
     "channel": "select {s}._private_channel(%s)",
     "probe": "select pg_catalog.pg_notify(%s, '')",
     "results_channel": "select {s}._private_results_channel()",
@@ -283,18 +456,30 @@ class Calls:
         columns = [list(column) for column in zip(*executions, strict=True)] or [[] for _ in NewExecution._fields]
         return Call(self._query["invoke_many"], columns, lambda rows: [Invoked._make(row) for row in rows])
 
-    def claim(self, queue: str, owner: UUID, tasks: list[str], limit: int, queue_no: int | None = None) -> Call[Claim]:
-        """`queue_no`: the queue's number where it is known, to call the partition's own function."""
+    def claim(
+        self,
+        queue: str,
+        owner: UUID,
+        tasks: list[str],
+        limit: int,
+        queue_no: int | None = None,
+        versions: list[str | None] | None = None,
+    ) -> Call[Claim]:
+        """`queue_no`: the queue's number where it is known, to call the partition's own function. `versions`: one for
+        each of `tasks`, the current one of a task first; None: no task has any.
+        """
         query = self._query["claim"]
         if queue_no is not None:
             # The last one: a schema's name may hold the same text.
             schema, _, arguments = query.rpartition(b".claim(")
             query = b"%s._private_claim_%d(%s" % (schema, queue_no, arguments)
-        return Call(query, (queue, owner, tasks, limit), _claim)
+        return Call(query, (queue, owner, tasks, limit, versions), _claim)
 
-    def claim_suspect(self, queue: str, owner: UUID, tasks: list[str]) -> Call[Claimed | None]:
-        """Claim one execution on its last life."""
-        return Call(self._query["claim_suspect"], (queue, owner, tasks), _suspect)
+    def claim_suspect(
+        self, queue: str, owner: UUID, tasks: list[str], versions: list[str | None] | None = None
+    ) -> Call[Claimed | None]:
+        """Claim one execution on its last life; `versions` as for `claim`."""
+        return Call(self._query["claim_suspect"], (queue, owner, tasks, versions), _suspect)
 
     def load_payload(self, execution: UUID, claim_no: int, owner: UUID) -> Call[str | None]:
         return Call(self._query["load_payload"], (execution, claim_no, owner), _text_or_none)
@@ -324,6 +509,15 @@ class Calls:
         columns = [list(column) for column in zip(*steps, strict=True)]
         return Call(self._query["save_steps"], (owner, *columns), lambda rows: [SavedStep._make(row) for row in rows])
 
+    def save_step_inside(self, owner: UUID, step: NewStep) -> Call[tuple[SavedStep, str]]:
+        """Save one step in the caller's transaction; the result tells the transaction's id too."""
+        columns = [[value] for value in step]
+        return Call(
+            self._query["save_step_inside"],
+            (owner, *columns),
+            lambda rows: (SavedStep._make(rows[0][:3]), str(rows[0][3])),
+        )
+
     def start_waits(self, owner: UUID, waits: Sequence[NewWait]) -> Call[list[StartedWait]]:
         columns = [list(column) for column in zip(*waits, strict=True)]
         return Call(
@@ -337,6 +531,66 @@ class Calls:
     def close_children(self) -> Call[int]:
         """Cancel children that were noted for it; again until the answer is 0."""
         return Call(self._query["close_children"], (), _count)
+
+    # Events
+
+    def save_effects(self, owner: UUID, effects: Sequence[NewEffect]) -> Call[list[SavedEffect]]:
+        """Do what handlers do to the schema itself, each with its record."""
+        columns = [list(column) for column in zip(*effects, strict=True)]
+        return Call(
+            self._query["save_effects"], (owner, *columns), lambda rows: [SavedEffect._make(row) for row in rows]
+        )
+
+    def set_progress(self, owner: UUID, told: Sequence[NewProgress]) -> Call[frozenset[int]]:
+        """Result: positions, from 0, whose claims are revoked."""
+        columns = [list(column) for column in zip(*told, strict=True)]
+        return Call(self._query["set_progress"], (owner, *columns), lambda rows: frozenset(row[0] - 1 for row in rows))
+
+    def deliver_events(self, after: int = 0, limit: int = 200) -> Call[Delivery]:
+        """Deliver what is in the inbox behind the id `after`; again with `upto`, until that is None."""
+        return Call(self._query["deliver_events"], (after, limit), lambda rows: Delivery._make(rows[0]))
+
+    def errands_channel(self) -> Call[str]:
+        """The channel that tells all orchestrators of errands."""
+        return Call(self._query["errands_channel"], (), lambda rows: str(_scalar(rows)))
+
+    def emit(self, event: str, payload: str, retention: float) -> Call[int]:
+        """Result: the event's id. `payload`: JSON text. `retention`: seconds."""
+        return Call(self._query["emit"], (event, payload, retention), _count)
+
+    def send(self, execution: UUID, channel: str, payload: str) -> Call[bool]:
+        """Result: whether there is such a receiver."""
+        return Call(self._query["send"], (execution, channel, payload), lambda rows: bool(_scalar(rows)))
+
+    def resolve_promise(self, promise: UUID, value: str) -> Call[PromiseAnswer]:
+        return Call(self._query["resolve_promise"], (promise, value), _promise_answer)
+
+    def reject_promise(self, promise: UUID, message: str) -> Call[PromiseAnswer]:
+        return Call(self._query["reject_promise"], (promise, message), _promise_answer)
+
+    def open_channel(self, owner: UUID, execution: UUID, claim_no: int, name: str, capacity: int) -> Call[int | None]:
+        """Result: the number of the last item that was sent, None if the claim is revoked."""
+        return Call(self._query["open_channel"], (owner, execution, claim_no, name, capacity), _count_or_none)
+
+    def append_items(self, owner: UUID, items: Sequence[NewItem]) -> Call[list[str]]:
+        """Result: for each "sent", "full" or "fenced"."""
+        columns = [list(column) for column in zip(*items, strict=True)]
+        return Call(self._query["append_items"], (owner, *columns), lambda rows: [row[0] for row in rows])
+
+    def close_channel(self, owner: UUID, execution: UUID, claim_no: int, name: str) -> Call[bool]:
+        """Result: False if the claim is revoked."""
+        return Call(self._query["close_channel"], (owner, execution, claim_no, name), lambda rows: bool(_scalar(rows)))
+
+    def read_channel(self, execution: UUID, name: str, after: int, limit: int) -> Call[Page]:
+        return Call(
+            self._query["read_channel"],
+            (execution, name, after, limit),
+            lambda rows: Page(rows[0][0], [(row[1], row[2]) for row in rows[1:]]),
+        )
+
+    def progress(self, executions: list[UUID]) -> Call[dict[UUID, str | None]]:
+        """JSON texts, None of those that told nothing; what is not kept is missing."""
+        return Call(self._query["progress"], (executions,), lambda rows: {row[0]: row[1] for row in rows})
 
     def release_unknown(self, owner: UUID, queue: str, known: list[UUID]) -> Call[int]:
         return Call(self._query["release_unknown"], (owner, queue, known), _count)
@@ -462,6 +716,24 @@ class Calls:
         """The errors of its attempts, oldest first."""
         return Call(self._query["execution_errors"], (execution,), lambda rows: _failed_attempts(_text_or_none(rows)))
 
+    def execution_details(self, execution: UUID) -> Call[ExecutionStatus | None]:
+        """All that is known of an execution; None if nothing of it is kept."""
+        return Call(self._query["execution_details"], (execution,), _status)
+
+    def execution_steps(self, execution: UUID) -> Call[list[StepRecord]]:
+        """What it has done and waits for, in the order of positions."""
+        return Call(self._query["execution_steps"], (execution,), lambda rows: [_step_record(row) for row in rows])
+
+    def list_executions(self, filters: ExecutionFilter, limit: int, after: UUID | None, look: int) -> Call[Looked]:
+        """At most `limit` executions that fit, made before `after`, the newest first; looks at `look` at most."""
+        return Call(self._query["list_executions"], (*filters, limit, after, look), _looked)
+
+    def stored_histories(
+        self, queue: str | None, task: str | None, limit: int, after: UUID | None, look: int = 10_000
+    ) -> Call[StoredHistories]:
+        """At most `limit` live executions with a history, by id; looks at `look` at most."""
+        return Call(self._query["stored_histories"], (queue, task, limit, after, look), _stored)
+
     def queue_status(self) -> Call[list[QueueStatus]]:
         return Call(
             self._query["queue_status"],
@@ -476,9 +748,18 @@ class Calls:
             lambda rows: [OrchestratorStatus(*_last_as_tuple(row)) for row in rows],
         )
 
-    def drain_wait(self, queue: str, tasks: list[str], horizon: float) -> Call[float | None]:
-        """Seconds until one of these tasks is due, 0 if one is ready or running; None: nothing within the horizon."""
-        return Call(self._query["drain_wait"], (queue, tasks, horizon), _float_or_none)
+    def drain_wait(
+        self,
+        tasks: Mapping[str, Sequence[str]],
+        horizon: float,
+        versions: Mapping[str, Sequence[str | None] | None] | None = None,
+    ) -> Call[float | None]:
+        """Seconds until one of these tasks, by queue, is due, 0 if one is ready or running; None: nothing within the
+        horizon. `versions`: of the tasks of a queue, as `claim` takes them.
+        """
+        names = [json.dumps(list(of_queue)) for of_queue in tasks.values()]
+        known = [json.dumps(list((versions or {}).get(queue) or ())) for queue in tasks]
+        return Call(self._query["drain_wait"], (list(tasks), names, known, horizon), _float_or_none)
 
     def channel(self, queue: str) -> Call[str]:
         """The channel that announces work on a queue."""

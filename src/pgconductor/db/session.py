@@ -28,6 +28,7 @@ from .call import Call
 from .connection import TrioConnection
 from .execute import mapped_errors, run, run_sync
 from .pool import Pool
+from .tape import RecordedConnection, SyncRecordedConnection
 
 T = TypeVar("T")
 
@@ -54,16 +55,31 @@ async def insert(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
     driver's errors pass as they are, but for those our functions raise.
     """
     with mapped_errors():
-        async with psycopg.AsyncCursor(conn, row_factory=tuple_row) as cursor:
+        async with _cursor(conn) as cursor:
             await cursor.execute(call.query, call.params)
             return call.decode(await cursor.fetchall())
 
 
+def _cursor(conn: psycopg.AsyncConnection[Any]) -> psycopg.AsyncCursor[TupleRow]:
+    """A cursor of psycopg's own kind; in the block of a step, which records what its statements return, one of it."""
+    if isinstance(conn, RecordedConnection):
+        cursor: psycopg.AsyncCursor[TupleRow] = conn.cursor(row_factory=tuple_row)
+        return cursor
+    return psycopg.AsyncCursor(conn, row_factory=tuple_row)
+
+
 def insert_sync(conn: psycopg.Connection[Any], call: Call[T]) -> T:
     """`insert` on a blocking connection."""
-    with mapped_errors(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+    with mapped_errors(), _sync_cursor(conn) as cursor:
         cursor.execute(call.query, call.params)
         return call.decode(cursor.fetchall())
+
+
+def _sync_cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[TupleRow]:
+    if isinstance(conn, SyncRecordedConnection):
+        cursor: psycopg.Cursor[TupleRow] = conn.cursor(row_factory=tuple_row)
+        return cursor
+    return psycopg.Cursor(conn, row_factory=tuple_row)
 
 
 async def connect(conninfo: str) -> TrioConnection[TupleRow]:

@@ -82,6 +82,9 @@ class Control:
     def on_signal(self) -> None:
         self.look()
 
+    def on_errand(self) -> None:
+        self._errands.note()
+
     # Reading
 
     def look(self) -> None:

@@ -10,6 +10,9 @@ and the worker's stop are that scope for an async handler. A plain ``def`` runs 
 is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
 second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
 
+The durable operations of a plain ``def`` are tasks in a nursery beside its thread, which waits for them (`call`). They
+are cancelled when the handler is to end, and the thread is then told by `Unwinding`; what they call runs in the thread.
+
 An execution that is given up to wait is cancelled by the same scope (`durable.py`); from then on that is its outcome.
 
 Invariants: a returned value wins over whatever was asked; a requested cancellation over the worker's stop, since it is
@@ -23,24 +26,39 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
 
 from ..codec import describe_error, described_type, printable, summary
 from ..context import Context
-from ..durable import Place
-from ..errors import DeadlineExceeded, HandlerCancelled, HandlerTimeout, InvalidPayload, InvalidTask, leaves
+from ..durable import Place, locate
+from ..errors import (
+    DeadlineExceeded,
+    DurableMisuse,
+    HandlerCancelled,
+    HandlerTimeout,
+    InvalidPayload,
+    InvalidTask,
+    Unwinding,
+    leaves,
+)
 from ..model import Claimed, Outcome
 from ..retry import backoff_from_data, decide, verdict_in
 from ..tasks import Task
+from .thread_desk import ThreadDesk
 
 logger = logging.getLogger("pgconductor.worker")
 
-_encode_error = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder().encode
 _NOTHING: Final = object()  # no value was returned
+
+
+T = TypeVar("T")
 
 
 class Interruption:
@@ -55,15 +73,17 @@ class Interruption:
     is_stopping = False  # the worker stops
     is_abandoned = False  # its thread is not waited for
     is_suspended = False  # it waits: what the handler returns or raises from now on means nothing
+    awaited: Sequence[str] = ()  # the waits any of which is to wake it
     is_body_running = False  # in a thread, and not known to have ended
     reason: str | None = None  # of the requested cancellation
     unwound: BaseException | None = None  # what left an async handler: tells where it was
     _is_expired = False  # the time of a plain def is up
     _has_thread = False  # the scope is for abandoning it only
     was_told = False  # the handler asked, and was told to end
-    task: trio.lowlevel.Task | None = None  # that runs an async handler
+    _task: trio.lowlevel.Task | None = None  # that runs an async handler
+    _nurseries = 0  # of that task, when the handler began
     drains: Callable[[], bool] | None = None  # whether the worker stops
-    _outer_deadline = math.inf  # of the scopes outside ours
+    _desk: ThreadDesk | None = None  # where the thread of a plain def has its operations done
 
     def __init__(self) -> None:
         self._scope = trio.CancelScope()
@@ -80,50 +100,83 @@ class Interruption:
         self.is_stopping = True
         self._ask()
 
+    def note_end(self) -> None:
+        """A scope outside is cancelled: as `stop`, which is not needed any more."""
+        self.is_stopping = True
+
     def abandon(self) -> None:
         """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
         self.is_stopping = self.is_abandoned = True
         self._scope.cancel()
+        if self._desk is not None:
+            self._desk.leave_thread()
 
     # What a durable context asks: `durable.Suspender`
 
     @property
     def is_unwinding(self) -> bool:
         """Whether the handler has been asked to end, for whatever reason."""
-        return self.is_requested or self.is_stopping or self.is_suspended or self._scope.cancel_called
+        return (
+            self.is_requested or self.is_stopping or self.is_suspended or self._is_expired or self._scope.cancel_called
+        )
+
+    @property
+    def will_replay(self) -> bool:
+        """Whether it was asked to end so that it begins again later, with the same history."""
+        return self.is_suspended or (self.is_stopping and not self.is_requested)
 
     @property
     def is_draining(self) -> bool:
         """Whether the worker stops, and waits for its handlers."""
         return self.drains is not None and self.drains()
 
-    def suspend(self) -> None:
+    @property
+    def is_alone(self) -> bool:
+        """Whether the code that asks is all there is of the handler: its own task, with no nursery open."""
+        task = trio.lowlevel.current_task()
+        return task is self._task and len(task.child_nurseries) == self._nurseries
+
+    def suspend(self, awaited: Sequence[str]) -> None:
         """The execution waits: the handler is cancelled, and begins again when there is something to go on with."""
         if not self.is_requested and not self.is_stopping:
             self.is_suspended = True
-        self._scope.cancel()
+            self.awaited = awaited
+        self._ask()
 
     def give_way(self) -> None:
         """As `stop`, by the handler's own wish."""
         self.stop()
 
     def locate(self) -> Place:
-        """Where the current task is, seen from the attempt's scope. There is no checkpoint between: nothing notices."""
-        scope = self._scope
-        deadline = scope.deadline
-        try:
-            scope.deadline = -math.inf
-            if trio.current_effective_deadline() != -math.inf:
-                return Place.OUTSIDE
-            scope.deadline = math.inf
-            effective = trio.current_effective_deadline()
-        finally:
-            scope.deadline = deadline
-        return Place.BOUNDED if -math.inf < effective < self._outer_deadline else Place.INSIDE
+        """Where the current task is, seen from the attempt's scope."""
+        return locate(self._scope)
+
+    async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        """Run a plain function: in the thread of the handler if it has one, else in one of its own."""
+        if self._desk is not None:
+            return await self._desk.run(call)
+        return await trio.to_thread.run_sync(call, limiter=limiter)
 
     def _ask(self) -> None:
         if not self._has_thread:
             self._scope.cancel()
+        elif self._desk is not None:
+            self._desk.cancel()
+
+    # What the thread of a plain def asks: `context.Desk`
+
+    def call(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run an operation in Trio, blocking this thread; raises what it raises, `Unwinding`, `DurableMisuse`."""
+        return self._required_desk().call(operation)
+
+    def lend(self, opening: Callable[[], AbstractAsyncContextManager[T]]) -> AbstractContextManager[T]:
+        """The same for a block, which is entered and left in Trio."""
+        return self._required_desk().lend(opening)
+
+    def _required_desk(self) -> ThreadDesk:
+        if self._desk is None:
+            raise DurableMisuse("ctx.sync is for plain def handlers; in an async handler await ctx's own methods")
+        return self._desk
 
     @property
     def is_cancelled(self) -> bool:
@@ -175,12 +228,16 @@ class Interruption:
         self._scope = trio.CancelScope()  # one serves but once
         return loaded
 
+    def note_task(self) -> None:
+        """The current task is the handler's, or does for its thread what it asks."""
+        self._task = trio.lowlevel.current_task()
+        self._nurseries = len(self._task.child_nurseries)
+
     async def run(self, handler: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
         """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
         if timeout is not None:
             self._scope.deadline = trio.current_time() + timeout
-        self.task = trio.lowlevel.current_task()
-        self._outer_deadline = trio.current_effective_deadline()
+        self.note_task()
         with self._scope:
             try:
                 return await handler()
@@ -194,24 +251,25 @@ class Interruption:
     ) -> Any:
         """The same for a plain ``def``, in a thread. After `timeout` seconds it is asked to end."""
         self._has_thread = True
+        self._outer_deadline = trio.current_effective_deadline()
         body = functools.partial(self._body, handler)
         value: Any = _NOTHING
         error: BaseException | None = None
         is_over = False
         with self._scope:
-            try:
-                if timeout is None:
+            async with trio.open_nursery() as nursery:
+                self._desk = desk = ThreadDesk(self, nursery)
+                if timeout is not None:
+                    nursery.start_soon(self._expire_after, timeout)
+                try:
                     value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
-                else:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._expire_after, timeout)
-                        value, error = await trio.to_thread.run_sync(body, limiter=limiter, abandon_on_cancel=True)
-                        nursery.cancel_scope.cancel()
-                is_over = True
-            finally:
-                # A body that has not begun does not begin now; one that has goes on. Each side first writes its own
-                # flag and then reads the other's.
-                self.is_abandoned = self.is_abandoned or not is_over
+                    is_over = True
+                finally:
+                    # A body that has not begun does not begin now; one that has goes on. Each side first writes its
+                    # own flag and then reads the other's.
+                    self.is_abandoned = self.is_abandoned or not is_over
+                    desk.close()
+                nursery.cancel_scope.cancel()
         if error is not None:
             try:
                 raise error
@@ -221,6 +279,8 @@ class Interruption:
 
     def _body(self, handler: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         self.is_body_running = True
+        assert self._desk is not None
+        self._desk.thread = threading.get_ident()
         try:
             if self.is_abandoned:
                 return _NOTHING, None
@@ -233,6 +293,7 @@ class Interruption:
     async def _expire_after(self, timeout: float) -> None:
         await trio.sleep(timeout)
         self._is_expired = True
+        self._ask()
 
 
 async def attempt(
@@ -295,7 +356,7 @@ async def attempt(
     try:
         if inner.is_suspended:
             _log_ignored(task, claimed, value, error)
-            return waiting(task, claimed)
+            return waiting(task, claimed, inner.awaited)
         if value is not _NOTHING:
             return _completed(task, claimed, value, inner)
         if inner.is_body_running:
@@ -393,7 +454,7 @@ def _as_data(raised: BaseException) -> BaseException | None:
 
 def _is_answer(error: BaseException) -> bool:
     """Whether the handler ended because it was told to, and no more."""
-    return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled)) for leaf in leaves(error))
+    return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled, Unwinding)) for leaf in leaves(error))
 
 
 # --- outcomes --------------------------------------------------------------------------------------------------------
@@ -404,9 +465,13 @@ def released(task: Task[..., Any], claimed: Claimed, delay: float = 0.0) -> Outc
     return Outcome(claimed.id, claimed.claim_no, "released", delay=delay, keep=task.keep_failed)
 
 
-def waiting(task: Task[..., Any], claimed: Claimed) -> Outcome:
-    """The outcome of an execution that waits for its waits, and gives the attempt back."""
-    return Outcome(claimed.id, claimed.claim_no, "waiting", keep=task.keep_failed)
+def waiting(task: Task[..., Any], claimed: Claimed, awaited: Sequence[str] = ()) -> Outcome:
+    """The outcome of an execution that waits for its waits, and gives the attempt back.
+
+    `awaited`: waits any of which is to wake it, of a nursery's too.
+    """
+    names = _encode(awaited).decode() if awaited else None
+    return Outcome(claimed.id, claimed.claim_no, "waiting", names, keep=task.keep_failed)
 
 
 def cancelled(task: Task[..., Any], claimed: Claimed, error: BaseException | None = None) -> Outcome:
@@ -463,4 +528,4 @@ def retried_or_failed(
 
 
 def _describe(task: Task[..., Any], error: BaseException, head: BaseException | None = None) -> str:
-    return _encode_error(describe_error(error, task.limits.error_bytes, head)).decode()
+    return _encode(describe_error(error, task.limits.error_bytes, head)).decode()

@@ -34,13 +34,14 @@ from ..db.link import Link, OutageLog, backoff
 from ..errors import LeaseLost, SchemaMissing, Unavailable, Unstorable
 from ..failpoints import failpoint
 from ..model import Claimed, Outcome
-from ..tasks import Task
+from ..tasks import Task, Worker
 from .execution import Interruption, failed
 from .lease import Lease
 
 logger = logging.getLogger("pgconductor.worker")
 
 MAX_FLUSH = 1000
+_ENDS = ("completed", "failed", "cancelled")
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +58,7 @@ class Held:
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
-    leaves_children: bool = False  # its history has children that had not ended
+    leaves_children: bool = False  # its history may have children that have not ended
 
 
 @dataclass(slots=True)
@@ -70,12 +71,30 @@ class FlushCounts:
     outcomes: dict[str, int] = field(default_factory=dict[str, int])
 
 
+class Handlers:
+    """The tasks of one worker, by name and version.
+
+    `names`, `versions`: as `claim` takes them, the current version of a task first; `versions` is None if there are
+    none.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        every = [version for task in worker.tasks for version in task.versions]
+        self._tasks = {(task.name, task.version): task for task in every}
+        self.names = [task.name for task in every]
+        self.versions = [task.version for task in every] if any(task.version for task in every) else None
+
+    def of(self, claimed: Claimed) -> Task[..., Any]:
+        """What runs a claimed execution."""
+        return self._tasks[claimed.task, claimed.version]
+
+
 class Flusher:
     """See the module's description. Made by a worker's pipeline."""
 
     def __init__(
         self,
-        tasks: Mapping[str, Task[..., Any]],
+        handlers: Handlers,
         lease: Lease,
         calls: Calls,
         outages: OutageLog,
@@ -93,7 +112,7 @@ class Flusher:
         """
         self.held: dict[UUID, Held] = {}
         self.outcomes: list[Outcome] = []
-        self._tasks = tasks
+        self._handlers = handlers
         self._lease = lease
         self._calls = calls
         self._outages = outages
@@ -206,7 +225,7 @@ class Flusher:
         has_left = False
         for outcome in batch:
             held = self.held.pop(outcome.id, None)
-            has_left = has_left or (held is not None and held.leaves_children)
+            has_left = has_left or (held is not None and held.leaves_children and outcome.kind in _ENDS)
         if has_left:
             self._left()
         self._size = min(2 * self._size, self._max_batch)
@@ -279,7 +298,7 @@ class Flusher:
         it is nothing that this process could mend: the claim is kept for as long as the process lives.
         """
         held = self.held[outcome.id]
-        task = self._tasks[held.claimed.task]
+        task = self._handlers.of(held.claimed)
         if outcome.id in self._replaced:
             logger.error("execution %s of task %r cannot even be failed, and stays: %s", outcome.id, task.name, error)
             del self.outcomes[0]

@@ -48,13 +48,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import trio
 
 from ..db.call import Call
-from ..db.link import Link
 from ..errors import LeaseLost, Unavailable
 
 T = TypeVar("T")
@@ -87,6 +86,18 @@ def heartbeat_interval(lease: float) -> float:
     return min(lease / 4, 15.0)
 
 
+class Sender(Protocol):
+    """Sends calls: a `Link`, or the connection of a transaction."""
+
+    async def attempt(self, call: Call[T], /) -> T:
+        """Execute once. Raises `Unavailable` if there is no reply."""
+        ...
+
+    def drop(self) -> None:
+        """Close at once."""
+        ...
+
+
 class Lease:
     """See the module's description. Everything that an incarnation does happens inside `scope`."""
 
@@ -101,7 +112,7 @@ class Lease:
         self._sent_at = sent_at
         self._is_session_safe = True
         self._ends_at = sent_at + trusted(seconds)
-        self._inside: dict[trio.CancelScope, Link] = {}
+        self._inside: dict[trio.CancelScope, Sender] = {}
         self._is_empty = trio.Event()
         self._reopened: trio.Event | None = None
         self._answered = trio.Event()
@@ -176,7 +187,7 @@ class Lease:
     # Calls that carry the id
 
     async def attempt(
-        self, link: Link, make: Callable[[UUID], Call[T]], *, timeout: float = float("inf"), shield: bool = False
+        self, link: Sender, make: Callable[[UUID], Call[T]], *, timeout: float = float("inf"), shield: bool = False
     ) -> T:
         """Execute once under the id of the moment. Waits while that is being replaced.
 
@@ -223,7 +234,7 @@ class Lease:
 
     async def succeed(
         self,
-        link: Link,
+        link: Sender,
         make: Callable[[UUID, UUID, Iterable[tuple[UUID, int]]], Call[frozenset[UUID]]],
         claims: Callable[[], list[tuple[UUID, int]]],
         replaced: Callable[[UUID, frozenset[UUID]], None],

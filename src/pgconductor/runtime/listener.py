@@ -5,9 +5,9 @@ which finds half-open sockets and lost registrations within seconds and measures
 so that it never holds up the notification queue. On loss: reconnect with full-jitter back-off, LISTEN, then tell the
 queues to look once.
 
-One listener of an incarnation also serves its control channel (`attend`), and holds the session lock by which others
-see that the process is there: taken first on every new connection, and tried again after each probe until it is had,
-since the server may miss the former session later than we do.
+One listener of an incarnation also serves its control channel and that of errands (`attend`), and holds the session
+lock by which others see that the process is there: taken first on every new connection, and tried again after each
+probe until it is had, since the server may miss the former session later than we do.
 
 `run` owns the connection and is the only task that touches it; others hand it statements (`ask`). Cancelling an asker
 leaves its statement to be carried out. Cancelling `run` closes the connection, and the flags with it.
@@ -56,6 +56,7 @@ class Control(Protocol):
         """The control channel is listened to. What was announced before is not known."""
 
     def on_signal(self) -> None: ...
+    def on_errand(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Listener:
         self._channels: dict[str, Subscriber] = {}
         self._control: Control | None = None
         self._control_channel: str | None = None
+        self._errands_channel: str | None = None
         self._wants_control = False  # its owner has changed, or the session lock was not to be had
         self._has_session = False
         self._is_up = False
@@ -200,13 +202,14 @@ class Listener:
         self._wants_control = False
         owner = control.owner
         channel = await self.execute(self._calls.control_channel(owner))
+        errands = await self.execute(self._calls.errands_channel())
         # From here on the lock may be ours, and go with the session, before we hear of it.
         self._has_session = True
         holds = await self.execute(self._calls.hold_session(owner))
         self._has_session = bool(holds)
         control.on_session(is_held=self._has_session)
-        await self._listen_to(channel)
-        self._control_channel = channel
+        await self._listen_to(channel, errands)
+        self._control_channel, self._errands_channel = channel, errands
         control.on_attending()
 
     async def _listen_to(self, *channels: str) -> None:
@@ -245,6 +248,8 @@ class Listener:
                 subscriber.on_notify()
             elif channel == self._control_channel and self._control is not None:
                 self._control.on_signal()
+            elif channel == self._errands_channel and self._control is not None:
+                self._control.on_errand()
 
     async def _probe(self) -> None:
         begun = trio.current_time()

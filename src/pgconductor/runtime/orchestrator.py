@@ -22,7 +22,14 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    closing,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,6 +54,7 @@ from ..failpoints import failpoint
 from ..options import MAX_DELAY, checked_seconds
 from ..tasks import DEFAULT_QUEUE, Task, Worker
 from ..version import VERSION
+from .flusher import Handlers
 from .incarnation import Bounds, Incarnation, Process, Wishes
 from .lease import Clock, Lease, boot_clock
 from .worker import Pipeline, Surroundings, WorkerCounts, WorkerStatistics
@@ -59,6 +67,7 @@ logger = logging.getLogger("pgconductor.orchestrator")
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
 _SHOWN_IDS = 100
+_LOOKS_PER_ERRAND = 50  # of a drain: it does not wait for a heartbeat to tell of something to be cancelled
 _PUBLISHING_STEPS, _PUBLISHING_PAUSE = 15, 0.01
 
 
@@ -210,7 +219,11 @@ class Orchestrator:
         """
 
         async def until_drained(link: Link) -> None:
+            looks = 0
             while (wait := await self._drain_wait(link, horizon)) is not None:
+                looks += 1
+                if looks % _LOOKS_PER_ERRAND == 0:
+                    self._run_errands()
                 if wait == 0:
                     await trio.sleep(0.005)
                 elif advance is None:
@@ -238,12 +251,14 @@ class Orchestrator:
         )
 
     async def _drain_wait(self, link: Link, horizon: float) -> float | None:
-        calls = self._conductor.calls
-        waits = [
-            await link.insist(calls.drain_wait(worker.queue, [task.name for task in worker.tasks], horizon))
-            for worker in self.workers
-        ]
-        return min((wait for wait in waits if wait is not None), default=None)
+        by_queue = {worker.queue: Handlers(worker) for worker in self.workers}
+        tasks = {queue: handlers.names for queue, handlers in by_queue.items()}
+        versions = {queue: handlers.versions for queue, handlers in by_queue.items()}
+        return await link.insist(self._conductor.calls.drain_wait(tasks, horizon, versions))
+
+    def _run_errands(self) -> None:
+        for pipeline in self._pipelines[:1]:
+            pipeline.errands.note()
 
     # Preparing
 
@@ -256,7 +271,8 @@ class Orchestrator:
             raise Misuse("this orchestrator has nothing to run; give it workers=[...] or tasks=[...]")
         for worker in self.workers:
             for task in worker.tasks:
-                task.resolve()
+                for version in task.versions:
+                    version.resolve()
         self._is_active = True
         self._has_started = False
         self._wishes = Wishes(trio.Event(), trio.Event())
@@ -269,11 +285,21 @@ class Orchestrator:
                 async with open_link(target, "control", outages, self._rng) as control:
                     queue_nos = await self._prepare(control)
                     async with self._open_resources() as resources:
-                        with _signal_receiver(self._wants_signals()) as signals:
+                        with (
+                            _signal_receiver(self._wants_signals()) as signals,
+                            closing(conductor.thread_transactions()) as in_threads,
+                        ):
                             process = Process(
                                 workers=self.workers,
                                 shared=Surroundings(
-                                    target, conductor.calls, resources, outages, self._rng, self._bounds.last_words
+                                    target,
+                                    conductor.calls,
+                                    resources,
+                                    outages,
+                                    self._rng,
+                                    self._bounds.last_words,
+                                    conductor.transactions,
+                                    in_threads,
                                 ),
                                 queue_nos=queue_nos,
                                 counts=self._counts,
@@ -416,7 +442,7 @@ class Orchestrator:
     async def _register_once(self, process: Process, seconds: float) -> Lease:
         # It may be carried out though we do not hear of it: an id is used once.
         owner = uuid4()
-        rows = [WorkerRow(w.queue, [t.name for t in w.tasks], w.concurrency) for w in self.workers]
+        rows = [WorkerRow(w.queue, _keys(w), w.concurrency) for w in self.workers]
         name = f"{socket.gethostname()}:{os.getpid()}"
         sent_at = self._clock()
         call = self._conductor.calls.register_orchestrator(owner, name, seconds, VERSION, schema.latest_version(), rows)
@@ -451,6 +477,15 @@ class Orchestrator:
         self._owner = owner
         self._incarnations += 1
         self._successions += 1
+
+
+def _keys(worker: Worker) -> list[str]:
+    """What a worker has: its tasks, which stand for executions without a version, and "task@version" for each."""
+    versions = [version for task in worker.tasks for version in task.versions]
+    return [
+        *(task.name for task in worker.tasks),
+        *(f"{each.name}@{each.version}" for each in versions if each.version is not None),
+    ]
 
 
 def _log_unwritten(executions: list[UUID]) -> None:

@@ -36,6 +36,7 @@ import trio
 from ..context import Context, Resources
 from ..db.calls import Calls, Claim
 from ..db.link import Link, OutageLog, Target, backoff, open_link
+from ..db.transactions import Transactions
 from ..durable import Durable
 from ..errors import LeaseLost, SchemaMissing, Unavailable
 from ..failpoints import failpoint
@@ -44,7 +45,7 @@ from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
 from .errands import Errands
 from .execution import Interruption, attempt, cancelled, released
-from .flusher import MAX_FLUSH, FlushCounts, Flusher, Held
+from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
 from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
@@ -104,7 +105,10 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the pipelines of one process share. `last_words`: seconds for writing outcomes at the end."""
+    """What the pipelines of one process share. `last_words`: seconds for writing outcomes at the end.
+
+    `transactions`: for the steps of async handlers, `thread_transactions`: of plain functions.
+    """
 
     target: Target
     calls: Calls
@@ -112,6 +116,8 @@ class Surroundings:
     outages: OutageLog
     rng: random.Random
     last_words: float
+    transactions: Transactions | None = None
+    thread_transactions: Transactions | None = None
 
 
 class Pipeline:
@@ -137,8 +143,7 @@ class Pipeline:
         self._calls = calls = shared.calls
         self._outages = shared.outages
         self._rng = shared.rng
-        self._tasks: dict[str, Task[..., Any]] = {task.name: task for task in worker.tasks}
-        self._task_names = list(self._tasks)
+        self._handlers = Handlers(worker)
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
@@ -147,12 +152,12 @@ class Pipeline:
         self._max_claim = worker.claim_batch or _MAX_CLAIM
         self._counts = counts
         self._flusher = Flusher(
-            self._tasks, lease, calls, shared.outages, shared.rng, counts.flushed,
+            self._handlers, lease, calls, shared.outages, shared.rng, counts.flushed,
             interval=worker.flush_interval, batch=worker.flush_batch,
             may_grow=lambda: bool(self._running or self._stock), written=self._note_room, left=errands.note,
         )  # fmt: skip
         self._held = self._flusher.held
-        self._errands = errands
+        self.errands = errands
         self._journal: Journal | None = None
         self._durables: dict[UUID, Durable] = {}  # of the running handlers that have asked for something durable
         # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
@@ -171,6 +176,8 @@ class Pipeline:
         self.has_abandoned = False  # a handler's thread runs on: its claim may only lapse
         self.unwritten: list[UUID] = []
         self._intake = trio.CancelScope()
+        self._runners = self.worker.concurrency  # that have not ended
+        self._watching = trio.CancelScope()
 
     def statistics(self) -> WorkerStatistics:
         counts, flushed = self._counts, self._counts.flushed
@@ -242,8 +249,7 @@ class Pipeline:
     def nudge(self) -> None:
         """Somebody may have resolved what handlers here are parked for."""
         for durable in self._durables.values():
-            if durable.is_parked:
-                durable.nudge()
+            durable.nudge()
 
     # Succession
 
@@ -276,12 +282,12 @@ class Pipeline:
         if self._claims is None or self._is_stopping:
             return None
         link = self._claims
-        queue, tasks = self.worker.queue, self._task_names
+        queue, handlers = self.worker.queue, self._handlers
         async with self._claiming:
             try:
                 claimed = await self._lease.attempt(
                     link,
-                    lambda owner: self._calls.claim_suspect(queue, owner, tasks),
+                    lambda owner: self._calls.claim_suspect(queue, owner, handlers.names, handlers.versions),
                     timeout=_CLAIM_TIMEOUT,
                     shield=True,
                 )
@@ -290,7 +296,9 @@ class Pipeline:
                 raise
             if claimed is None:
                 return None
-            held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
+            held = self._held[claimed.id] = Held(
+                claimed, trio.current_time(), suspected=trio.Event(), leaves_children=claimed.claim_no > 1
+            )
         return held
 
     async def clear_stock(self) -> None:
@@ -339,6 +347,7 @@ class Pipeline:
                     async with trio.open_nursery() as outer:
                         outer.start_soon(flusher.run, flushes, name=f"flush {queue}")
                         async with trio.open_nursery() as runners:
+                            runners.start_soon(self._watch_end, name=f"end of {queue}")
                             for number in range(self.worker.concurrency):
                                 runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
                             try:
@@ -437,7 +446,9 @@ class Pipeline:
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim = await self._lease.attempt(
             link,
-            lambda owner: self._calls.claim(self.worker.queue, owner, self._task_names, limit, self._queue_no),
+            lambda owner: self._calls.claim(
+                self.worker.queue, owner, self._handlers.names, limit, self._queue_no, self._handlers.versions
+            ),
             timeout=_CLAIM_TIMEOUT,
             shield=True,
         )
@@ -454,7 +465,7 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         for item in claimed:
-            held = Held(item, now)
+            held = Held(item, now, leaves_children=item.claim_no > 1)
             self._held[item.id] = held
             self._stock.append(held)
         if self._requested:
@@ -515,6 +526,17 @@ class Pipeline:
         if released:
             logger.info("queue %r: %d executions of a claim whose reply was lost were given back", queue, released)
 
+    async def _watch_end(self) -> None:
+        """If a scope outside is cancelled, tell those whose handlers it cancels: it is not a scope of theirs."""
+        with self._watching:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if not self._watching.cancel_called:
+                    for held in self._held.values():
+                        if held.interruption is not None:
+                            held.interruption.note_end()
+
     def _note_room(self) -> None:
         if not self._room.is_set() and self._wants_more():
             self._room.set()
@@ -533,6 +555,9 @@ class Pipeline:
                 self._note_idle()
                 self._note_room()
                 if self._is_stopping and not self._stock:
+                    self._runners -= 1
+                    if self._runners == 0:
+                        self._watching.cancel()
                     return
                 await self._idle_runners.park()
                 continue
@@ -559,7 +584,7 @@ class Pipeline:
             except BaseException:
                 # Not data: the worker's own cancellation, or the user's Ctrl-C.
                 if not held.interruption.is_body_running:
-                    outcome = released(self._tasks[held.claimed.task], held.claimed)
+                    outcome = released(self._handlers.of(held.claimed), held.claimed)
                 raise
             finally:
                 self._running -= 1
@@ -568,12 +593,12 @@ class Pipeline:
 
     async def _run_one(self, held: Held, link: Link, interruption: Interruption) -> Outcome | None:
         claimed = held.claimed
-        task = self._tasks[claimed.task]
+        task = self._handlers.of(claimed)
         ctx = Context(
             claimed.id, claimed.attempt, task=task.name, queue=self.worker.queue, resources=self._shared.resources
         )
         payload = partial(self._load, link, claimed) if claimed.payload is None else claimed.payload
-        ctx.attach(partial(self._open_durable, claimed, task, interruption))
+        ctx.attach(partial(self._open_durable, claimed, task, interruption), interruption)
         outcome: Outcome | None = None
         try:
             outcome = await attempt(
@@ -581,9 +606,10 @@ class Pipeline:
             )
         finally:
             durable = self._durables.pop(claimed.id, None) if self._durables else None
+            ctx.close()
             if durable is not None:
                 durable.end(completed=outcome is not None and outcome.kind == "completed")
-                held.leaves_children = durable.has_open_children
+                held.leaves_children = durable.may_leave_children
         return outcome
 
     def _open_durable(self, claimed: Claimed, task: Task[..., Any], interruption: Interruption) -> Durable:
@@ -592,7 +618,14 @@ class Pipeline:
         interruption.drains = self._is_draining
         journal = ExecutionJournal(self._journal, claimed, interruption)
         durable = self._durables[claimed.id] = Durable(
-            claimed.attempt, journal, interruption, self._limiter, self._rng, task.limits, child_row
+            claimed.attempt,
+            journal,
+            interruption,
+            self._limiter,
+            self._rng,
+            task.limits,
+            child_row,
+            self._shared.transactions if task.is_async else self._shared.thread_transactions,
         )
         return durable
 
@@ -627,7 +660,7 @@ class Pipeline:
     def _end_unstarted(self, held: Held, *, is_cancelled: bool = False) -> None:
         if held.is_ours:
             claimed = held.claimed
-            task = self._tasks[claimed.task]
+            task = self._handlers.of(claimed)
             self._flusher.note(cancelled(task, claimed) if is_cancelled else released(task, claimed))
         if held.suspected is not None:
             held.suspected.set()

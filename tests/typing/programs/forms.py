@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, assert_type
+from uuid import UUID
 
 import psycopg
 
+from pgconductor.channels import Channel
+from pgconductor.children import ChildHandle, DurableNursery, StepHandle
+from pgconductor.conductor import Conductor
 from pgconductor.context import Context
+from pgconductor.durable import Tries
 from pgconductor.errors import NoRetry, RetryAfter, Snooze
+from pgconductor.events import Promise
 from pgconductor.handle import Handle, SyncHandle
+from pgconductor.model import PromiseAnswer
+from pgconductor.readers import ChannelReader
 from pgconductor.retry import Delays, Exponential, Linear
+from pgconductor.sync_client import SyncClient
 from pgconductor.tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Tasks, Worker
 
 
@@ -146,9 +155,93 @@ async def resources(ctx: Context) -> None:
     ctx.check_cancelled()
 
 
+async def events(ctx: Context, handle: Handle[str], sync_handle: SyncHandle[str]) -> None:
+    assert_type(await ctx.wait_for_event("paid", type=Report), Report)
+    assert_type(await ctx.wait_for_event("w", "paid", match={"n": 1}, timeout=5, type=list[int]), list[int])
+    assert_type(await ctx.wait_for_event("w", timeout=timedelta(days=1)), Any)
+    assert_type(await ctx.receive("m", "channel", timeout=5.0, type=str), str)
+    assert_type(await ctx.receive("m"), Any)
+    promise = await ctx.promise("approval")
+    assert_type(promise, Promise)
+    assert_type(promise.id, UUID)
+    assert_type(await promise.result(type=Report, timeout=timedelta(days=3)), Report)
+    assert_type(await promise.result(), Any)
+    await ctx.emit("say", "paid", {"n": 1}, retention=timedelta(hours=1))
+    assert_type(await ctx.send("tell", promise.id, "channel", 1), bool)
+    await ctx.set_progress({"done": 1})
+    assert_type(await handle.send("channel", [1, 2]), bool)
+    assert_type(await handle.progress(), Any)
+    assert_type(sync_handle.send("channel"), bool)
+    assert_type(sync_handle.progress(), Any)
+    channel = await ctx.open_channel("lines", capacity=10)
+    assert_type(channel, Channel)
+    await channel.send({"n": 1})
+    await channel.aclose()
+    async for report in handle.channel("lines", type=Report):
+        assert_type(report, Report)
+    assert_type(handle.channel("lines"), ChannelReader[Any])
+    for number in sync_handle.channel("lines", type=int, after=3):
+        assert_type(number, int)
+
+
+async def sending(
+    conductor: Conductor,
+    client: SyncClient,
+    trio_conn: psycopg.AsyncConnection[Any],
+    sync_conn: psycopg.Connection[Any],
+    some: UUID,
+) -> None:
+    assert_type(await conductor.emit("paid", Report(date(2030, 1, 1)), retention=60, conn=trio_conn), int)
+    assert_type(await conductor.send(some, "channel", 1), bool)
+    assert_type(await conductor.resolve_promise(some, "yes"), PromiseAnswer)
+    assert_type(await conductor.reject_promise(some, "no", conn=trio_conn), PromiseAnswer)
+    assert_type(client.emit("paid", conn=sync_conn), int)
+    assert_type(client.resolve_promise(some), PromiseAnswer)
+
+
 def verdicts(kind: int) -> None:
     if kind == 1:
         raise NoRetry("gone") from ValueError()
     if kind == 2:
         raise RetryAfter(timedelta(seconds=30), "busy")
     raise Snooze(60)
+
+
+async def load(day: date) -> Report:
+    return Report(day)
+
+
+def count(words: list[str], least: int) -> int:
+    return len(words) + least
+
+
+async def durable(conductor: Tasks, ctx: Context, later: datetime) -> None:
+    @conductor.task
+    async def greet(ctx: Context, name: str) -> str:
+        return name
+
+    @conductor.task
+    def plain(name: str) -> int:
+        return len(name)
+
+    assert_type(await ctx.step("load", load, date(2024, 1, 1)), Report)
+    assert_type(await ctx.step("count", count, ["a"], 1, retry=3, timeout=5), int)
+    assert_type(await ctx.step("lambda", lambda: 1.5, retry=Tries(5, backoff=[1, 2])), float)
+    assert_type(await ctx.invoke("hello", greet, name="Ada"), str)
+    assert_type(await ctx.invoke("hello", greet.options(priority=3, delay=5), "Ada"), str)
+    assert_type(await ctx.invoke_abandoned("plain", plain, "Ada"), int)
+    await ctx.sleep("short", 0.5)
+    await ctx.sleep("long", timedelta(days=400))
+    await ctx.sleep_until("later", later)
+    await ctx.checkpoint()
+    assert_type(await ctx.now(), datetime)
+    assert_type(await ctx.uuid(name="id"), UUID)
+    assert_type(await ctx.random(), float)
+    async with ctx.nursery("all", on_parent_close="abandon") as nursery:
+        assert_type(nursery, DurableNursery)
+        assert_type(nursery.invoke(greet, name="Ada"), ChildHandle[str])
+        assert_type(nursery.invoke_as("named", plain.bind("Ada")), ChildHandle[int])
+        assert_type(nursery.start_step("load", load, date(2024, 1, 1)), StepHandle[Report])
+        assert_type(nursery.start_step("count", count, ["a"], 1, timeout=timedelta(minutes=1)), StepHandle[int])
+    assert_type(await nursery.invoke(greet, name="Ada").result(), str)
+    assert_type(nursery.start_step("again", load, date(2024, 1, 1)).value, Report)

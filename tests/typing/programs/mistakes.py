@@ -46,3 +46,16 @@ async def mistakes(conductor: Tasks, sync_conn: psycopg.Connection[Any]) -> None
     conductor.task(timeout="5")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     conductor.task(backoff="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     conductor.task(retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+
+
+async def durable_mistakes(conductor: Tasks, ctx: Context) -> None:
+    @conductor.task
+    async def greet(ctx: Context, name: str) -> str:
+        return name
+
+    await ctx.invoke("hello", greet, name=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await ctx.invoke("hello", greet)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await ctx.step("len", len, 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await ctx.sleep("long", "1 day")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    wrong: int = await ctx.invoke("hello", greet, "Ada")  # type: ignore[arg-type]  # pyright: ignore[reportAssignmentType]
+    print(wrong)

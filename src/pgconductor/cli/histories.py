@@ -1,0 +1,137 @@
+"""`pgconductor show`, `executions` and `replay-check`: one execution with all that is known of it, many by a filter,
+and whether new code could go on with what they have recorded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import trio
+import typer
+
+from ..conductor import Conductor
+from ..model import ReplayReport
+from ..replaying import PATIENCE
+from . import report
+from .exits import FAILED, complain, reported
+from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_ids, parse_instant
+from .target import load_conductor
+
+
+def show(
+    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Show what it has done and waits for, with the values if you may see them.")
+    ] = False,
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where an execution stands."""
+    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        (execution_id,) = parse_ids([execution])
+        status = client.status(execution_id)
+        if status is None:
+            complain(f"there is no execution {execution_id}, or it was not kept")
+            raise typer.Exit(FAILED)
+        records = client.steps(execution_id) if steps else []
+        if as_json:
+            report.print_json({"status": status, "steps": records} if steps else status)
+            return
+        print("\n".join(report.status_lines(status)))
+        if steps:
+            report.console().print(report.step_table(records) if records else "Nothing is recorded.")
+
+
+def executions(
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Those on this queue.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Those of this task.")] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(metavar="STATE", help="Those in this state; may be repeated; otherwise all.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="Those with this tag; repeated: with all of them.")
+    ] = None,
+    dedupe_key: Annotated[str | None, typer.Option(metavar="KEY", help="Those with this key.")] = None,
+    parent: Annotated[str | None, typer.Option(metavar="ID", help="Children of this execution.")] = None,
+    root: Annotated[str | None, typer.Option(metavar="ID", help="This execution and all beneath it.")] = None,
+    created_after: Annotated[
+        str | None, typer.Option(metavar="INSTANT", help="Those invoked then or later, as 2030-01-31T09:00:00+01:00.")
+    ] = None,
+    created_before: Annotated[str | None, typer.Option(metavar="INSTANT", help="Those invoked before then.")] = None,
+    limit: Annotated[int, typer.Option(metavar="COUNT", help="So many at most, up to 10,000.")] = 100,
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Schema = "pgconductor",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find executions, live and finished, the newest first: those that fit every option given."""
+    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
+        found = client.executions(
+            queue=queue, task=task, states=state or None, tags=tag or None, dedupe_key=dedupe_key,
+            parent=None if parent is None else parse_ids([parent])[0],
+            root=None if root is None else parse_ids([root])[0],
+            created_after=parse_instant("--created-after", created_after),
+            created_before=parse_instant("--created-before", created_before), limit=limit,
+        )  # fmt: skip
+        if as_json:
+            report.print_json(found)
+            return
+        report.console().print(report.execution_table(found) if found else "No executions.")
+        if len(found) == limit:
+            complain(f"there may be more than these {limit:,}: see --limit")
+
+
+def replay_check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:CONDUCTOR", help="A Conductor or an Orchestrator, or a function that returns one."
+        ),
+    ],
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Executions on this queue.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Executions of this task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="So many at most, the oldest first; otherwise all.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a handler that waits for what is not durable.")
+    ] = PATIENCE,
+    dsn: Dsn = None,
+    listen_dsn: ListenDsn = None,
+    embedded: Embedded = False,
+    schema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the schema; otherwise the conductor's own.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try a program's handlers against what live executions have recorded; exits with 1 if one could not go on.
+
+    Nothing is written, and no step is called.
+    """
+    with reported(debug=debug):
+        conductor = load_conductor(target, debug=debug)
+        conductor.redirect(dsn=dsn, listen_dsn=listen_dsn, embedded=embedded, schema=schema)
+        found = trio.run(partial(_check, conductor, queue, task, limit, patience))
+        if as_json:
+            report.print_json(found)
+        else:
+            for divergence in found.divergences:
+                print("\n".join(report.divergence_lines(divergence)))
+            print(f"{found.checked:,} executions tried, {len(found.divergences):,} of them could not go on.")
+        if found.divergences:
+            raise typer.Exit(FAILED)
+
+
+async def _check(
+    conductor: Conductor, queue: str | None, task: str | None, limit: int | None, patience: float
+) -> ReplayReport:
+    async with conductor:
+        return await conductor.replay_check(queue=queue, task=task, limit=limit, patience=patience)

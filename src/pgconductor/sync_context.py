@@ -1,0 +1,138 @@
+"""The durable operations of a plain ``def`` handler: those of `Context`, blocking the handler's thread.
+
+Each runs in Trio, as a task of the attempt's; what it is given to call (a step's function, a transaction's) runs in the
+handler's own thread. When the execution is given up to wait, or asked to end, the operation raises `Unwinding`, a
+`BaseException`, which unwinds the thread as `trio.Cancelled` unwinds an async handler.
+
+Only the thread that runs the handler may use it. It owns nothing: a `Desk` does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
+from uuid import UUID
+
+from .durable import TriesLike, inside_step, is_async, require_outside_steps
+from .errors import DurableMisuse
+from .options import checked_seconds
+from .transactions import Isolation, checked_isolation, open_block, run_transaction
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.rows import TupleRow
+
+    from .context import Context
+    from .tasks import Invocable
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
+
+
+class SyncContext:
+    """What `Context.sync` gives. Every method blocks, and raises what that of `Context` does, and `Unwinding`."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __repr__(self) -> str:
+        return f"<SyncContext of {self._context!r}>"
+
+    def _call(self, operation: Callable[[], Any]) -> Any:
+        require_outside_steps("an operation of ctx.sync")
+        return self._context.desk.call(operation)
+
+    @contextmanager
+    def _block(
+        self, name: str, opening: Callable[[], AbstractAsyncContextManager[psycopg.Connection[TupleRow]]]
+    ) -> Generator[psycopg.Connection[TupleRow]]:
+        require_outside_steps(f"ctx.sync.transaction({name!r})")
+        with self._context.desk.lend(opening) as conn, inside_step(name):
+            yield conn
+
+    def step(
+        self, name: str, fn: Callable[[*Ts], T], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None,
+    ) -> T:  # fmt: skip
+        """As `Context.step`, with a plain function, which runs in this thread; `timeout` does not interrupt it."""
+        _require_plain(f"ctx.sync.step({name!r})", fn)
+        call: Any = partial(self._context.step, name, fn, *args, retry=retry, timeout=timeout)
+        result: T = self._call(call)
+        return result
+
+    def sleep(self, name: str, duration: float | timedelta) -> None:
+        """As `Context.sleep`."""
+        self._call(partial(self._context.sleep, name, duration))
+
+    def sleep_until(self, name: str, at: datetime) -> None:
+        """As `Context.sleep_until`."""
+        self._call(partial(self._context.sleep_until, name, at))
+
+    def invoke(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `Context.invoke`."""
+        result: R = self._call(partial(self._context.invoke, name, task, *args, **kwargs))
+        return result
+
+    def invoke_abandoned(self, name: str, task: Invocable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `Context.invoke_abandoned`."""
+        result: R = self._call(partial(self._context.invoke_abandoned, name, task, *args, **kwargs))
+        return result
+
+    @overload
+    def transaction(
+        self, name: str, fn: Callable[[psycopg.Connection[TupleRow], *Ts], T], /, *args: *Ts,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> T: ...  # fmt: skip
+    @overload
+    def transaction(
+        self, name: str, /, *, timeout: float | timedelta | None = None, isolation: Isolation = "read committed"
+    ) -> AbstractContextManager[psycopg.Connection[TupleRow]]: ...
+    def transaction(
+        self, name: str, fn: Callable[..., Any] | None = None, /, *args: object,
+        retry: TriesLike = None, timeout: float | timedelta | None = None, isolation: Isolation = "read committed",
+    ) -> Any:  # fmt: skip
+        """As `Context.transaction`, with a plain function and a `psycopg.Connection`; ``with`` is the block form.
+
+        The connections are the orchestrator's own, as many as the conductor's `pool_size` at once.
+        """
+        context = self._context
+        seconds = None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
+        level = checked_isolation(isolation)
+        if fn is None:
+            if retry is not None:
+                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
+            return self._block(name, lambda: open_block(context.durable, name, seconds, level))
+        function = fn
+        _require_plain(f"ctx.sync.transaction({name!r})", function)
+        return self._call(lambda: run_transaction(context.durable, name, function, args, retry, seconds, level))
+
+    def checkpoint(self) -> None:
+        """As `Context.checkpoint`."""
+        self._call(self._context.checkpoint)
+
+    def now(self, *, name: str | None = None) -> datetime:
+        """As `Context.now`."""
+        result: datetime = self._call(partial(self._context.now, name=name))
+        return result
+
+    def uuid(self, *, name: str | None = None) -> UUID:
+        """As `Context.uuid`."""
+        result: UUID = self._call(partial(self._context.uuid, name=name))
+        return result
+
+    def random(self, *, name: str | None = None) -> float:
+        """As `Context.random`."""
+        result: float = self._call(partial(self._context.random, name=name))
+        return result
+
+
+def _require_plain(what: str, fn: Callable[..., object]) -> None:
+    if is_async(fn):
+        raise DurableMisuse(f"{what} needs a plain def: it runs in the thread of the handler")

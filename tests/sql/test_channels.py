@@ -1,0 +1,167 @@
+"""Durable channels in the database: numbers, bounds, readers, and when they go."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+from sql.database import Database, Session
+from sql.test_events import Handlers
+
+from pgconductor.db.calls import NewItem
+from pgconductor.model import Claimed, Outcome, Page
+from pgconductor.testing import DatabaseClock
+
+
+class Channels(Handlers):
+    """Handlers with channels."""
+
+    def open(self, claimed: Claimed, name: str = "c", capacity: int = 3) -> int | None:
+        return self.db.run(self.db.calls.open_channel(self.owner, claimed.id, claimed.claim_no, name, capacity))
+
+    def append(self, claimed: Claimed, *seqs: int, name: str = "c", session: Session | None = None) -> list[str]:
+        items = [NewItem(claimed.id, claimed.claim_no, name, seq, str(seq)) for seq in seqs]
+        return (session or self.db).run(self.db.calls.append_items(self.owner, items))
+
+    def read(self, claimed: Claimed, after: int = 0, limit: int = 100, name: str = "c") -> Page:
+        return self.db.run(self.db.calls.read_channel(claimed.id, name, after, limit))
+
+
+@pytest.fixture
+def channels(db: Database) -> Channels:
+    return Channels(db)
+
+
+def numbers(page: Page) -> list[int]:
+    return [seq for seq, _ in page.items]
+
+
+def test_item_is_appended_once_and_in_order(channels: Channels) -> None:
+    """A replay appends again, or a gap is filled later, behind a reader that has passed it."""
+    (claimed,) = channels.start()
+    assert channels.open(claimed) == 0
+    assert channels.append(claimed, 1, 2) == ["sent", "sent"]
+    assert channels.append(claimed, 1) == ["sent"]
+    assert channels.append(claimed, 4) == ["full"]
+    assert channels.open(claimed) == 2
+    assert channels.read(claimed) == Page("open", [(1, "1"), (2, "2")])
+    assert channels.read(claimed, 1, 1) == Page("open", [(2, "2")])
+
+
+def test_sender_is_held_up_by_what_no_reader_has_got_to(channels: Channels) -> None:
+    """A fast sender fills the disk, or a reader that only looks makes room."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    assert channels.append(claimed, 1, 2, 3, 4) == ["sent", "sent", "sent", "full"]
+    channels.read(claimed)
+    assert channels.append(claimed, 4) == ["full"]
+    channels.read(claimed, 2)
+    assert channels.append(claimed, 4, 5, 6) == ["sent", "sent", "full"]
+    channels.read(claimed, 1)  # another reader, behind the first
+    assert channels.append(claimed, 6) == ["full"]
+    channels.read(claimed, 99)  # a reader that lies
+    assert channels.append(claimed, 6) == ["sent"]
+
+
+def test_revoked_claim_writes_nothing_to_a_channel(db: Database, channels: Channels) -> None:
+    """A zombie writes between what its successor sends."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    db.flush(channels.owner, Outcome(claimed.id, claimed.claim_no, "released"))
+    (again,) = db.claim(channels.owner)
+    assert channels.open(claimed) is None
+    assert channels.append(claimed, 1) == ["fenced"]
+    assert not db.run(db.calls.close_channel(channels.owner, claimed.id, claimed.claim_no, "c"))
+    assert channels.open(again) == 0
+    assert channels.append(again, 1) == ["sent"]
+
+
+def test_reader_is_told_where_the_channel_stands(db: Database, channels: Channels) -> None:
+    """A reader waits for ever for what will not come, or ends before what will."""
+    opened, never, closed = channels.start(3)
+    assert channels.read(opened).state == "absent"
+    channels.open(opened)
+    channels.open(closed)
+    channels.append(closed, 1)
+    assert channels.read(opened).state == "open"
+    assert db.run(db.calls.close_channel(channels.owner, closed.id, closed.claim_no, "c"))
+    assert channels.read(closed) == Page("closed", [(1, "1")])
+    db.flush(channels.owner, *[Outcome(c.id, c.claim_no, "completed", keep=60.0) for c in (opened, never)])
+    assert channels.read(opened).state == "closed"
+    assert channels.read(never).state == "closed"
+    assert db.run(db.calls.read_channel(uuid4(), "c", 0, 1)).state == "gone"
+
+
+@pytest.mark.parametrize(("keep", "hours"), [(0.0, 1), (7200.0, 2), (None, None)])
+def test_items_stay_as_long_as_the_finished_row_and_an_hour_at_least(
+    db: Database, channels: Channels, clock: DatabaseClock, keep: float | None, hours: int | None
+) -> None:
+    """A reader that is behind loses the end, or the rows are never removed."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1, 2)
+    db.flush(channels.owner, Outcome(claimed.id, claimed.claim_no, "completed", keep=keep))
+    for passed in range(1, 4):
+        assert numbers(channels.read(claimed)) == [1, 2]
+        clock.advance(3600)
+        db.rows("select {s}.maintain()")
+        if passed == hours:
+            break
+    left = db.value("select count(*) from {s}._private_channel_items") + db.value(
+        "select count(*) from {s}._private_channels"
+    )
+    assert left == (3 if hours is None else 0)
+
+
+def test_channel_of_a_cancelled_execution_ends_and_goes(db: Database, channels: Channels, clock: DatabaseClock) -> None:
+    """The other way of ending."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1)
+    channels.wait(claimed, "w", "e")
+    channels.park(claimed)
+    db.run(db.calls.cancel([claimed.id], None))
+    assert channels.read(claimed) == Page("closed", [(1, "1")])
+    clock.advance(604_800 + 1)
+    db.rows("select {s}.maintain()")
+    assert db.value("select count(*) from {s}._private_channels") == 0
+
+
+def test_retried_execution_goes_on_with_its_channel(db: Database, channels: Channels) -> None:
+    """It begins again at the first item, or its readers are told that it is over."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1)
+    db.flush(
+        channels.owner, Outcome(claimed.id, claimed.claim_no, "failed", None, '{"type": "x", "message": "y"}', 0, 60.0)
+    )
+    db.run(db.calls.retry([claimed.id]))
+    (again,) = db.claim(channels.owner)
+    assert channels.open(again) == 1
+    assert channels.append(again, 2) == ["sent"]
+    assert channels.read(again) == Page("open", [(1, "1"), (2, "2")])
+
+
+def test_what_was_read_long_ago_goes_while_the_execution_lives(db: Database, channels: Channels) -> None:
+    """An execution that runs for years fills the disk."""
+    (claimed,) = channels.start()
+    channels.open(claimed, capacity=10_000)
+    upto = 0
+    while upto < 12_000:
+        assert set(channels.append(claimed, *range(upto + 1, upto + 501))) == {"sent"}
+        upto += 500
+        channels.read(claimed, upto, 1)
+    assert db.rows("select min(seq), max(seq) from {s}._private_channel_items") == [(2001, 12000)]
+
+
+def test_reader_and_end_of_the_execution_do_not_wait_for_each_other(db: Database, channels: Channels) -> None:
+    """A page that is being read keeps a handler from ending."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1)
+    appender = db.session()
+    assert channels.append(claimed, 2, session=appender) == ["sent"]
+    assert numbers(channels.read(claimed)) == [1]
+    appender.commit()
+    assert numbers(channels.read(claimed)) == [1, 2]
+    assert db.flush(channels.owner, Outcome(claimed.id, claimed.claim_no, "completed")) == {}
