@@ -40,9 +40,13 @@ def suspect(db: Database) -> UUID:
 # --- suspects ---
 
 
-def test_execution_on_its_last_life_is_claimed_by_itself_only(db: Database) -> None:
-    """It runs beside others, and the third crash is charged to an innocent one or to it, as chance has it."""
-    early = suspect(db)
+@pytest.mark.parametrize("has_overflow", [True, False])
+def test_execution_on_its_last_life_is_claimed_by_itself_only(db: Database, has_overflow: bool) -> None:
+    """It runs beside others, and the third crash is charged to an innocent one or to it, as chance has it.
+
+    With and without some from before the queue was registered: a claim then takes from two partitions, or from one.
+    """
+    early = {suspect(db)} if has_overflow else set[UUID]()
     db.register_queue()
     owner = db.register_orchestrator()
     late = suspect(db)
@@ -52,7 +56,7 @@ def test_execution_on_its_last_life_is_claimed_by_itself_only(db: Database) -> N
     answer = db.look(owner)
     assert (answer.claimed, answer.due_in) == ([], None)  # not "come again in 10 ms", for ever
     claimed = [db.run(db.calls.claim_suspect("q", owner, ["t"])) for _ in range(3)]
-    assert {c.id for c in claimed if c is not None} == {early, late}
+    assert {c.id for c in claimed if c is not None} == {*early, late}
     assert claimed[2] is None
     assert db.run(db.calls.signals(owner, ["q"])).suspects == ()
     assert db.run(db.calls.claim_suspect("q", owner, ["u"])) is None
