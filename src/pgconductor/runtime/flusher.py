@@ -259,7 +259,9 @@ class Flusher:
                     link, lambda owner: self._calls.flush(former or owner, ends, has_family=has_family)
                 )
             if lives:
-                refused |= await self._lease.attempt(link, lambda owner: self._calls.continue_as_new(owner, lives))
+                call = self._calls.continue_as_new
+                unbegun: dict[UUID, str] = await self._lease.attempt(link, lambda owner: call(owner, lives))
+                refused |= unbegun
         except Unstorable as error:
             if len(batch) > 1:
                 self._size = len(batch) // 2
