@@ -141,7 +141,8 @@ class Session:
     ) -> list[Claimed]:
         if version is None:
             return self.look(owner, queue, tasks=tasks, limit=limit).claimed
-        return self.run(self.calls.claim(queue, owner, list(tasks), limit, versions=[version] * len(tasks))).claimed
+        versions: list[str | None] = [version] * len(tasks)
+        return self.run(self.calls.claim(queue, owner, list(tasks), limit, versions=versions)).claimed
 
     def flush(self, owner: UUID, *outcomes: Outcome) -> dict[UUID, str]:
         return self.run(self.calls.flush(owner, outcomes))
