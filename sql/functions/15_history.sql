@@ -145,6 +145,12 @@ begin
             select @schema@._private_notify(@schema@._private_control_channel(o.owner), '')
             from (select distinct owner from @schema@.%1$I e where e.id = any ($1) and e.state = 'running') o
             $sql$, '_private_queue_' || v_no) using p_ids;
+        if current_setting('transaction_isolation') <> 'read committed' then
+            -- A parking that waits for the lock would look at waits as they were: so that it fails, and is sent again.
+            execute format($sql$
+                update @schema@.%1$I e set is_durable = true where e.id = any ($1) and e.state = 'running'
+                $sql$, '_private_queue_' || v_no) using p_ids;
+        end if;
     end loop;
     return v_queues;
 end $$;

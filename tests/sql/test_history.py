@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from sql.database import Database, Session, done
 
@@ -329,6 +330,30 @@ def test_child_ends_while_its_parents_parking_waits_for_the_lock(db: Database) -
     db.wait_blocked(two, parking)
     one.commit()
     assert parking.result(20) == {}
+    assert state(db, parent.execution) == "ready"
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("first", ["child", "parent"])
+def test_no_isolation_level_loses_a_resolution(db: Database, level: str, first: str) -> None:
+    """A database whose default is another than the engine's: through a pooler its sessions have that."""
+    parent = running(db)
+    child = claim_child(db, parent.child("c", 0))
+    one, two = db.session(), db.session(autocommit=True)
+    for session in (one, two):
+        session.rows(f"set session characteristics as transaction isolation level {level}")
+        session.conn.commit()
+    works = [partial(child.end, session=one, result="7"), partial(parent.park, "c", session=one)]
+    rivals = [partial(parent.park, "c", session=two), partial(child.end, session=two, result="7")]
+    index = ("child", "parent").index(first)
+    works[index]()
+    rival = db.start(rivals[index])
+    db.wait_blocked(two, rival)
+    one.commit()
+    try:
+        rival.result(20)
+    except psycopg.errors.SerializationFailure:
+        assert rivals[index]() == {}  # as the engine does: for the caller the database was not there
     assert state(db, parent.execution) == "ready"
 
 
