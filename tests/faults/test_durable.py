@@ -1,7 +1,8 @@
 """Steps, sleeps and children under faults and bad input, in the test's own process.
 
-Catalogue nos. 22 (lost replies), 33 (deadlocks among families), 42, 45, 46, 48 and 51 (bad input and misuse), 52 and 56.
-Killed processes are test_failpoints.py's and test_twelve_commits.py's, pairs of verbs are tests/sql/test_pairs.py's.
+Catalogue nos. 22 (lost replies), 33 (deadlocks among families), 42, 45, 46, 48 and 51 (bad input and misuse), 52 and
+56. Killed processes are test_failpoints.py's and test_twelve_commits.py's, pairs of verbs are
+tests/sql/test_pairs.py's.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ async def test_lost_step_or_child_is_recorded_once(pgconductor_dsn: str, verb: s
             for _ in range(3):
                 cut(proxy, how, tag)
                 with trio.move_on_after(5.0):  # there may be no such call any more
-                    while proxy.cut_tag is not None and stage.live():  # noqa: ASYNC110  # the proxy has no event
+                    while proxy.cut_tag is not None and stage.live():  # the proxy has no event
                         await trio.sleep(0.005)
             proxy.cut_tag = None
 
@@ -371,7 +372,8 @@ async def test_step_whose_value_cannot_be_stored_fails_and_nothing_else(pgconduc
         try:
             await ctx.step("bad", stage.step("bad", value))
         except StepFailed as error:
-            return str(error.error.get("type")) + await ctx.step("good", stage.step("good", " and on"))
+            good: str = await ctx.step("good", stage.step("good", " and on"))
+            return str(error.error.get("type")) + good
         return "stored"
 
     async def good(ctx: Context) -> int:
@@ -687,7 +689,7 @@ async def test_parent_that_catches_one_failed_child_of_three_completes(pgconduct
 
 
 def test_eight_workers_that_flush_each_others_families_never_deadlock(pgconductor_dsn: str) -> None:
-    """Parents and children are in two partitions and in the hands of eight workers, and each flush locks rows of both."""
+    """Parents and children are in two partitions, in the hands of eight workers; each flush locks rows of both."""
     rounds, seeds = 25, 16
     with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
         install_audit_sync(conn)
@@ -732,16 +734,18 @@ def _one_turn(conn: psycopg.Connection[Any], calls: Calls, owner: UUID, queue: s
     claimed = run_sync(conn, calls.claim(queue, owner, ["t"], 12)).claimed
     outcomes: list[Outcome] = []
     for n, claim in enumerate(claimed):
-        child = {"task": "t", "queue": "r" if queue == "q" else "q", "payload": {}}
+        child: dict[str, object] = {"task": "t", "queue": "r" if queue == "q" else "q", "payload": {}}
         if claim.claim_no == 1 and claim.parent_id is None:
             steps = [NewStep(claim.id, claim.claim_no, "step", "step", 0, "1")]
             run_sync(conn, calls.save_steps(owner, steps))
             waits = [
-                f'{{"name": "c{k}", "kind": "child", "position": {k}, "scope": {"null" if k else chr(34) + "s" + chr(34)},'
-                f' "on_close": "cancel", "child": {{"task": "t", "queue": "{child["queue"]}", "payload": {{}}}}}}'
+                {"name": f"c{k}", "kind": "child", "position": k, "scope": "s" if not k else None, "on_close": "cancel",
+                 "child": child}
                 for k in range(3)
-            ]
-            run_sync(conn, calls.start_waits(owner, [NewWait(claim.id, claim.claim_no, text) for text in waits]))
+            ]  # fmt: skip
+            run_sync(
+                conn, calls.start_waits(owner, [NewWait(claim.id, claim.claim_no, json.dumps(wait)) for wait in waits])
+            )
             kind = "waiting"
         else:
             run_sync(conn, calls.load_history(owner, claim.id, claim.claim_no))
