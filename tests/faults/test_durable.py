@@ -7,6 +7,7 @@ tests/sql/test_pairs.py's.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections import Counter
@@ -224,7 +225,7 @@ async def test_parked_parent_leaves_its_children_alone(pgconductor_dsn: str) -> 
     async def old(ctx: Context) -> int:
         async with ctx.nursery("all") as nursery:
             handles = [nursery.invoke(offspring) for _ in range(3)]
-        single = await ctx.invoke("single", offspring)
+        single: int = await ctx.invoke("single", offspring)
         return single + sum([await handle.result() for handle in handles])
 
     offspring = stage.task(young, "young")
