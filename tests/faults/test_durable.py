@@ -225,8 +225,10 @@ async def test_parked_parent_leaves_its_children_alone(pgconductor_dsn: str) -> 
     async def old(ctx: Context) -> int:
         async with ctx.nursery("all") as nursery:
             handles = [nursery.invoke(offspring) for _ in range(3)]
-        single: int = await ctx.invoke("single", offspring)
-        return single + sum([await handle.result() for handle in handles])
+        total: int = await ctx.invoke("single", offspring)
+        for handle in handles:
+            total += await handle.result()
+        return total
 
     offspring = stage.task(young, "young")
     parent = stage.task(old, "old")
