@@ -287,8 +287,9 @@ begin
 end $$;
 
 -- Record steps of running executions, arrays of one length. Returns a row per position: "saved" now; "stored": there was a
--- record of that name (an earlier call whose reply was lost), which stays, and is returned; "fenced": the claim is revoked,
--- and nothing was written. p_values null: it failed, with p_errors. Commits durably. Locks: the executions' rows.
+-- record of that name (an earlier call whose reply was lost), which stays; "fenced": the claim is revoked,
+-- and nothing was written. value, error: as stored (error of a "stored" one only). What a replay will be told may be
+-- another text than was sent: jsonb has an order of keys of its own, no -0.0, and no 1e22 but its digits. p_values null: it failed, with p_errors. Commits durably. Locks: the executions' rows.
 create or replace function @schema@.save_steps(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_names text[], p_kinds text[], p_positions int[], p_values jsonb[], p_errors jsonb[]
 ) returns table (n int, status text, value text, error text)
@@ -317,10 +318,10 @@ begin
         select o.id, o.name, o.kind, o.position, o.claim_no, o.attempt, v_now, o.value, o.error from o where o.attempt is not null
         order by o.id, o.name
         on conflict do nothing
-        returning execution_id, name
+        returning execution_id, name, value
     )
     select o.n, case when o.attempt is null then 'fenced' when s.name is not null then 'saved' else 'stored' end,
-        case when o.attempt is not null and s.name is null then x.value::text end,
+        case when o.attempt is not null then coalesce(s.value, x.value)::text end,
         case when o.attempt is not null and s.name is null then x.error::text end
     from o left join saved s on s.execution_id = o.id and s.name = o.name
         left join lateral (select x.value, x.error from @schema@._private_steps x

@@ -13,6 +13,8 @@ child that end together the parent knows no more than before.
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,10 +102,24 @@ class Step:
     error: str | None = None
     outcome: str | None = None
     target: str | None = None
+    resolved_at: float | None = None  # of a wait
 
     @property
-    def has_failed(self) -> bool:
-        return self.error is not None or self.outcome == "timed_out"
+    def failed_at(self) -> float | None:
+        """When, if it has failed; of a step, before all that came after it."""
+        if self.error is None and self.outcome != "timed_out":
+            return None
+        return -math.inf if self.resolved_at is None else self.resolved_at
+
+    def past(self) -> Step:
+        """As the finished row keeps it."""
+        return Step(
+            self.name, self.kind, self.position, self.claim_no, self.attempt, self.at, self.value, self.error,
+            self._final(), self.target, self.resolved_at,
+        )  # fmt: skip
+
+    def _final(self) -> str | None:
+        return self.outcome or ("completed" if self.error is None else "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +129,10 @@ class Wait(Step):
     scope: str | None = None
     due_at: float | None = None
     on_close: str | None = None
-    resolved_at: float | None = None
     is_seen: bool = False
 
-    def past(self) -> Step:
-        """As the finished row keeps it."""
-        return Step(
-            self.name, self.kind, self.position, self.claim_no, self.attempt, self.at, self.value, self.error,
-            self.outcome, self.target,
-        )  # fmt: skip
+    def _final(self) -> str | None:
+        return self.outcome
 
 
 Key: TypeAlias = tuple[UUID, str]  # execution and name of a record
@@ -199,9 +210,16 @@ class State:
     def is_resumable(self, execution: UUID) -> bool:
         """Whether a waiting execution has something to go on with that it has not been told."""
         waits = self.waits_of(execution)
-        fresh = [w for w in waits if w.resolved_at is not None and not w.is_seen]
-        open_scopes = {w.scope for w in waits if w.resolved_at is None}
-        return any(w.scope is None or w.outcome != "completed" or w.scope not in open_scopes for w in fresh)
+        for wait in waits:
+            if wait.resolved_at is None or wait.is_seen:
+                continue
+            scope = [w for w in waits if w.scope == wait.scope]
+            if wait.scope is None or all(w.resolved_at is not None for w in scope):
+                return True
+            # The first failure of a scope; after that all are waited for together.
+            if wait.outcome != "completed" and not any(w.is_seen and w.outcome != "completed" for w in scope):
+                return True
+        return False
 
     def keep_failed(self, task: str) -> float | None:
         row = self.tasks.get(task)
@@ -715,7 +733,7 @@ def _end(state: State, *ends: tuple[Execution, float | None, str | None, str | N
     finished, waits, closings = dict(state.finished), dict(state.waits), dict(state.closings)
     for row, keep, result, error in ends:
         if keep is None or keep > 0:
-            history = tuple(r.past() if isinstance(r, Wait) else r for r in state.records(row.id))
+            history = tuple(r.past() for r in state.records(row.id))
             finished[row.id] = Finished(row, state.now, None if keep is None else state.now + keep, result, history)
         for wait in state.waits_of(row.id):
             del waits[row.id, wait.name]
@@ -780,9 +798,28 @@ def _apply(state: State, owner: UUID, outcomes: Sequence[Outcome], crashes: int 
             )
         )
     state = _with_live(_end(state, *ends), *again)
-    state = _wake(state, (row.id for row in again if row.state == "waiting"))
+    for outcome in outcomes:
+        row = state.live.get(outcome.id)
+        if (
+            outcome.kind == "waiting"
+            and row is not None
+            and (row.state, row.outcome_claim) == ("waiting", outcome.claim_no)
+        ):
+            state = _await(state, row.id, outcome.result)
+            state = _wake(state, [row.id])
     retried = [row.id for row in again if row.outcome == "retried" and row.is_durable]
     return _forget_failures(state, retried), refused
+
+
+def _await(state: State, execution: UUID, names: str | None) -> State:
+    """The handler was parked for these waits, each by itself: whichever is over wakes it, though it was told."""
+    waits = dict(state.waits)
+    for name in json.loads(names) if names else ():
+        wait = waits.get((execution, name))
+        if wait is not None:
+            scope = None if wait.scope is None else name
+            waits[execution, name] = replace(wait, is_seen=False, scope=scope)
+    return replace(state, waits=waits)
 
 
 def _due_again(state: State, row: Execution, outcome: Outcome) -> float | None:
@@ -792,17 +829,26 @@ def _due_again(state: State, row: Execution, outcome: Outcome) -> float | None:
     return state.now + outcome.delay if outcome.delay > 0 or outcome.kind == "retried" else row.run_at
 
 
+def _trailing_failures(records: Sequence[Step]) -> list[Step]:
+    """Those that nothing was begun after: of what has a later place, nothing was made after they failed."""
+    found: list[Step] = []
+    for record in records:
+        if (failed_at := record.failed_at) is None:
+            continue
+        later = [r.at for r in records if r.failed_at is None and r.position > record.position]
+        if not later or max(later) < failed_at:
+            found.append(record)
+    return found
+
+
 def _forget_failures(state: State, executions: Iterable[UUID]) -> State:
-    """Failures that nothing was recorded after are tried again."""
-    steps, waits = dict(state.steps), dict(state.waits)
-    for i in executions:
-        records = state.records(i)
-        last = max((r.position for r in records if not r.has_failed), default=-1)
-        for record in records:
-            if record.has_failed and record.position > last:
-                steps.pop((i, record.name), None)
-                waits.pop((i, record.name), None)
-    return replace(state, steps=steps, waits=waits)
+    """Failures that nothing was begun after are tried again."""
+    gone = {(i, r.name) for i in executions for r in _trailing_failures(state.records(i))}
+    return replace(
+        state,
+        steps={key: step for key, step in state.steps.items() if key not in gone},
+        waits={key: wait for key, wait in state.waits.items() if key not in gone},
+    )
 
 
 def _by_partition(items: Iterable[T], number: Callable[[T], int]) -> Iterator[list[T]]:
@@ -853,7 +899,7 @@ def _save_steps(state: State, event: SaveSteps) -> tuple[State, list[SavedStep]]
             steps[key] = Step(
                 new.name, new.kind, new.position, new.claim_no, row.attempt, state.now, new.value, new.error
             )
-            answer.append(SavedStep("saved", None, None))
+            answer.append(SavedStep("saved", new.value, None))
     return replace(state, steps=steps), answer
 
 
@@ -1154,14 +1200,18 @@ def _retry(state: State, executions: tuple[UUID, ...]) -> tuple[State, dict[UUID
             is_durable=bool(finished.history),
         )
         state = _with_live(state, again)
-        # A child that had not ended is no record of another life.
-        kept = {(i, r.name): r for r in finished.history if r.kind != "child" or r.outcome is not None}
+        # What was open begins anew, and what failed last is tried again.
+        trailing = _trailing_failures(finished.history)
+        kept = {
+            (i, r.name): replace(r, resolved_at=None)
+            for r in finished.history
+            if r.outcome is not None and r not in trailing
+        }
         state = replace(
             state,
             finished={j: f for j, f in state.finished.items() if j != i},
             steps={**state.steps, **kept},
         )
-        state = _forget_failures(state, [i])
     return state, answer
 
 
@@ -1220,8 +1270,16 @@ def _breaches_of_records(before: State, event: Event, after: State) -> Iterator[
         if was is None and not isinstance(event, SaveSteps | StartWaits | Retry):
             yield f"I5 {i}: {name!r} out of nowhere"
     for (i, name), step in [*before.steps.items(), *before.waits.items()]:
-        is_kept = (i, name) in after.steps or (i, name) in after.waits
-        if i in after.live and not is_kept and not step.has_failed and (i, name) not in after.steps:
+        if i not in after.live or (i, name) in after.steps or (i, name) in after.waits or step.failed_at is not None:
+            continue
+        # Of a child that ended by this very event the failure may be forgotten by it, too.
+        if (
+            not isinstance(step, Wait)
+            or step.resolved_at is not None
+            or step.target not in {str(i) for i in before.live}
+        ):
+            yield f"I6 {i}: {name!r} is gone, and it goes on"
+        elif step.target in {str(i) for i in after.live}:
             yield f"I6 {i}: {name!r} is gone, and it goes on"
     children = Counter((e.parent, e.wait_name) for e in after.live.values() if e.wait_name is not None)
     for (parent, name), count in children.items():
@@ -1239,13 +1297,12 @@ def _breaches_of_records(before: State, event: Event, after: State) -> Iterator[
 
 
 def _went_on(was: Wait, now: Step) -> bool:
-    """Whether a wait has been resolved, or told, and nothing else."""
+    """Whether a wait has been resolved, or told, and nothing else; a parked handler's may be a scope of its own."""
     assert isinstance(now, Wait)
-    if was.resolved_at is not None:
-        return now == replace(was, is_seen=True)
-    return now.outcome is not None and was == replace(
-        now, resolved_at=None, outcome=None, value=None, error=None, is_seen=False
-    )
+    was = replace(was, is_seen=now.is_seen, scope=now.scope if now.scope == now.name else was.scope)
+    if was.resolved_at is not None or now.outcome is None:
+        return now == was
+    return was == replace(now, resolved_at=None, outcome=None, value=None, error=None)
 
 
 def _breaches_of_one(before: State, event: Event, after: State, row: Execution) -> Iterator[str]:

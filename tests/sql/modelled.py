@@ -96,10 +96,11 @@ select json_build_object(
         date_part('epoch', died_at - %(start)s), has_session, stop_requested_at is not null))
         from {s}._private_orchestrators o),
     'steps', (select json_agg(json_build_array(execution_id, name, kind, position, claim_no, attempt,
-        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target)) from {s}._private_steps),
+        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target, null))
+        from {s}._private_steps),
     'waits', (select json_agg(json_build_array(execution_id, name, kind, position, claim_no, attempt,
-        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target, scope,
-        date_part('epoch', due_at - %(start)s), on_close, date_part('epoch', resolved_at - %(start)s), is_seen))
+        date_part('epoch', created_at - %(start)s), value::text, error, outcome, target,
+        date_part('epoch', resolved_at - %(start)s), scope, date_part('epoch', due_at - %(start)s), on_close, is_seen))
         from {s}._private_waits),
     'closings', (select json_agg(json_build_array(execution_id, reason, date_part('epoch', created_at - %(start)s)))
         from {s}._private_closings),
@@ -163,6 +164,7 @@ def _past(steps: list[dict[str, Any]] | None) -> tuple[Step, ...]:
             s["name"], s["kind"], s["position"], s["claim_no"], s["attempt"],
             (datetime.fromisoformat(s["created_at"]) - START).total_seconds(),
             json.dumps(s["value"]) if "value" in s else None, _error(s.get("error")), s.get("outcome"), s.get("target"),
+            (datetime.fromisoformat(s["resolved_at"]) - START).total_seconds() if "resolved_at" in s else None,
         )
         for s in steps or ()
     )  # fmt: skip

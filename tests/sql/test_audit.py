@@ -143,7 +143,7 @@ def test_check_is_silent_about_steps_and_waits(audited: Audited) -> None:
         ("child", "told", 1, "completed"),
         ("nap", "resolved", 1, "elapsed"),
         *[("child", "dropped", 1, "completed"), ("nap", "dropped", 1, "elapsed"), ("step", "dropped", 1, None)],
-        *[("child", "saved", 1, "completed"), ("nap", "saved", 1, "elapsed"), ("step", "saved", 1, None)],
+        *[("child", "saved", 1, "completed"), ("nap", "saved", 1, "elapsed"), ("step", "saved", 1, "completed")],
     ]
     assert {v.rule for v in audited.check(settled=True)} == {"L1"}
 

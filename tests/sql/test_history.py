@@ -146,7 +146,7 @@ def no_deadlock(db: Database) -> Iterator[None]:
 def test_step_is_recorded_once_and_its_first_value_stays(db: Database) -> None:
     """A reply that was lost makes a second value, or an error."""
     one = running(db)
-    assert one.step("a", 0, {"x": None}) == SavedStep("saved", None, None)
+    assert one.step("a", 0, {"x": None}) == SavedStep("saved", '{"x": null}', None)
     assert one.step("a", 0, {"x": 2}) == SavedStep("stored", '{"x": null}', None)
     assert one.step("b", 1, error={"type": "E"}).status == "saved"
     assert one.step("b", 1, 5) == SavedStep("stored", None, '{"type": "E"}')

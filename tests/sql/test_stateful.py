@@ -578,11 +578,19 @@ class Stateful(RuleBasedStateMachine):
     def recover(self, queue: str) -> None:
         self.step(Recover(queue))
 
-    def write(self, k: int, executions: list[UUID], kind: str, delay: float = 0.0, keep: float | None = None) -> None:
+    def write(
+        self,
+        k: int,
+        executions: list[UUID],
+        kind: str,
+        delay: float = 0.0,
+        keep: float | None = None,
+        awaited: str | None = None,
+    ) -> None:
         worker = self.workers[k]
         if not executions:
             return
-        result = "1" if kind == "completed" else None
+        result = "1" if kind == "completed" else awaited
         error = "E" if kind in ("failed", "retried") else None
         outcomes = tuple(Outcome(i, worker.held.pop(i), kind, result, error, delay, keep) for i in executions)
         worker.last_flush = Flush(worker.owner, outcomes)
@@ -607,7 +615,8 @@ class Stateful(RuleBasedStateMachine):
     def begin_wait(self, k: int, pick: int, waits: list[BegunWait]) -> None:
         """Sleeps and children, in one statement."""
         for execution, claim_no in self.holding_one(k, pick):
-            self.step(StartWaits(self.workers[k].owner, self.waits_of(execution, claim_no, waits)))
+            if begun := self.waits_of(execution, claim_no, waits):
+                self.step(StartWaits(self.workers[k].owner, begun))
             self.seen += [UUID(w.target) for w in self.state.waits_of(execution) if w.kind == "child" and w.target]
 
     def record_stale(self, pick: int, waits: list[BegunWait]) -> None:
@@ -619,7 +628,8 @@ class Stateful(RuleBasedStateMachine):
         if tokens := stale or self.tokens:
             owner, execution, claim_no = tokens[-1 - pick % len(tokens)]
             self.step(SaveSteps(owner, (NewRecord(execution, claim_no, "s", '"late"'),)))
-            self.step(StartWaits(owner, self.waits_of(execution, claim_no, waits)))
+            if begun := self.waits_of(execution, claim_no, waits):
+                self.step(StartWaits(owner, begun))
             self.step(ReadWaits(owner, ((execution, claim_no),)))
             self.step(LoadHistory(owner, execution, claim_no))
             self.step(RequestClose(owner, execution, claim_no, tuple("cde"), "late"))
@@ -638,7 +648,10 @@ class Stateful(RuleBasedStateMachine):
     def park(self, k: int, picks: list[int]) -> None:
         """Give up what has something to wait for, or to be told of."""
         held = self.holding(k, picks)
-        self.write(k, [i for i in held if any(not w.is_seen for w in self.state.waits_of(i))], "waiting")
+        for execution in [i for i in held if any(not w.is_seen for w in self.state.waits_of(i))]:
+            # With or without the names of the waits that its tasks are parked for.
+            names = [w.name for w in self.state.waits_of(execution)][:2] if picks[0] % 2 else []
+            self.write(k, [execution], "waiting", awaited=json.dumps(names) if names else None)
 
     def wait_for_children(
         self, k: int, queue: str, waits: list[BegunWait], kind: str, pick: int, parks: bool, meanwhile: str

@@ -90,7 +90,7 @@ class NewStep(NamedTuple):
 
 
 class SavedStep(NamedTuple):
-    """What became of it: "saved", "stored" (a record was there, which is told), "fenced"."""
+    """What became of it: "saved", "stored" (a record was there, which is told), "fenced". `value`: as it is stored."""
 
     status: str
     value: str | None

@@ -265,7 +265,8 @@ class ExecutionJournal:
         saved = await self._journal.steps.ask(step)
         if saved.status == "fenced":
             self._revoked()
-        return Saved(value, error) if saved.status == "saved" else Saved(saved.value, saved.error)
+        # The value as it is stored: what a replay will be told.
+        return Saved(saved.value, error if saved.status == "saved" else saved.error)
 
     async def save_step_inside(
         self, transaction: OpenTransaction, name: str, kind: str, position: int, value: str
@@ -275,7 +276,7 @@ class ExecutionJournal:
         transaction.require_id(xid)
         if saved.status == "fenced":
             self._revoked()
-        return Saved(value, None) if saved.status == "saved" else None
+        return Saved(saved.value, None) if saved.status == "saved" else None
 
     async def save_effect(self, name: str, position: int, effect: Mapping[str, object]) -> str | None:
         request = NewEffect(self._claimed.id, self._claimed.claim_no, name, position, json.dumps(effect))
