@@ -87,7 +87,7 @@ def test_retried_execution_begins_anew_with_what_it_had(db: Database, clock: Dat
         " cancel_reason, run_at > created_at + interval '99 s'",
     ) == ("ready", 0, 0, 1, errors, None, None, None, None, None, True)
     assert db.value("select execution_id from {s}._private_dedupe_keys where key = 'k'") == claimed.id
-    (again,) = db.claim(owner)
+    again = db.run(db.calls.claim("q", owner, ["t"], 1, versions=["v"])).claimed[0]
     assert (again.id, again.claim_no, again.attempt) == (claimed.id, claimed.claim_no + 1, 1)
 
 
