@@ -220,11 +220,11 @@ declare
 begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
     perform set_config('synchronous_commit', 'off', true);
-    v_now := @schema@._private_clock();
-    perform @schema@._private_require_alive(p_owner, v_now);
     if p_versions is not null then
         v_keys := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version) where t.version is not null);
     end if;
+    v_now := @schema@._private_clock();
+    perform @schema@._private_require_alive(p_owner, v_now);
 
     -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
     select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1;
