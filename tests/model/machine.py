@@ -1277,9 +1277,7 @@ def _breaches_of_records(before: State, event: Event, after: State) -> Iterator[
             not isinstance(step, Wait)
             or step.resolved_at is not None
             or step.target not in {str(i) for i in before.live}
-        ):
-            yield f"I6 {i}: {name!r} is gone, and it goes on"
-        elif step.target in {str(i) for i in after.live}:
+        ) or step.target in {str(i) for i in after.live}:
             yield f"I6 {i}: {name!r} is gone, and it goes on"
     children = Counter((e.parent, e.wait_name) for e in after.live.values() if e.wait_name is not None)
     for (parent, name), count in children.items():
