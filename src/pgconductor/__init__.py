@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
     from .sync_client import SyncClient
-    from .sync_context import SyncContext
+    from .sync_context import SyncContext, SyncPromise
     from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
@@ -115,6 +115,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Promise",
     "StepHandle",
     "SyncContext",
+    "SyncPromise",
     "Tries",
     # Invoking and waiting
     "ChannelReader",
@@ -269,6 +270,7 @@ _MODULES = {
     "SyncChannelReader": "readers",
     "SyncClient": "sync_client",
     "SyncContext": "sync_context",
+    "SyncPromise": "sync_context",
     "SyncHandle": "handle",
     "SyncTaskCall": "tasks",
     "Task": "tasks",

@@ -9,7 +9,7 @@ Only the thread that runs the handler may use it. It owns nothing: a `Desk` does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
     from .context import Context
+    from .events import Promise
     from .tasks import Invocable
 
 T = TypeVar("T")
@@ -113,6 +114,58 @@ class SyncContext:
         _require_plain(f"ctx.sync.transaction({name!r})", function)
         return self._call(lambda: run_transaction(context.durable, name, function, args, retry, seconds, level))
 
+    @overload
+    def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: type[T],
+    ) -> T: ...  # fmt: skip
+    @overload
+    def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any: ...  # fmt: skip
+    def wait_for_event(
+        self, name: str, event: str | None = None, /, *,
+        match: Mapping[str, object] | None = None, timeout: float | timedelta | None = None, type: Any = Any,
+    ) -> Any:  # fmt: skip
+        """As `Context.wait_for_event`."""
+        return self._call(partial(self._context.wait_for_event, name, event, match=match, timeout=timeout, type=type))
+
+    @overload
+    def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: type[T]
+    ) -> T: ...
+    @overload
+    def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any: ...
+    def receive(
+        self, name: str, channel: str | None = None, /, *, timeout: float | timedelta | None = None, type: Any = Any
+    ) -> Any:
+        """As `Context.receive`."""
+        return self._call(partial(self._context.receive, name, channel, timeout=timeout, type=type))
+
+    def promise(self, name: str) -> SyncPromise:
+        """As `Context.promise`; its `result` blocks."""
+        promise: Promise = self._call(partial(self._context.promise, name))
+        return SyncPromise(self._call, promise)
+
+    def emit(
+        self, name: str, event: str | None = None, payload: object = None, /, *,
+        retention: float | timedelta | None = None,
+    ) -> None:  # fmt: skip
+        """As `Context.emit`."""
+        self._call(partial(self._context.emit, name, event, payload, retention=retention))
+
+    def send(self, name: str, execution_id: UUID, channel: str | None = None, payload: object = None, /) -> bool:
+        """As `Context.send`."""
+        is_there: bool = self._call(partial(self._context.send, name, execution_id, channel, payload))
+        return is_there
+
+    def set_progress(self, value: object) -> None:
+        """As `Context.set_progress`; in a step too."""
+        self._context.desk.call(partial(self._context.set_progress, value))
+
     def checkpoint(self) -> None:
         """As `Context.checkpoint`."""
         self._call(self._context.checkpoint)
@@ -131,6 +184,37 @@ class SyncContext:
         """As `Context.random`."""
         result: float = self._call(partial(self._context.random, name=name))
         return result
+
+
+class SyncPromise:
+    """A promise, for a plain ``def`` handler. `id`, `name`: as of `Promise`."""
+
+    __slots__ = ("_call", "_promise")
+
+    def __init__(self, call: Callable[[Callable[[], Any]], Any], promise: Promise) -> None:
+        self._call = call
+        self._promise = promise
+
+    def __repr__(self) -> str:
+        return f"<SyncPromise {self.name!r}, {self.id}>"
+
+    @property
+    def id(self) -> UUID:
+        """Give it away; whoever has it may resolve or reject."""
+        return self._promise.id
+
+    @property
+    def name(self) -> str:
+        """As given."""
+        return self._promise.name
+
+    @overload
+    def result(self, *, timeout: float | timedelta | None = None, type: type[T], name: str | None = None) -> T: ...
+    @overload
+    def result(self, *, timeout: float | timedelta | None = None, type: Any = Any, name: str | None = None) -> Any: ...
+    def result(self, *, timeout: float | timedelta | None = None, type: Any = Any, name: str | None = None) -> Any:
+        """As `Promise.result`."""
+        return self._call(partial(self._promise.result, timeout=timeout, type=type, name=name))
 
 
 def _require_plain(what: str, fn: Callable[..., object]) -> None:

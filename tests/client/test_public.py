@@ -94,6 +94,7 @@ def test_exported_names_are_these() -> None:
         "SyncClient",
         "SyncContext",
         "SyncHandle",
+        "SyncPromise",
         "SyncTaskCall",
         "Task",
         "TaskCall",

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -507,3 +508,38 @@ async def test_thread_that_is_left_behind_in_a_transaction_commits_nothing(condu
     assert isinstance(ends[0], (DurableMisuse, psycopg.OperationalError))
     assert written(query) == []
     assert query("select count(*) from pgconductor._private_steps") == [(0,)]
+
+
+async def test_events_messages_and_promises_of_a_plain_function(conductor: Conductor) -> None:
+    """A plain function can ask nobody, and hears of nothing."""
+
+    @conductor.task
+    def ask(ctx: Context) -> list[Any]:
+        sync = ctx.sync
+        promise = sync.promise("approval")
+        sync.step("tell", lambda: sync.set_progress(str(promise.id)))
+        said = promise.result(type=str)
+        event = sync.wait_for_event("paid", match={"n": 1}, type=dict)
+        message = sync.receive("note", "notes")
+        sync.emit("done", "asked", {"n": 1})
+        try:
+            sync.wait_for_event("never", timeout=0.05)
+        except TimeoutError:
+            return [said, event["n"], message]
+        return []
+
+    async with conductor:
+        await conductor.migrate()
+        handle = await ask.invoke()
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                orchestrator = Orchestrator(conductor, tasks=[ask])
+                await nursery.start(orchestrator.run)
+                while (promise := await handle.progress()) is None:
+                    await trio.sleep(0.02)
+                assert await conductor.resolve_promise(UUID(promise), "yes") == "resolved"
+                await conductor.emit("paid", {"n": 2})
+                await conductor.emit("paid", {"n": 1})
+                assert await handle.send("notes", "by hand")
+                assert await handle.result() == ["yes", 1, "by hand"]
+                orchestrator.stop()
