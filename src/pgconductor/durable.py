@@ -4,10 +4,11 @@ One `Durable` belongs to one run of a handler, and is made when its context is f
 knows the history, runs steps, and begins and ends waits; what is recorded it hands to a `Journal`, which writes for the
 claim.
 
-Suspension. A wait first records itself and then parks its task. When at least one task is parked, no operation is
-active and none began for `SETTLE` seconds, the execution is given up: the engine cancels the scope of the attempt
-(`Suspender.suspend`), the handler unwinds, and the execution becomes `waiting`. When a wait is resolved it is claimed
-again, from the start: operations that are recorded return at once. A wait that is resolved before that simply returns.
+Suspension. A wait first records itself and then parks its task. When at least one task is parked, none of those is about
+to go on, no operation is active, and none began or ended for `SETTLE` seconds, the execution is given up: the engine
+cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution becomes `waiting`. When a
+wait is resolved it is claimed again, from the start: operations that are recorded return at once. A wait that is
+resolved before that simply returns.
 
 So between operations a handler must not wait for anything but the context and its own tasks: it would be cut short when
 another branch parks. What must not be parked is refused before anything is recorded: under a shield or outside the
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pgconductor.task")
 
-SETTLE: Final = 0.01  # seconds without a new operation after which a parked execution is given up
+SETTLE: Final = 0.01  # seconds in which no operation began or ended after which a parked execution is given up
 _LAST_WORDS: Final = 5.0  # seconds for writing what has happened already
 _RETRY_READ: Final = 0.005  # the database's clock is a little behind ours
 MAX_TRIES: Final = 10_000
@@ -227,7 +228,7 @@ class Durable:
         self._history: History | None = None
         self._loading = trio.Lock()
         self._active = 0
-        self._begun_at = -math.inf
+        self._moved_at = -math.inf  # when the handler last went on: an operation began or ended, or a wait did
         self._parked: dict[Parked, None] = {}  # in order; the first of them watches for the time to suspend
         self._is_nudged = False  # something may have been resolved
         self._must_reload = False
@@ -264,11 +265,12 @@ class Durable:
         """An operation is active inside the block, so nothing is suspended."""
         self.require_place(what, waits=waits)
         self._active += 1
-        self._begun_at = trio.current_time()
+        self._moved_at = trio.current_time()
         try:
             yield
         finally:
             self._active -= 1
+            self._moved_at = trio.current_time()  # however long it took: what the handler does next begins now
             if self._active == 0:
                 self._wake_watch()
 
@@ -481,8 +483,8 @@ class Durable:
                     )
                     continue
                 until = parked.due_at
-                if self._active == 0 and next(iter(self._parked)) is parked:
-                    settled_at = self._begun_at + SETTLE
+                if self._active == 0 and next(iter(self._parked)) is parked and not self._has_over():
+                    settled_at = self._moved_at + SETTLE
                     if now >= settled_at:
                         self.suspender.suspend()
                         await trio.sleep_forever()
@@ -492,7 +494,12 @@ class Durable:
                     await parked.woken.wait()
         finally:
             del self._parked[parked]
+            self._moved_at = trio.current_time()
             self._wake_watch()
+
+    def _has_over(self) -> bool:
+        """Whether a parked task is about to go on. What it waited for has been told, and is not told again."""
+        return any(parked.is_over() for parked in self._parked)
 
     def _wake_watch(self) -> None:
         if self._parked:
