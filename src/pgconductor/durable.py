@@ -5,7 +5,7 @@ knows the history, runs steps, and begins and ends waits; what is recorded it ha
 claim.
 
 Suspension. A wait first records itself and then parks its task. When at least one task is parked, no operation is
-active, and none began and no wait ended for `SETTLE` seconds and some turns of Trio's loop, the execution is given up:
+active, and none began or ended and no wait ended for `SETTLE` seconds and some turns of Trio's loop, the execution is given up:
 the engine cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution becomes
 `waiting`. When a wait is resolved it is claimed again, from the start: operations that are recorded return at once. A
 wait that is resolved before that simply returns.
@@ -277,7 +277,7 @@ class Durable:
         self._history: History | None = None
         self._loading = trio.Lock()
         self._active = 0
-        self._stirred_at = -math.inf  # when an operation began or a wait ended
+        self._stirred_at = -math.inf  # when an operation began or ended, or a wait ended
         self._stirs = 0
         self._has_waits = False
         self._due_at: dict[str, float] = {}  # of open waits, by Trio's clock
@@ -324,6 +324,7 @@ class Durable:
             yield
         finally:
             self._active -= 1
+            self._stir()  # however long it took: what the handler does next begins now
             if self._active == 0:
                 self._wake_watch()
 

@@ -1490,3 +1490,22 @@ async def test_leaving_a_nursery_of_many_unmade_children_by_an_error_is_quick(au
     begun = perf_counter()
     assert (await run(handler, Journal())).kind == "completed"
     assert perf_counter() - begun < 5.0
+
+
+async def test_end_of_a_long_step_lets_the_handler_begin_the_next(autojump_clock: Clock) -> None:
+    """A branch waits beside a step that takes long: given up at its end, the handler waits for what it would cancel."""
+
+    async def slow() -> None:
+        await trio.sleep(1)
+
+    async def handler(ctx: Context) -> str:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ctx.sleep, "long", 1000)
+            await ctx.step("one", slow)
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        return await ctx.step("two", lambda: "two")
+
+    for _ in range(20):  # in which order tasks run is left to chance
+        assert (await run(handler, Journal())).kind == "completed"
