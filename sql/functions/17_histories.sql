@@ -99,10 +99,9 @@ begin
     end if;
     return query
     select s.name, s.kind, s.position, coalesce(s.attempt, 1),
-        -- What has no resolved_at is a wait that was open when its execution ended.
-        coalesce(s.outcome, case when s.resolved_at is not null then case when s.error is null then 'completed' else 'failed' end end),
-        s.target, null::text, case when v_may_see then s.value::text end, s.value is not null and not v_may_see, s.error, s.created_at, s.resolved_at,
-        null::timestamptz
+        -- What has no outcome is a wait that was open when its execution ended. A step is over when it is recorded.
+        s.outcome, s.target, null::text, case when v_may_see then s.value::text end, s.value is not null and not v_may_see, s.error,
+        s.created_at, coalesce(s.resolved_at, case when s.outcome is not null then s.created_at end), null::timestamptz
     from (select f.steps from @schema@._private_finished f where f.id = p_id order by f.generation desc limit 1) f
         cross join lateral jsonb_to_recordset(f.steps) as s (name text, kind text, position int, attempt int, outcome text, target text,
             value jsonb, error jsonb, created_at timestamptz, resolved_at timestamptz)
@@ -285,8 +284,8 @@ begin
     from (
         select r.name, r.kind, r.position, coalesce(r.attempt, 1) as attempt, r.created_at, r.value, r.error, r.outcome, r.target
         from jsonb_to_recordset(v_records) as r (name text, kind text, position int, attempt int, created_at timestamptz,
-            resolved_at timestamptz, value jsonb, error jsonb, outcome text, target text)
-        where r.position < v_position and r.resolved_at is not null
+            value jsonb, error jsonb, outcome text, target text)
+        where r.position < v_position and r.outcome is not null
     ) r;
     return query select v_id, v_from.task;
 end $$;
@@ -350,6 +349,7 @@ begin
 
     delete from @schema@._private_steps s where s.execution_id = any (v_free);
     delete from @schema@._private_waits w where w.execution_id = any (v_free);
+    delete from @schema@._private_promises p where p.execution_id = any (v_free);
     delete from @schema@._private_payloads l where l.execution_id = any (v_free);
     insert into @schema@._private_payloads (execution_id, payload)
     select o.id, o.life -> 'payload' from unnest(p_ids, p_lives) as o (id, life)

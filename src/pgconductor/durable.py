@@ -5,10 +5,10 @@ knows the history, runs steps, and begins and ends waits; what is recorded it ha
 claim.
 
 Suspension. A wait first records itself and then parks its task. When at least one task is parked, no operation is
-active, and none began or ended and no wait ended for `SETTLE` seconds and some turns of Trio's loop, the execution is given up:
-the engine cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution becomes
-`waiting`. When a wait is resolved it is claimed again, from the start: operations that are recorded return at once. A
-wait that is resolved before that simply returns.
+active, and none began or ended and no wait ended for `SETTLE` seconds and some turns of Trio's loop, the execution is
+given up: the engine cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution
+becomes `waiting`. When a wait is resolved it is claimed again, from the start: operations that are recorded return at
+once. A wait that is resolved before that simply returns.
 
 So between operations a handler must not wait for anything but the context and its own tasks: it would be cut short when
 another branch parks. What must not be parked is refused before anything is recorded: under a shield or outside the
