@@ -4,7 +4,7 @@ One `Durable` belongs to one run of a handler, and is made when its context is f
 knows the history, runs steps, and begins and ends waits; what is recorded it hands to a `Journal`, which writes for the
 claim.
 
-Suspension. A wait first records itself and then parks its task. When at least one task is parked, none of those is about
+Suspension. A wait first records itself and then parks its task. When at least one task is parked, none of them is about
 to go on, no operation is active, and none began or ended for `SETTLE` seconds, the execution is given up: the engine
 cancels the scope of the attempt (`Suspender.suspend`), the handler unwinds, and the execution becomes `waiting`. When a
 wait is resolved it is claimed again, from the start: operations that are recorded return at once. A wait that is
