@@ -15,6 +15,7 @@ from pgconductor.durable import SETTLE, Durable, Place, Saved, locate
 from pgconductor.model import Record
 
 SLOW = 5 * SETTLE  # what the database takes
+NOTHING: Mapping[str, object] = {}
 
 
 class Journal:
@@ -101,7 +102,7 @@ async def test_end_of_a_long_operation_lets_the_handler_begin_the_next(autojump_
 
     async def handler() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attempt.durable.wait, "long", "long", "sleep", {})
+            nursery.start_soon(attempt.durable.wait, "long", "long", "sleep", NOTHING)
             await attempt.durable.step("one", int, (), None, None)
             await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
@@ -134,7 +135,7 @@ async def test_one_that_was_told_goes_on_before_the_others_give_up(autojump_cloc
 
     async def handler() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(attempt.durable.wait, "long", "long", "sleep", {})
+            nursery.start_soon(attempt.durable.wait, "long", "long", "sleep", NOTHING)
             await trio.testing.wait_all_tasks_blocked()  # so it is the one that asks, and that watches
             nursery.start_soon(child)
             nursery.start_soon(resolver)
