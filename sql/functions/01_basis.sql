@@ -82,6 +82,12 @@ create or replace function @schema@._private_server_epoch() returns text
         || coalesce(pg_catalog.date_part('epoch', pg_catalog.pg_stat_get_bgwriter_stat_reset_time()), 0) || ' '
         || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);
 
+-- What programs of the first schema registered stays alive: it told the epoch in fewer words. Here, in the transaction that
+-- puts the new words in, since an epoch that is not told in the same words ends a lease.
+update @schema@._private_orchestrators set server_epoch = @schema@._private_server_epoch()
+where server_epoch = pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
+    || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);
+
 -- Seconds to keep a failed or cancelled execution of a task, where no worker says it; a week for a task nobody registered.
 create or replace function @schema@._private_keep_failed(p_task text) returns double precision
     language sql stable

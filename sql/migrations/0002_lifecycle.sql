@@ -1,12 +1,5 @@
 -- Cancellation, retention, hand-over after a restart, early rescue, roles. Additive: programs of the schema before go on.
 
--- What programs of the schema before registered stays alive: the epoch is about to be told in more words.
-update @schema@._private_orchestrators set server_epoch = pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
-    || coalesce(pg_catalog.date_part('epoch', pg_catalog.pg_stat_get_bgwriter_stat_reset_time()), 0) || ' '
-    || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8)
-where server_epoch = pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) || ' '
-    || pg_catalog.substring(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8);
-
 -- The rules: publish_queues.
 alter table @schema@._private_queues
     add column published int unique,    -- in the order of publication: what producers may send to its partition
