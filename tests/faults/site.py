@@ -184,7 +184,9 @@ class Site:
         assert deadlocks == [(0,)]
 
     def live(self) -> int:
-        return int(self.query("select count(*) from pgconductor._private_executions")[0][0])
+        """How many are under way, or still to be cancelled because their parents have ended."""
+        live = "select (select count(*) from pgconductor._private_executions)"
+        return int(self.query(f"{live} + (select count(*) from pgconductor._private_closings)")[0][0])
 
     def held_by(self, process: Process) -> int:
         """How many executions the database says the process holds."""

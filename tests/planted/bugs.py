@@ -32,7 +32,7 @@ _QUEUES = "sql/functions/04_queues.sql"
 _RETENTION = "sql/functions/11_retention.sql"
 _DEAD = "sql/functions/12_dead_letters.sql"
 _HISTORY = "sql/functions/15_history.sql"
-_CANCEL_OR_FLUSH = "and g.parent_id <> all (array(select p.id from gone p where p.is_durable))"
+_PARENT_GONE = "and g.parent_id <> all (array(select p.id from gone p where p.is_durable))"
 _DURABLE = "src/pgconductor/durable.py"
 _CHILDREN = "src/pgconductor/children.py"
 _LEASE = "src/pgconductor/runtime/lease.py"
@@ -544,16 +544,16 @@ BUGS = (
         "records-without-claim-no",
         "a step or wait is recorded by the claim that runs",
         _PARTITIONS,
-        "where e.id = o.id and e.claim_no = o.claim_no and e.owner = p_owner and e.state = 'running' offset 0",
-        "where e.id = o.id and e.owner = p_owner and e.state = 'running' offset 0",
+        "(e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running') offset 0",
+        "(e.owner, e.state) is not distinct from (p_owner, 'running') offset 0",
         ("tests/sql/test_records.py::test_who_does_not_hold_the_claim_records_and_learns_nothing",),
     ),
     Bug(
         "records-without-owner",
         "a step or wait is recorded by the claim's owner",
         _PARTITIONS,
-        "where e.id = o.id and e.claim_no = o.claim_no and e.owner = p_owner and e.state = 'running' offset 0",
-        "where e.id = o.id and e.claim_no = o.claim_no and e.state = 'running' offset 0",
+        "(e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running') offset 0",
+        "(e.claim_no, e.state) is not distinct from (o.claim_no, 'running') offset 0",
         ("tests/sql/test_records.py::test_who_does_not_hold_the_claim_records_and_learns_nothing",),
     ),
     Bug(
@@ -600,9 +600,17 @@ BUGS = (
         "wake-without-the-parents-lock",
         "who ends a child holds its parent's row, so that the parent parks before it or after it",
         _HISTORY,
-        "    v_ids := p_ids || array(\n",
-        "    v_ids := p_ids; perform array(\n",
+        "    v_ids := p_ids || v_parents;",
+        "    v_ids := p_ids;",
         ("tests/sql/test_pairs.py::test_two_verbs_at_once_end_as_one_after_the_other[family-park-complete_child]",),
+    ),
+    Bug(
+        "flush-beside-a-record",
+        "a flush begins when whoever records for one of its rows has committed",
+        _PARTITIONS,
+        "offset 0) row where row.is_durable) then\n        perform",
+        "offset 0) row where false) then\n        perform",
+        ("tests/sql/test_pairs.py::test_two_verbs_at_once_end_as_one_after_the_other[family-park-start_waits]",),
     ),
     Bug(
         "wake-for-each-child",
@@ -656,7 +664,7 @@ BUGS = (
         "wait-of-a-dead-parent-resolved",
         "of a parent and a child that end by one flush the waits go",
         _PARTITIONS,
-        _CANCEL_OR_FLUSH,
+        _PARENT_GONE,
         "",
         ("tests/sql/test_families.py::test_parent_and_child_that_end_by_one_flush_leave_nothing_behind",),
     ),
@@ -664,7 +672,7 @@ BUGS = (
         "wait-of-a-cancelled-parent-resolved",
         "the same where they are cancelled by one call",
         _CANCEL,
-        _CANCEL_OR_FLUSH,
+        _PARENT_GONE,
         "",
         ("tests/sql/test_families.py::test_parent_and_child_cancelled_by_one_call_leave_nothing_behind",),
     ),
@@ -688,8 +696,9 @@ BUGS = (
         "cut-while-a-step-runs",
         "nothing is given up while an operation is active",
         _DURABLE,
-        "if self._active == 0 and next(iter(self._parked)) is parked:",
-        "if next(iter(self._parked)) is parked:",
+        "        self._active += 1\n        self._stir()\n        try:\n            yield\n        finally:\n"
+        "            self._active -= 1\n",
+        "        self._stir()\n        try:\n            yield\n        finally:\n",
         ("tests/faults/test_durable.py::test_step_beside_a_parked_branch_runs_to_its_end",),
     ),
     Bug(
