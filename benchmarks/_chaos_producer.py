@@ -83,8 +83,10 @@ def plan(rng: random.Random, number: int, count: int, poisons: int) -> Iterator[
         elif draw < 0.553:
             yield item("steps")
         elif draw < 0.653:
-            parent = item("parent", fails=[rng.random() < 0.2 for _ in range(3)])
-            after = rng.uniform(0.0, 0.5) if rng.random() < 0.1 else None
+            # Some are cancelled, most of these while they wait for their children.
+            after = rng.uniform(0.0, 1.0) if rng.random() < 0.1 else None
+            fails = [rng.random() < 0.2 for _ in range(3)]
+            parent = item("parent", fails=fails, seconds=0.01 if after is None else 2.0)
             yield Item(parent.key, parent.task, parent.payload, {}, cancel_after=after)
         elif draw < 0.703:
             yield item("sleeper", seconds=rng.uniform(0.1, 3.0))

@@ -169,18 +169,18 @@ def declare(conductor: Conductor, queue: str, witness: Witness) -> list[Task[...
             return key
 
     @conductor.task(name=f"child-{letter}", queue=queue, backoff=quick, keep_completed=None, keep_failed=None)
-    async def child(ctx: Context, key: str, name: str, fails: bool) -> str:
+    async def child(ctx: Context, key: str, name: str, fails: bool, seconds: float) -> str:
         with witness.body(ctx):
-            await trio.sleep(0.01)
+            await trio.sleep(seconds)
             if fails:
                 raise NoRetry(f"{name} of {key}")
             return key
 
     @conductor.task(name=f"parent-{letter}", queue=queue, backoff=quick, keep_completed=None, keep_failed=None)
-    async def parent(ctx: Context, key: str, fails: list[bool]) -> str:
+    async def parent(ctx: Context, key: str, fails: list[bool], seconds: float) -> str:
         async def raise_one(name: str, is_bad: bool) -> None:
             with suppress(ChildError):
-                await ctx.invoke(name, child, key=key, name=name, fails=is_bad)
+                await ctx.invoke(name, child, key=key, name=name, fails=is_bad, seconds=seconds)
 
         with witness.body(ctx):
             await witness.step(ctx, "before")

@@ -322,6 +322,45 @@ async def test_maintenance_removes_nothing_of_those_that_wait(pgconductor_dsn: s
     stage.check()
 
 
+async def test_parent_whose_time_is_up_while_its_child_completes_ends_once(pgconductor_dsn: str) -> None:
+    """It goes on with the result, or ends by its deadline: both at once, or neither, if the two cross. (No. 53.)"""
+    stage = Stage(pgconductor_dsn)
+
+    async def young(n: int) -> int:
+        await trio.sleep(0.2 * n)
+        return n
+
+    async def old(ctx: Context, n: int) -> int:
+        try:
+            result = await ctx.invoke("child", offspring, n=n)
+        except ChildFailed:
+            result = -1
+        stage.seen.append((n, result))
+        return result
+
+    offspring = stage.task(young, "young")
+    parent = stage.task(old, "old")
+
+    async def invoke() -> None:
+        async with stage.conductor:
+            for n in range(20):
+                await parent.options(deadline=2.0).invoke(n=n)
+
+    await stage.run([parent, offspring], meanwhile=invoke, concurrency=60)
+    parents = query(
+        pgconductor_dsn,
+        "select (payload->>'n')::int, state::text, result, errors -> -1 ->> 'type' from pgconductor._private_finished"
+        " where task = 'old' order by 1",
+    )
+    assert [n for n, *_ in parents] == list(range(20))
+    for n, state, result, error in parents:
+        assert (state, result, error) in [("completed", n, None), ("completed", -1, None), ("failed", None, "deadline")]
+        assert {told for number, told in stage.seen if number == n} <= {n, -1}
+        assert len({told for number, told in stage.seen if number == n}) <= 1
+    assert {state for _, state, *_ in parents} == {"completed", "failed"}, "they did not cross: the test shows nothing"
+    stage.check()
+
+
 # --- cancellation: no. 52 ---
 
 
