@@ -332,7 +332,7 @@ async def test_parent_whose_time_is_up_while_its_child_completes_ends_once(pgcon
 
     async def old(ctx: Context, n: int) -> int:
         try:
-            result = await ctx.invoke("child", offspring, n=n)
+            result = int(await ctx.invoke("child", offspring, n=n))
         except ChildFailed:
             result = -1
         stage.seen.append((n, result))

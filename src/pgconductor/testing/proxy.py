@@ -176,6 +176,7 @@ class ChaosProxy:
         self.blackholes_new = False
         self.is_rejecting = False
         self._listener: trio.SocketListener | None = None
+        self._mending = trio.Lock()
         self._mended = trio.Event()
 
     @property
@@ -231,11 +232,12 @@ class ChaosProxy:
         self.blackholes_new = self.is_rejecting = False
         for link in self.links:
             link.thawed.set()
-        if self._listener is None:
-            self._listener = (await trio.open_tcp_listeners(self.port, host=self.host))[0]
-            self.port = self._listener.socket.getsockname()[1]
-            self._mended.set()
-            self._mended = trio.Event()
+        async with self._mending:  # several may mend at once
+            if self._listener is None:
+                self._listener = (await trio.open_tcp_listeners(self.port, host=self.host))[0]
+                self.port = self._listener.socket.getsockname()[1]
+                self._mended.set()
+                self._mended = trio.Event()
 
     def _chosen(self, pid: int | None) -> list[Link]:
         chosen = [link for link in self.links if pid is None or link.pid == pid]
