@@ -89,6 +89,7 @@ class Run:
     faults: Counter[str] = field(default_factory=Counter[str])
     restarts: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     exits: Counter[str] = field(default_factory=Counter[str])
+    terminated: set[int] = field(default_factory=set[int])  # processes that SIGTERM ended, as it does before they serve
     is_over: bool = False
 
     def say(self, text: str) -> None:
@@ -181,6 +182,8 @@ async def _supervise(run: Run, slot: Slot) -> None:
             run.kills.append(Kill(slot.process.pid, time.time(), "poison"))
             run.faults["poison killed its process"] += 1
         run.exits[str(status)] += 1
+        if status == -signal.SIGTERM:
+            run.terminated.add(slot.process.pid)
         run.say(f"worker {slot.number} (process {slot.process.pid}) ended with {status}")
 
 
@@ -715,8 +718,9 @@ class Report:
         )
         self.figures["exit statuses of workers"] = dict(self.run.exits)
         self._require(
-            "exit statuses that are neither 0 nor a kill", (s for s in self.run.exits if s not in ("0", "-9"))
+            "exit statuses that are neither 0 nor a kill", (s for s in self.run.exits if s not in ("0", "-9", "-15"))
         )
+        self._require("processes that served, and ended by SIGTERM", self.run.terminated & self.counts.keys())
         busiest = 0
         for text in logs:
             lines = Counter(re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ", text, re.MULTILINE))
