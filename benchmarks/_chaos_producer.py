@@ -80,6 +80,16 @@ def plan(rng: random.Random, number: int, count: int, poisons: int) -> Iterator[
             yield Item(noop.key, noop.task, {"key": noop.key + " " + rng.randbytes(4000).hex()}, {})
         elif draw < 0.353:
             yield Item(key, f"noop-{letter}", {"key": {"not": key}}, {}, is_broken=True)
+        elif draw < 0.553:
+            yield item("steps")
+        elif draw < 0.653:
+            parent = item("parent", fails=[rng.random() < 0.2 for _ in range(3)])
+            after = rng.uniform(0.0, 0.5) if rng.random() < 0.1 else None
+            yield Item(parent.key, parent.task, parent.payload, {}, cancel_after=after)
+        elif draw < 0.703:
+            yield item("sleeper", seconds=rng.uniform(0.1, 3.0))
+        elif draw < 0.803:
+            yield item("effect")
         else:
             noop = item("noop")
             yield Item(noop.key, noop.task, noop.payload, {"priority": rng.choice((0, 0, 0, 1, 5))})

@@ -1,26 +1,33 @@
 """A worker process of the soak: tasks that end in every way there is, and a witness file that outlives the process.
 
 A line of the witness is one `write` to a file opened for appending: ``start|end EXECUTION ATTEMPT PID SECONDS`` (since
-the epoch), so that it is there even if the process is killed right after. Once a second, and at the end, a line
-``statistics PID JSON`` says what the engine has counted.
+the epoch), so that it is there even if the process is killed right after. ``step``, ``stepped`` and ``seen`` have a
+NAME besides, and but for the first a HASH: a step begins to run, what it returned, and what the handler was told. Once
+a second, and at the end, a line ``statistics PID JSON`` says what the engine has counted.
+
+What a step returns is drawn anew each time it runs, so that a handler that is told another value is found out.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import trio
+from psycopg.rows import TupleRow
 
 from pgconductor import (
+    ChildError,
     Conductor,
     Context,
     Exponential,
@@ -29,6 +36,7 @@ from pgconductor import (
     RetryAfter,
     Snooze,
     Task,
+    TrioConnection,
     Unavailable,
 )
 
@@ -37,6 +45,15 @@ LEASE = 6.0
 SWEEP = 2.0
 GRACE = 3.0
 CONCURRENCY = 20
+
+
+# What the transactional steps write to: exactly one row for each.
+EFFECTS = "create table if not exists chaos_effects (execution uuid not null, name text not null)"
+
+
+def hashed(value: object) -> str:
+    """Of a step's value, as the witness has it."""
+    return hashlib.sha1(json.dumps(value).encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 class Broken(Exception):
@@ -50,8 +67,21 @@ class Witness:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._pid = os.getpid()
 
-    def note(self, event: str, ctx: Context) -> None:
-        os.write(self._file, f"{event} {ctx.execution_id} {ctx.attempt} {self._pid} {time.time():.6f}\n".encode())
+    def note(self, event: str, ctx: Context, *words: str) -> None:
+        line = " ".join((event, str(ctx.execution_id), str(ctx.attempt), str(self._pid), f"{time.time():.6f}", *words))
+        os.write(self._file, f"{line}\n".encode())
+
+    async def step(self, ctx: Context, name: str) -> None:
+        """Have a step run, or be told what it returned."""
+
+        async def draw() -> str:
+            self.note("step", ctx, name)
+            await trio.sleep(0.002)
+            value = str(uuid4())
+            self.note("stepped", ctx, name, hashed(value))
+            return value
+
+        self.note("seen", ctx, name, hashed(await ctx.step(name, draw)))
 
     def note_statistics(self, counts: dict[str, int | str | None]) -> None:
         os.write(self._file, f"statistics {self._pid} {json.dumps(counts)}\n".encode())
@@ -131,7 +161,57 @@ def declare(conductor: Conductor, queue: str, witness: Witness) -> list[Task[...
             os.kill(os.getpid(), signal.SIGKILL)
             return key
 
-    return [noop, nap, thread, flaky, doomed, snoozer, fleeting, poison]
+    @conductor.task(name=f"steps-{letter}", queue=queue, keep_completed=None, keep_failed=None)
+    async def steps(ctx: Context, key: str) -> str:
+        with witness.body(ctx):
+            for n in range(5):
+                await witness.step(ctx, f"s{n}")
+            return key
+
+    @conductor.task(name=f"child-{letter}", queue=queue, backoff=quick, keep_completed=None, keep_failed=None)
+    async def child(ctx: Context, key: str, name: str, fails: bool) -> str:
+        with witness.body(ctx):
+            await trio.sleep(0.01)
+            if fails:
+                raise NoRetry(f"{name} of {key}")
+            return key
+
+    @conductor.task(name=f"parent-{letter}", queue=queue, backoff=quick, keep_completed=None, keep_failed=None)
+    async def parent(ctx: Context, key: str, fails: list[bool]) -> str:
+        async def raise_one(name: str, is_bad: bool) -> None:
+            with suppress(ChildError):
+                await ctx.invoke(name, child, key=key, name=name, fails=is_bad)
+
+        with witness.body(ctx):
+            await witness.step(ctx, "before")
+            async with trio.open_nursery() as nursery:
+                for n, is_bad in enumerate(fails):
+                    nursery.start_soon(raise_one, f"c{n}", is_bad)
+            await witness.step(ctx, "after")
+            return key
+
+    @conductor.task(name=f"sleeper-{letter}", queue=queue, keep_completed=None, keep_failed=None)
+    async def sleeper(ctx: Context, key: str, seconds: float) -> str:
+        with witness.body(ctx):
+            await witness.step(ctx, "before")
+            await ctx.sleep("nap", seconds)
+            await witness.step(ctx, "after")
+            return key
+
+    async def charge(conn: TrioConnection[TupleRow], execution: str) -> str:
+        await conn.execute("insert into chaos_effects values (%s, 'charge')", (execution,))
+        return str(uuid4())
+
+    @conductor.task(name=f"effect-{letter}", queue=queue, keep_completed=None, keep_failed=None)
+    async def effect(ctx: Context, key: str) -> str:
+        with witness.body(ctx):
+            value = await ctx.transaction("charge", charge, str(ctx.execution_id), retry=3, timeout=5.0)
+            witness.note("seen", ctx, "charge", hashed(value))
+            await witness.step(ctx, "after")
+            return key
+
+    plain: list[Task[..., Any]] = [noop, nap, thread, flaky, doomed, snoozer, fleeting, poison]
+    return [*plain, steps, child, parent, sleeper, effect]
 
 
 def main() -> None:

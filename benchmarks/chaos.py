@@ -41,14 +41,17 @@ from pgconductor.embedded import OwnServer, own_server
 from pgconductor.testing.audit import check_sync, install_audit_sync, leftovers_sync
 from pgconductor.testing.proxy import ChaosProxy, open_chaos_proxy
 
-from ._chaos_worker import GRACE, LEASE, SWEEP
+from ._chaos_worker import EFFECTS, GRACE, LEASE, SWEEP, hashed
 from .harness import DURABLE, ROOT
 
 _PRODUCERS = 2
 _HEAL = 60.0  # seconds in which all must be finished once the faults are over
 _FORGOTTEN = 1.0  # seconds before a crash of the server from which on asynchronous commits may be lost
 _EVERY = 2.5  # seconds between two faults, on average
-_TAGS = (b"/*flush*/", b"/*claim*/", b"/*heartbeat*/", b"/*invoke*/", b"/*cancel*/")
+_TAGS = (
+    b"/*flush*/", b"/*claim*/", b"/*heartbeat*/", b"/*invoke*/", b"/*cancel*/", b"/*save_steps*/", b"/*start_waits*/",
+    b"/*load_history*/", b"/*save_step_inside*/",
+)  # fmt: skip
 
 
 @dataclass
@@ -120,6 +123,7 @@ def main() -> None:
             with psycopg.connect(run.dsn, autocommit=True) as conn:
                 migrate_sync(conn)
                 install_audit_sync(conn)
+                conn.execute(EFFECTS)
             began = time.monotonic()
             healed = trio.run(_soak, run)
             report = Report(run, time.monotonic() - began, healed)
@@ -209,7 +213,10 @@ async def _until_finished(run: Run) -> float | None:
 
 def _live(dsn: str) -> int:
     with psycopg.connect(dsn) as conn:
-        row = conn.execute("select count(*) from pgconductor._private_executions").fetchone()
+        row = conn.execute(
+            "select (select count(*) from pgconductor._private_executions)"
+            " + (select count(*) from pgconductor._private_closings)"
+        ).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -397,6 +404,8 @@ class Report:
             self._check_ends()
             self._check_database()
             self._check_bodies()
+            self._check_records()
+            self._check_effects()
             self._measure_rescue()
         self._check_logs()
         self._check_sometimes()
@@ -438,6 +447,9 @@ class Report:
 
     def _read_witness(self) -> None:
         self.bodies: dict[UUID, list[list[Any]]] = defaultdict(list)  # [start, end or None, pid]
+        self.step_runs: dict[tuple[UUID, str], list[tuple[float, int]]] = defaultdict(list)  # when, in which body
+        self.returned: dict[tuple[UUID, str], set[str]] = defaultdict(set)
+        self.seen: dict[tuple[UUID, str], set[str]] = defaultdict(set)
         self.counts: dict[int, dict[str, Any]] = {}
         self.owners: dict[int, set[str]] = defaultdict(set)
         for line in (self.run.folder / "witness").read_text().splitlines():
@@ -448,9 +460,14 @@ class Report:
                 if (owner := self.counts[int(pid)].pop("owner")) is not None:
                     self.owners[int(pid)].add(owner)
                 continue
-            execution, _, pid, at = rest.split()
+            execution, _, pid, at, *words = rest.split()
             bodies = self.bodies[UUID(execution)]
-            if event == "start":
+            if event == "step":
+                body_no = max(n for n, b in enumerate(bodies) if b[2] == int(pid))
+                self.step_runs[UUID(execution), words[0]].append((float(at), body_no))
+            elif event in ("stepped", "seen"):
+                (self.seen if event == "seen" else self.returned)[UUID(execution), words[0]].add(words[1])
+            elif event == "start":
                 bodies.append([float(at), None, int(pid)])
             else:
                 body = next(b for b in reversed(bodies) if b[2] == int(pid) and b[1] is None)
@@ -471,7 +488,14 @@ class Report:
         self.figures["healed, seconds"] = self.healed
         for state in ("completed", "failed", "cancelled"):
             self._count(state, "select count(*) from pgconductor._private_finished where state = %s", state)
-        known = self._rows("select id, payload #>> '{key}', payload #>> '{key,not}' from pgconductor.executions")
+        children = (
+            "(select id from pgconductor._private_executions where parent_id is not null"
+            " union all select id from pgconductor._private_finished where parent_id is not null)"
+        )
+        known = self._rows(
+            "select id, payload #>> '{key}', payload #>> '{key,not}' from pgconductor.executions"
+            f" where id not in {children}"
+        )
         self._require(
             "executions nobody invoked",
             (i for i, key, broken in known if (broken or key).split()[0] not in self.intents),
@@ -573,6 +597,85 @@ class Report:
         self.figures["bodies begun again"] = reruns
         self._require("two bodies at once without a revocation", overlaps)
 
+    def _check_records(self) -> None:
+        """I6, I7 and I8 from what the handlers were told and did, and what is stored."""
+        stored: dict[tuple[UUID, str], str] = {}
+        for execution, steps in self._rows(
+            "select id, steps from pgconductor._private_finished where steps is not null"
+        ):
+            for step in steps:
+                if step["kind"] in ("step", "transaction") and "value" in step:
+                    stored[execution, step["name"]] = hashed(step["value"])
+        self.figures["steps stored"] = len(stored)
+        self._require("steps told as more than one value", (k for k, values in self.seen.items() if len(values) > 1))
+        self._require(
+            "steps told as what is not stored",
+            (key for key, values in self.seen.items() if values != {stored.get(key, "nothing")}),
+        )
+        self._require(
+            "steps stored as what none of their runs returned",
+            (key for key, values in self.returned.items() if key in stored and stored[key] not in values),
+        )
+        # A run that was repeated lost its value: its claim was revoked, gave up or failed.
+        ended = dict(
+            self._rows(
+                "select execution, count(*) from pgconductor._test_audit"
+                " where outcome in ('recovered', 'released', 'retried', 'cancel_requested') group by 1"
+            )
+        )
+        again = {key: runs for key, runs in self.step_runs.items() if len(runs) > 1}
+        self.figures["runs of steps"] = sum(map(len, self.step_runs.values()))
+        self.figures["of these again"] = sum(len(runs) - 1 for runs in again.values())
+        self._require(
+            "steps that ran twice in one body",
+            (key for key, runs in again.items() if len({body for _, body in runs}) < len(runs)),
+        )
+        self._require(
+            "steps that ran more often than their claims were lost",
+            (
+                (key, len(runs), ended.get(key[0], 0))
+                for key, runs in again.items()
+                if len(runs) > 1 + ended.get(key[0], 0) + sum(map(self._is_near_crash, self.bodies[key[0]]))
+            ),
+        )
+        self._require(
+            "children that stand twice under one name",
+            self._rows(
+                "select parent_id, payload ->> 'name', count(*) from pgconductor._private_finished"
+                " where parent_id is not null group by 1, 2 having count(*) > 1"
+            ),
+        )
+        self._count("children", "select count(*) from pgconductor._private_finished where parent_id is not null")
+        self._count(
+            "resumptions of those that waited",
+            "select count(*) from pgconductor._test_audit where from_state = 'waiting' and to_state = 'ready'",
+        )
+        self._count(
+            "children cancelled with their parents",
+            "select count(*) from pgconductor._private_finished where parent_id is not null and state = 'cancelled'",
+        )
+
+    def _check_effects(self) -> None:
+        """A transactional step has one effect if it is recorded, and none if it is not."""
+        self._require(
+            "transactional effects that are not there once",
+            self._rows(
+                "select f.id, count(e.execution) from pgconductor._private_finished f"
+                " left join chaos_effects e on e.execution = f.id where f.task like 'effect%' group by f.id"
+                " having count(e.execution) <> (select count(*) from pgconductor._private_finished g"
+                " cross join lateral jsonb_array_elements(g.steps) s where g.id = f.id and s ->> 'name' = 'charge'"
+                " and s ? 'value')"
+            ),
+        )
+        self._require(
+            "transactional effects of what nobody invoked",
+            self._rows(
+                "select e.execution from chaos_effects e"
+                " where not exists (select from pgconductor._private_finished f where f.id = e.execution)"
+            ),
+        )
+        self._count("transactional effects", "select count(*) from chaos_effects")
+
     def _is_near_crash(self, body: list[Any]) -> bool:
         """Whether a crash of the server may have forgotten the claim it began by: one that was committed less than
         three rounds of the WAL writer (200 ms each) before.
@@ -643,6 +746,13 @@ class Report:
                 ("bodies begun again", self.figures["bodies begun again"]),
                 ("crash loops", self.figures["crash loops"]),
                 ("server restarts", len(self.run.restarts)),
+                ("runs of steps repeated", self.figures["of these again"]),
+                ("resumptions", self.figures["resumptions of those that waited"]),
+                ("children cancelled", self.figures["children cancelled with their parents"]),
+                (
+                    "replies to steps cut",
+                    sum(n for name, n in self.run.faults.items() if name.startswith("reply cut: save_step")),
+                ),
                 ("replies cut", sum(n for name, n in self.run.faults.items() if name.startswith("reply cut"))),
             ):
                 if value == 0:

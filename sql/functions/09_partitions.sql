@@ -176,12 +176,13 @@ begin
             select distinct o.id, o.claim_no from unnest(p_ids, p_claim_nos) as o (id, claim_no) order by o.id
         ), held as materialized (
             select row.* from o cross join lateral (
-                select e.ctid as tid, e.id, e.attempt, e.depth, e.root_id, e.deadline_at, e.is_durable from @schema@._private_queue_{no} e
+                select e.id, e.attempt, e.depth, e.root_id, e.deadline_at, e.is_durable from @schema@._private_queue_{no} e
                 -- In a form that only the index of ids answers, see flush.
                 where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running') offset 0
                 for no key update) row
         ), marked as (
-            update @schema@._private_queue_{no} e set is_durable = true from held h where e.ctid = h.tid and not h.is_durable
+            -- By id: of a row that somebody changed while we waited for its lock, the new place is unknown to this statement.
+            update @schema@._private_queue_{no} e set is_durable = true from held h where e.id = h.id and not h.is_durable
         )
         select h.id, h.attempt, h.depth, h.root_id, h.deadline_at from held h;
 end $body$

@@ -33,9 +33,12 @@ from pgconductor import (
     Orchestrator,
     StepFailed,
     Task,
+    Unavailable,
+    open_pool,
 )
 from pgconductor.db.calls import Calls, NewStep, NewWait
 from pgconductor.db.execute import run_sync
+from pgconductor.db.transactions import PoolTransactions
 from pgconductor.model import Outcome
 from pgconductor.testing.audit import check_sync, install_audit_sync
 from pgconductor.testing.proxy import ChaosProxy, open_chaos_proxy
@@ -186,6 +189,30 @@ async def test_lost_request_to_cancel_a_child_is_made_again(pgconductor_dsn: str
             await stage.run([parent, offspring])
         assert proxy.cuts == 1
     assert stage.ends() == {"old": ["completed"], "young": ["cancelled"]}
+    stage.check()
+
+
+async def test_transaction_on_a_connection_that_died_unnoticed_is_begun_anew(pgconductor_dsn: str) -> None:
+    """A step waits for ever for the reply to its BEGIN, and its execution with it: nobody else may run that."""
+    with psycopg.connect(pgconductor_dsn, autocommit=True) as conn:
+        conn.execute("create table effects (n int)")
+    async with open_chaos_proxy(pgconductor_dsn) as proxy:
+        stage = Stage(pgconductor_dsn)
+        # The engine's own connections are on the straight line, those of the pool are not.
+        async with open_pool(proxy.dsn, kwargs={"autocommit": True}) as pool:
+            transactions = PoolTransactions(pool)
+            async with transactions.open("first", "read committed") as first:
+                pid = first.conn.info.backend_pid
+            proxy.blackhole(pid)
+            with pytest.raises(Unavailable, match="no reply"), trio.fail_after(LIMIT):
+                async with transactions.open("second", "read committed"):
+                    pass
+            with trio.fail_after(LIMIT):
+                async with transactions.open("third", "read committed") as third:
+                    await third.conn.execute("insert into effects values (1)")
+                    await third.commit()
+        assert pid != 0
+    assert query(pgconductor_dsn, "select n from effects") == [(1,)]
     stage.check()
 
 

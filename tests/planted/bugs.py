@@ -560,8 +560,8 @@ BUGS = (
         "records-unmarked",
         "an execution with records is marked, so that its end keeps and removes them",
         _PARTITIONS,
-        "set is_durable = true from held h where e.ctid = h.tid and not h.is_durable",
-        "set is_durable = true from held h where e.ctid = h.tid and false",
+        "set is_durable = true from held h where e.id = h.id and not h.is_durable",
+        "set is_durable = true from held h where e.id = h.id and false",
         ("tests/sql/test_families.py::test_parent_and_child_that_end_by_one_flush_leave_nothing_behind",),
     ),
     Bug(

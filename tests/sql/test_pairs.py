@@ -232,6 +232,13 @@ def family(play: Play) -> None:
     play.family()
 
 
+def unrecorded(play: Play) -> None:
+    """Running, and nothing is recorded yet."""
+    running(play)
+    ((execution, claim_no),) = play.held.items()
+    play.parent = (execution, claim_no)
+
+
 def parked(play: Play) -> None:
     """The parent waits, the child runs."""
     play.family()
@@ -293,6 +300,7 @@ SCENES: dict[str, Callable[[Play], None]] = {
         dead_letter,
         expired,
         several,
+        unrecorded,
         family,
         parked,
         sleeping,
@@ -411,6 +419,7 @@ MATTERS: dict[str, set[str]] = {
     "asked": {"recover", "release", "cancel", "retire"},
     "dead_letter": {"retry"},
     "expired": {"maintain"},
+    "unrecorded": {"save_step", "start_waits", "load_history"},
     "family": set(FAMILY),
     "parked": {"complete_child", "fail_child", "close_children", "cancel_parent"},
     "sleeping": {"claim", "complete_child", "fail_child", "cancel_parent"},
@@ -419,7 +428,7 @@ MATTERS: dict[str, set[str]] = {
     "closing": {"close_children", "complete_child"},
     "unstarted": {"close_children", "claim"},
 }
-FAMILIES = {"family", "parked", "sleeping", "orphaned", "on_last_life", "closing", "unstarted"}
+FAMILIES = {"unrecorded", "family", "parked", "sleeping", "orphaned", "on_last_life", "closing", "unstarted"}
 # Scenes in which the holder has, or had, a claim.
 CLAIMED = {"running", "several", "abandoned", "poisonous", "asked", "dead_letter", "expired"}
 # With a family: what acts on its parent or child by itself, and what may meet that.
@@ -432,6 +441,10 @@ SKIPPING = {"claim", "claim_suspect", "recover", "release_unknown", "retire", "m
 
 def is_case(scene: str, one: str, other: str) -> bool:
     pair = {one, other}
+    # No child is there, and nothing that it could wait for.
+    childless = {"complete_child", "fail_child", "complete_both", "fail_both", "close_children", "park"}
+    if scene == "unrecorded" and pair & childless:
+        return False
     if scene in FAMILIES:
         return bool(MATTERS[scene] & pair) and pair <= MEETING
     if FAMILY.keys() & pair:

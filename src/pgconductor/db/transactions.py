@@ -40,6 +40,7 @@ ISOLATIONS: Final = ("read committed", "repeatable read", "serializable")
 
 _IDLE, _ACTIVE, _INERROR = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE, pq.TransactionStatus.INERROR
 _PATIENCE: Final = 30.0  # seconds for a connection of the kind that blocks threads
+_BEGIN: Final = 5.0  # seconds for the server to begin one; then the connection is taken for dead
 _ROLLBACK: Final = 2.0  # seconds for a rollback; then the connection is closed
 
 
@@ -188,11 +189,16 @@ class PoolTransactions(Transactions):
             with notices_kept(lent):
                 conn = StepConnection(lent, step) if tape is None else RecordedConnection(lent, step, tape)
                 try:
-                    async with psycopg.AsyncCursor(lent, row_factory=tuple_row) as cursor:
-                        await cursor.execute(_begin(isolation, tape), prepare=False)
-                        cursor.nextset()
-                        row = await cursor.fetchone()
-                    assert row is not None
+                    row = None
+                    # A connection that has lain in the pool may be dead without anybody's having said so.
+                    with trio.move_on_after(_BEGIN):
+                        async with psycopg.AsyncCursor(lent, row_factory=tuple_row) as cursor:
+                            await cursor.execute(_begin(isolation, tape), prepare=False)
+                            cursor.nextset()
+                            row = await cursor.fetchone()
+                    if row is None:
+                        lent.drop()
+                        raise Unavailable(f"no reply within {_BEGIN:g} s when the transaction of {step} was begun")
                     yield _TrioTransaction(step, lent, conn, str(row[0]))
                 finally:
                     conn.cut()
