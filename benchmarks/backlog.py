@@ -13,7 +13,6 @@ import psycopg
 
 from pgconductor.db.calls import Calls, WorkerRow
 from pgconductor.db.execute import run_sync
-from pgconductor.errors import Unavailable
 from pgconductor.model import Claimed, Outcome
 
 from . import harness
@@ -68,9 +67,9 @@ def _add_queues(database: Database, count: int) -> int:
         name = f"other {number}"
         for _ in range(10):
             try:
-                run_sync(database.conn, _CALLS.register_queue(name))
+                database.register_queue(name)
                 break
-            except Unavailable:
+            except psycopg.OperationalError:  # a lock that was not to be had
                 continue
         database.invoke_many("noop", 10, name, delay=_A_DAY)
     return 10 * count
@@ -87,7 +86,7 @@ class _Claimer:
         self._batch = batch
         self._owner: UUID = uuid4()
         self.finished = 0
-        run_sync(conn, _CALLS.register_queue(_QUEUE))
+        database.register_queue(_QUEUE)
         row = WorkerRow(_QUEUE, ["noop"], batch)
         run_sync(conn, _CALLS.register_orchestrator(self._owner, "by hand", 3600.0, "0", 1, [row]))
 

@@ -47,8 +47,8 @@ end $$;
 -- this outcome was written and is not kept, or the claim was lost and whoever had it next ended it so). Sending a flush twice changes
 -- nothing the second time. Holds K and announces for every queue on which something was made ready again.
 -- Fails with 55P03, as a whole, if a row stays locked for a second: somebody's open transaction has asked for its
--- cancellation. Send the others without it. p_family: some of them may have parents, which are locked with them, in the order
--- of partition and id; false spares looking.
+-- cancellation. Send the others without it. p_family: some of them may have a history or parents; then all are locked
+-- first, with the parents, in the order of partition and id. False spares that.
 create or replace function @schema@.flush(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_family boolean default true
@@ -76,8 +76,10 @@ declare
 begin
     -- Rows that go on are written after those that end, so not in the order of ids; others may hold one of them while they
     -- wait for another, as the parents of what they end.
+    -- And whoever records something for one of these holds its row for that. What it wrote has to be seen by the statements
+    -- below, which remove it, keep it, and find out when a wait is due; so they begin when it has committed.
     if p_family or v_goes_on then
-        perform @schema@._private_lock_family(p_ids, v_goes_on);
+        perform @schema@._private_lock_family(p_ids, true);
     end if;
     -- An id that was made up may name a partition that is not there.
     v_nos := array(select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n

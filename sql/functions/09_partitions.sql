@@ -27,14 +27,6 @@ declare
     v_written int;
     v_retried uuid[] := '{}';
 begin
-    -- Whoever records something for one of these holds its row for that. What it wrote has to be seen by the statements below,
-    -- which remove it, keep it, and find out when a wait is due; so they begin when it has committed. All rows, since others
-    -- lock them in the order of ids too. (Of a first record the row is changed as well: that is looked for again below.)
-    if exists (select from unnest(p_ids) as i cross join lateral (
-            select e.is_durable from @schema@._private_queue_{no} e where e.id = i offset 0) row where row.is_durable) then
-        perform from (select i from unnest(p_ids) as i order by i) o cross join lateral (
-            select e.id from @schema@._private_queue_{no} e where e.id = o.i offset 0 for no key update) row;
-    end if;
     if 'retried' = any (p_outcomes) then
         -- Those that this call will write: a flush that is sent again forgets nothing that came after the first.
         v_retried := array(

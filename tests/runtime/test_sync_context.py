@@ -519,7 +519,7 @@ async def test_events_messages_and_promises_of_a_plain_function(conductor: Condu
         promise = sync.promise("approval")
         sync.step("tell", lambda: sync.set_progress(str(promise.id)))
         said = promise.result(type=str)
-        event = sync.wait_for_event("paid", match={"n": 1}, type=dict)
+        event = sync.wait_for_event("paid", match={"n": 1}, type=dict[str, int])
         message = sync.receive("note", "notes")
         sync.emit("done", "asked", {"n": 1})
         try:

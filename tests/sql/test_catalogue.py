@@ -111,8 +111,8 @@ def test_plans_that_must_use_their_index_are_not_compiled(db: Database) -> None:
 def test_settings_of_a_session_change_nothing(db: Database) -> None:
     """A hook for tests that any role can pull, or that a connection pooler carries to the next user."""
     sources = db.rows("select prosrc from pg_proc where pronamespace = '{s}'::regnamespace and proname !~ '^_test_'")
-    # But for the server's own: one setting that is only ever made safer, the role that was set, which it checks, and the
-    # isolation level, under which it looks twice.
+    # But for the server's own: one setting that is only ever made safer, the role that was set, which it checks, and
+    # the isolation level, under which it looks twice.
     read = {name for (source,) in sources for name in re.findall(r"current_setting\(([^)]*)\)", source)}
     assert read == {"'synchronous_commit'", "'role'", "'transaction_isolation'"}
     assert not any("current_setting" in re.sub(r"current_setting\('", "", source) for (source,) in sources)

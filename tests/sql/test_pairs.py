@@ -572,6 +572,8 @@ class Stage:
                     name,
                     relation,
                 )
+        # Each scene began with the first id: those that the rivals make are none of a scene's.
+        self.db.rows("alter sequence {s}._test_ids restart with 1000")
         self.rivals = [self.db.session() for _ in range(3)]
         for session in self.rivals:
             session.conn.autocommit = True

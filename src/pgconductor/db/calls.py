@@ -491,7 +491,7 @@ class Calls:
     def flush(self, owner: UUID, outcomes: Sequence[Outcome], *, has_family: bool = True) -> Call[dict[UUID, str]]:
         """Result: the outcomes that were not written now, with "already", "fenced" or "gone".
 
-        `has_family`: some of them may be children; False spares the database a look.
+        `has_family`: some of them may be children or have a history; False spares the database a look.
         """
         columns = [list(column) for column in zip(*outcomes, strict=True)]
         return Call(self._query["flush"], (owner, *columns, has_family), lambda rows: {row[0]: row[1] for row in rows})

@@ -59,6 +59,7 @@ class Held:
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
+    has_history: bool = False  # its handler has asked for something durable, or an earlier claim's may have
     leaves_children: bool = False  # its history may have children that have not ended
 
 
@@ -251,7 +252,7 @@ class Flusher:
         """Send once; return what the database did not write now, and None if it has to be sent again, later then."""
         failpoint("flush.before")
         try:
-            has_family = former is not None or any(map(self._has_parent, batch))
+            has_family = former is not None or any(map(self._has_family, batch))
             lives = [o for o in batch if o.kind == "continued"] if former is None else []
             ends = [o for o in batch if o.kind != "continued"] if lives else batch
             refused: dict[UUID, str] = {}
@@ -289,9 +290,9 @@ class Flusher:
             return cancelled(task, claimed)
         return failed(task, claimed, DurableMisuse("ctx.continue_as_new() with children that had not ended"))
 
-    def _has_parent(self, outcome: Outcome) -> bool:
+    def _has_family(self, outcome: Outcome) -> bool:
         held = self.held.get(outcome.id)
-        return held is None or held.claimed.parent_id is not None
+        return held is None or held.has_history or held.claimed.parent_id is not None
 
     def _set_back(self, batch: list[Outcome]) -> None:
         """Others first, and fewer at once: whatever kept these from being written, a row that somebody's open

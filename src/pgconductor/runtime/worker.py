@@ -297,7 +297,11 @@ class Pipeline:
             if claimed is None:
                 return None
             held = self._held[claimed.id] = Held(
-                claimed, trio.current_time(), suspected=trio.Event(), leaves_children=claimed.claim_no > 1
+                claimed,
+                trio.current_time(),
+                suspected=trio.Event(),
+                leaves_children=claimed.claim_no > 1,
+                has_history=claimed.claim_no > 1,
             )
         return held
 
@@ -465,7 +469,7 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         for item in claimed:
-            held = Held(item, now, leaves_children=item.claim_no > 1)
+            held = Held(item, now, has_history=item.claim_no > 1, leaves_children=item.claim_no > 1)
             self._held[item.id] = held
             self._stock.append(held)
         if self._requested:
@@ -609,6 +613,7 @@ class Pipeline:
             ctx.close()
             if durable is not None:
                 durable.end(completed=outcome is not None and outcome.kind == "completed")
+                held.has_history = True
                 held.leaves_children = durable.may_leave_children
         return outcome
 
