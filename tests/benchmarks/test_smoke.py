@@ -16,6 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 _TINY: dict[str, tuple[str, ...]] = {
     "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
+    "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
     "rescue": ("--count=400", "--concurrency=5"),
