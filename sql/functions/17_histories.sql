@@ -47,7 +47,7 @@ begin
     return query
     select e.id, e.queue, e.task, e.version, e.state::text, e.priority, e.attempt, e.max_attempts, e.crashes, e.generation, e.depth,
         e.created_at, e.run_at, e.claimed_at, null::timestamptz, null::timestamptz, e.deadline_at, e.parent_id, e.root_id,
-        (e.headers ->> 'pgconductor.origin')::uuid, e.dedupe_key, e.tags, e.progress, e.cancel_requested_at is not null, e.cancel_reason, e.errors -> -1,
+        (e.headers ->> 'pgconductor:origin')::uuid, e.dedupe_key, e.tags, e.progress, e.cancel_requested_at is not null, e.cancel_reason, e.errors -> -1,
         (select count(*) from @schema@._private_waits w where w.execution_id = e.id and w.resolved_at is null),
         (select jsonb_agg(jsonb_build_object('name', w.name, 'kind', w.kind, 'target', w.target, 'scope', w.scope, 'due_at', w.due_at,
                 'created_at', w.created_at) order by w.position, w.name)
@@ -60,7 +60,7 @@ begin
     return query
     select f.id, f.queue, f.task, f.version, f.state::text, f.priority, f.attempt, f.max_attempts, f.crashes, f.generation, f.depth,
         f.created_at, f.run_at, f.claimed_at, f.finished_at, f.expires_at, null::timestamptz, f.parent_id, f.root_id,
-        (f.headers ->> 'pgconductor.origin')::uuid, f.dedupe_key, f.tags, f.progress, f.state = 'cancelled', f.cancel_reason, f.errors -> -1,
+        (f.headers ->> 'pgconductor:origin')::uuid, f.dedupe_key, f.tags, f.progress, f.state = 'cancelled', f.cancel_reason, f.errors -> -1,
         0::bigint, null::jsonb
     from @schema@._private_finished f where f.id = p_id order by f.generation desc limit 1;
 end $$;
@@ -274,7 +274,7 @@ begin
         array[v_from.priority], p_options => array[v_options]) i);
     -- claim_no 1: so that its first claim is not taken for one that nobody had before, and loads the records.
     update @schema@._private_executions e set limit_key = v_from.limit_key,
-        headers = coalesce(v_from.headers, '{}') || jsonb_build_object('pgconductor.origin', p_id),
+        headers = coalesce(v_from.headers, '{}') || jsonb_build_object('pgconductor:origin', p_id),
         claim_no = case when v_position is null then 0 else 1 end, is_durable = v_position is not null
     where e.queue_no = @schema@._private_queue_no(v_id) and e.id = v_id;
     -- What was recorded in the last attempt is to be done again in the first of the new one.

@@ -103,9 +103,9 @@ async def test_status_and_steps_tell_where_it_stands_and_how_it_came_there(pgcon
         assert _facts(steps) == [
             (0, "step", "double", "completed", 6, True),
             (1, "step", "nothing", "completed", None, True),
-            (2, "step", "fail", "failed", None, True),
-            (3, "child", "child", "completed", 8, True),
-            (4, "sleep", "a day", None, None, False),
+            (3, "step", "fail", "failed", None, True),  # a failure's place is where it was recorded, not where it began
+            (4, "child", "child", "completed", 8, True),
+            (5, "sleep", "a day", None, None, False),
         ]
         assert steps[2].error is not None
         assert (steps[2].error.type, steps[2].error.message) == ("ValueError", "no luck")
