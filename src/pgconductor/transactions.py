@@ -37,6 +37,7 @@ from .durable import (
     inside_step,
     returned,
     step_timeout,
+    until_unwound,
     value_codec,
 )
 from .errors import DurableMisuse, InvalidOption, NonDeterminism, Unavailable, Verdict
@@ -257,7 +258,7 @@ class _Step:
                 raise _Hitch from error
             raise
         if is_revoked:
-            await trio.sleep_forever()  # the attempt's scope ends us
+            await until_unwound()
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint()  # the usual case: cancelled
             if transaction.is_commit_sent:
@@ -309,7 +310,7 @@ async def _replayed_block(durable: Durable, name: str, recorded: str, isolation:
 async def give_back(durable: Durable) -> None:
     """End the attempt, at no cost: it runs again from its history."""
     durable.suspender.give_way()
-    await trio.sleep_forever()
+    await until_unwound()
 
 
 def _required(durable: Durable) -> Transactions:
