@@ -19,7 +19,7 @@ from uuid import UUID
 from .durable import TriesLike, inside_step, is_async, require_outside_steps
 from .errors import DurableMisuse
 from .options import checked_seconds
-from .transactions import Isolation, checked_isolation, open_block, run_transaction
+from .transactions import checked_isolation, open_block, run_transaction
 
 if TYPE_CHECKING:
     import psycopg
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .context import Context
     from .events import Promise
+    from .model import Isolation
     from .tasks import Invocable
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -42,14 +42,12 @@ from .durable import (
 )
 from .errors import DurableMisuse, InvalidOption, NonDeterminism, Unavailable, Verdict
 from .failpoints import failpoint
+from .model import ISOLATIONS, Isolation
 from .retry import Fixed, checked_backoff, decide
 
 if TYPE_CHECKING:
     from .db.tape import Tape
     from .db.transactions import OpenTransaction, Transactions
-
-Isolation = Literal["read committed", "repeatable read", "serializable"]
-ISOLATIONS: Final[tuple[Isolation, ...]] = ("read committed", "repeatable read", "serializable")
 
 MAX_HITCHES: Final = 20  # rivals, and connections that broke, before they count as failures
 
