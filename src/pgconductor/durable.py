@@ -578,7 +578,7 @@ class Durable:
 
     def outcome(self, name: str) -> str | None:
         """How a wait has ended, None if it has not."""
-        record = None if self._history is None else self._history.get(name)
+        record = self.record_of(name)
         return None if record is None else record.outcome
 
     def record_of(self, name: str) -> Record | None:
@@ -598,7 +598,7 @@ class Durable:
     @property
     def may_leave_children(self) -> bool:
         """Whether there are children that had not ended when that was last read; or it was never read."""
-        return self._history is None or self._history.has_open("child")
+        return self._history is None or bool(self._history.open_names("child"))
 
     async def park_for(self, name: str) -> None:
         """Wait until a wait has ended, here, or by giving up the execution."""
