@@ -628,8 +628,8 @@ class Stage:
             self.db.settle(session, works[-1])
         left = list(commits)
         while left:
-            # The first in the wished order that does not wait. There may be none, for each is looked at at a moment of its
-            # own: one that stood behind another in the queue for a row may have passed it since. A deadlock would end.
+            # The first in the wished order that does not wait. There may be none, as each is looked at by itself:
+            # one that stood behind another in the queue for a row may have passed it since. A deadlock would end.
             n = next((n for n in left if not self.db.settle(self.rivals[n], works[n])), None)
             if n is not None:
                 works[n].result(20)
