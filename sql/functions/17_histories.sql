@@ -311,7 +311,8 @@ as $$
 $$;
 
 -- Instead of a flush: let executions begin a new life under the same id, with the same key, parent and deadline. Their records
--- go, attempts and crashes are counted anew. p_lives: objects of payload and version. Returns those that were not written:
+-- go, attempts and crashes are counted anew. It stays marked as having a history: its end has messages and channels to deal
+-- with. p_lives: objects of payload and version. Returns those that were not written:
 --   cancelled       its cancellation was requested: flush it as cancelled
 --   open_children   it has children that were neither abandoned nor asked to end: flush it as failed
 --   already, fenced, gone   as flush
@@ -356,7 +357,7 @@ begin
     where o.id = any (v_free) and @schema@._private_is_large(o.life -> 'payload');
     with again as (
         update @schema@._private_executions e set state = 'ready', run_at = v_now, attempt = 0, crashes = 0, owner = null, claimed_at = null,
-            outcome = 'continued', outcome_claim = e.claim_no, is_durable = false, version = o.life ->> 'version',
+            outcome = 'continued', outcome_claim = e.claim_no, version = o.life ->> 'version',
             payload = case when not @schema@._private_is_large(o.life -> 'payload') then o.life -> 'payload' end
         from unnest(p_ids, p_lives) as o (id, life)
         where o.id = any (v_free) and e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id

@@ -142,6 +142,19 @@ def test_retried_execution_goes_on_with_its_channel(db: Database, channels: Chan
     assert channels.read(again) == Page("open", [(1, "1"), (2, "2")])
 
 
+def test_channel_ends_with_a_life_that_did_not_open_it(db: Database, channels: Channels, clock: DatabaseClock) -> None:
+    """Its readers wait for ever, and its rows are never removed."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1)
+    again = channels.renew(claimed)
+    db.flush(channels.owner, Outcome(again.id, again.claim_no, "completed", keep=60.0))
+    assert channels.read(again) == Page("closed", [(1, "1")])
+    clock.advance(3601)
+    db.rows("select {s}.maintain()")
+    assert db.value("select count(*) from {s}._private_channels") == 0
+
+
 def test_what_was_read_long_ago_goes_while_the_execution_lives(db: Database, channels: Channels) -> None:
     """An execution that runs for years fills the disk."""
     (claimed,) = channels.start()

@@ -66,6 +66,14 @@ class Handlers:
         row = self.db.live(claimed.id, "state::text")
         return "gone" if row is None else str(row[0])
 
+    def renew(self, claimed: Claimed) -> Claimed:
+        """Let it continue as new, and claim its next life."""
+        outcome = Outcome(claimed.id, claimed.claim_no, "continued", '{"payload": {}, "version": null}')
+        assert self.db.run(self.db.calls.continue_as_new(self.owner, [outcome])) == {}
+        (again,) = self.db.claim(self.owner)
+        assert again.id == claimed.id
+        return again
+
     def effect(self, claimed: Claimed, name: str, position: int = 0, **effect: object) -> SavedEffect:
         row = NewEffect(claimed.id, claimed.claim_no, name, position, json.dumps(effect))
         return self.db.run(self.db.calls.save_effects(self.owner, [row]))[0]
@@ -269,6 +277,17 @@ def test_messages_go_with_their_execution(db: Database, handlers: Handlers) -> N
     assert inbox(db) == []
     assert not db.run(db.calls.send(ended.id, "c", "3"))
     assert not db.run(db.calls.send(uuid4(), "c", "3"))
+
+
+def test_message_to_a_life_that_records_nothing_goes_with_it(db: Database, handlers: Handlers) -> None:
+    """What was sent to the life before it stays for ever, since an execution without records has nothing to remove."""
+    (claimed,) = handlers.start()
+    db.run(db.calls.send(claimed.id, "c", "1"))
+    deliver(db)
+    again = handlers.renew(claimed)
+    db.flush(handlers.owner, Outcome(again.id, again.claim_no, "completed", "1"))
+    deliver(db)
+    assert inbox(db) == []
 
 
 # --- promises ---
