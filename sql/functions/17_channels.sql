@@ -115,7 +115,7 @@ begin
     where i.execution_id = p_id and i.channel = p_name and i.seq > p_after order by i.seq limit p_limit;
 end $$;
 
--- Remove channels whose time is over, with their items, at most p_limit of those; returns how many items went.
+-- Remove channels whose time is over, with their items: at most p_limit rows of both; returns how many went.
 create or replace function @schema@._private_forget_channels(p_now timestamptz, p_limit int) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -129,16 +129,19 @@ declare
 begin
     for v_expired in
         select c.execution_id, c.name from @schema@._private_channels c where c.ended_at is not null and c.expires_at < p_now
-        order by c.expires_at limit 1000 for update skip locked
+        order by c.expires_at limit p_limit for update skip locked
     loop
-        exit when v_removed >= p_limit;
         delete from @schema@._private_channel_items i where i.execution_id = v_expired.execution_id and i.channel = v_expired.name
             and i.seq in (select x.seq from @schema@._private_channel_items x
                 where x.execution_id = v_expired.execution_id and x.channel = v_expired.name order by x.seq limit p_limit - v_removed);
         get diagnostics v_count = row_count;
         v_removed := v_removed + v_count;
+        exit when v_removed >= p_limit;
         delete from @schema@._private_channels c where c.execution_id = v_expired.execution_id and c.name = v_expired.name
             and not exists (select from @schema@._private_channel_items i where i.execution_id = v_expired.execution_id and i.channel = v_expired.name);
+        get diagnostics v_count = row_count;
+        v_removed := v_removed + v_count;
+        exit when v_removed >= p_limit;
     end loop;
     return v_removed;
 end $$;

@@ -113,6 +113,34 @@ def test_items_stay_as_long_as_the_finished_row_and_an_hour_at_least(
     assert left == (3 if hours is None else 0)
 
 
+@pytest.mark.parametrize(
+    ("items", "rounds"),
+    [
+        ((0, 0, 0, 0, 0), [2, 2, 1, 0]),  # so many empty ones seem to be nothing to do, and stay for a minute each call
+        ((3, 0), [2, 2, 1, 0]),
+        ((2, 1), [2, 2, 1, 0]),
+    ],
+)
+def test_what_is_removed_at_once_is_bounded_channels_included(
+    db: Database, channels: Channels, clock: DatabaseClock, items: tuple[int, ...], rounds: list[int]
+) -> None:
+    """Maintenance holds more rows than it was allowed, or takes what is left for nothing."""
+    for count, claimed in zip(items, channels.start(len(items)), strict=True):
+        channels.open(claimed)
+        if count:
+            channels.append(claimed, *range(1, count + 1))
+        db.flush(channels.owner, Outcome(claimed.id, claimed.claim_no, "completed", keep=60.0))
+        clock.advance(1)
+    clock.advance(3601)
+    rows = "(select count(*) from {s}._private_channel_items) + (select count(*) from {s}._private_channels)"
+    left = db.value(f"select {rows}")
+    for expected in rounds:
+        assert db.value("select {s}._private_forget_channels({s}._private_clock(), 2)") == expected
+        left -= expected
+        assert db.value(f"select {rows}") == left
+    assert left == 0
+
+
 def test_channel_of_a_cancelled_execution_ends_and_goes(db: Database, channels: Channels, clock: DatabaseClock) -> None:
     """The other way of ending."""
     (claimed,) = channels.start()
