@@ -26,9 +26,11 @@ table _private_channels
     closed_at timestamp with time zone
     ended_at timestamp with time zone
     expires_at timestamp with time zone
+    first_seq bigint not null default 0
     constraint _private_channels_capacity_check CHECK (((capacity >= 1) AND (capacity <= 10000)))
     constraint _private_channels_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_channels_pkey PRIMARY KEY (execution_id, name)
+    constraint life CHECK (((0 <= first_seq) AND (first_seq <= last_seq)))
     constraint read CHECK (((0 <= read_upto) AND (read_upto <= last_seq)))
     CREATE INDEX _private_channels_expiry ON _private_channels USING btree (expires_at) WHERE (ended_at IS NOT NULL)
 

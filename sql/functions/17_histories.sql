@@ -351,6 +351,9 @@ begin
     delete from @schema@._private_steps s where s.execution_id = any (v_free);
     delete from @schema@._private_waits w where w.execution_id = any (v_free);
     delete from @schema@._private_promises p where p.execution_id = any (v_free);
+    -- Its channels go on behind what they have, open, also those that the life before closed.
+    update @schema@._private_channels c set first_seq = c.last_seq, closed_at = null, ended_at = null, expires_at = null
+    where c.execution_id = any (v_free);
     delete from @schema@._private_payloads l where l.execution_id = any (v_free);
     insert into @schema@._private_payloads (execution_id, payload)
     select o.id, o.life -> 'payload' from unnest(p_ids, p_lives) as o (id, life)
