@@ -348,6 +348,7 @@ begin
                 where e.queue_no = @schema@._private_queue_no(w.target::uuid) and e.id = w.target::uuid and e.cancel_requested_at is not null));
     v_free := array(select i from unnest(v_held) as i where i <> all (v_cancelled) and i <> all (v_parents));
 
+    perform @schema@._private_keep_receipts(v_free, v_now);
     delete from @schema@._private_steps s where s.execution_id = any (v_free);
     delete from @schema@._private_waits w where w.execution_id = any (v_free);
     delete from @schema@._private_promises p where p.execution_id = any (v_free);
