@@ -451,6 +451,42 @@ def test_delivery_and_the_end_of_a_life_come_one_after_the_other(db: Database, h
     assert wait.status == ("open" if first == "delivery" else "resolved")
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+def test_fork_does_not_receive_what_its_history_has(db: Database, handlers: Handlers, *, is_live: bool) -> None:
+    """It is told of a payment that the records it took along know of; or not of one that came after them."""
+    (claimed,) = handlers.start()
+    for n in range(4):
+        emit(db, "e", n)
+    handlers.wait(claimed, "w", "e")
+    other = handlers.renew(claimed)
+    for position, name in enumerate(("w1", "w2", "w3")):
+        wait = {"name": name, "kind": "event", "position": position, "target": "e"}
+        row = NewWait(other.id, other.claim_no, json.dumps(wait))
+        assert db.run(db.calls.start_waits(handlers.owner, [row]))[0].value == str(position + 1)
+    if not is_live:
+        db.flush(handlers.owner, Outcome(other.id, other.claim_no, "completed", "1", keep=60.0))
+    fork = db.run(db.calls.fork(other.id, "w3")).id
+    (forked,) = db.claim(handlers.owner)
+    assert forked.id == fork
+    # 0 by a life before the one it was forked from, 1 and 2 by what it took along.
+    assert [handlers.wait(forked, name, "e").value for name in ("x", "y")] == ["3", None]
+    again = handlers.renew(forked)
+    assert handlers.wait(again, "w", "e").status == "open"
+
+
+def test_restart_receives_what_was_received_since_its_payload_was_made(db: Database, handlers: Handlers) -> None:
+    """It gets what former lives have put into its payload; or not what its own life is to receive."""
+    (claimed,) = handlers.start()
+    for n in range(2):
+        emit(db, "e", n)
+    handlers.wait(claimed, "w", "e")
+    other = handlers.renew(claimed)
+    assert handlers.wait(other, "w", "e").value == "1"
+    db.run(db.calls.restart(other.id))
+    (begun,) = db.claim(handlers.owner)
+    assert [handlers.wait(begun, name, "e").value for name in ("w", "x")] == ["1", None]
+
+
 def receipts(db: Database) -> int:
     return int(db.value("select count(*) from {s}._private_receipts"))
 
