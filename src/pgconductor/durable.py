@@ -201,7 +201,7 @@ class Journal(Protocol):
         ...
 
     async def open_channel(self, name: str, capacity: int) -> int:
-        """Open a channel; return the number of its last item."""
+        """Open a channel; return how many items this life of the execution has sent."""
         ...
 
     async def append_item(self, channel: str, seq: int, value: str) -> bool:

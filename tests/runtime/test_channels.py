@@ -43,6 +43,28 @@ async def test_items_come_in_order_and_once_though_the_handler_begins_anew(condu
     assert runs > 1
 
 
+async def test_channel_goes_on_when_its_execution_continues_as_new(conductor: Conductor) -> None:
+    """What a later life sends is swallowed, as if it were a replay of the first."""
+
+    @conductor.task
+    async def stream(ctx: Context, life: int) -> None:
+        lines = await ctx.open_channel("lines")
+        for n in range(3 - life):
+            await lines.send([life, n])
+        await ctx.sleep("nap", 0.03)
+        if life < 2:
+            await ctx.continue_as_new(life=life + 1)
+
+    async with conductor, trio.open_nursery() as nursery:
+        await nursery.start(Orchestrator(conductor, tasks=[stream]).run)
+        handle = await stream.invoke(0)
+        reader = handle.channel("lines")
+        with trio.fail_after(LIMIT):
+            assert [item async for item in reader] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0]]
+        assert reader.position == 6
+        nursery.cancel_scope.cancel()
+
+
 async def test_sender_waits_until_a_reader_has_caught_up(conductor: Conductor, query: Any) -> None:
     """A bound that does not bind, or a sender that nobody wakes."""
     sent: list[int] = []
