@@ -585,7 +585,7 @@ function _private_settle(p_id uuid, p_now timestamp with time zone) returns void
 function _private_settle_promise(p_id uuid, p_value jsonb, p_error jsonb) returns text language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_task_key(p_task text, p_version text) returns text language sql immutable parallel safe
 function _private_trailing_failures(p_ids uuid[]) returns TABLE(execution_id uuid, name text) language sql stable set search_path=pg_catalog, pg_temp
-function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_try_lock(p_id uuid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function _private_wake(p_ids uuid[]) returns text[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_wanted_bounds(p_now timestamp with time zone) returns SETOF timestamp with time zone language sql immutable set search_path=pg_catalog, pg_temp
 function append_items(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_channels text[], p_seqs bigint[], p_values jsonb[]) returns TABLE(n integer, status text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
