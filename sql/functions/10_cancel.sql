@@ -71,7 +71,7 @@ end $$;
 -- A producer cancels what its login role has invoked, operators and the owner cancel anything (90_privileges.sql).
 -- Whoever asks again is answered as the execution then stands; the first reason is kept. Locks: K of the queues, then the
 -- rows, waiting, in the order of partition and id; dedupe keys. Waits for a claim or flush in flight of the same rows, and
--- sees what it did. Makes the transaction commit durably, as invoke_many.
+-- sees what it did. Notifies the owners, and whoever cancels children. Makes the transaction commit durably, as invoke_many.
 create or replace function @schema@.cancel(p_ids uuid[], p_reason text default null) returns table (id uuid, status text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -98,6 +98,9 @@ begin
     select coalesce(array_agg(c.id) filter (where c.status = 'cancelled'), '{}'), coalesce(array_agg(c.id) filter (where c.status = 'requested'), '{}')
     into v_cancelled, v_requested
     from @schema@._private_cancel(v_ids, p_reason) c;
+    if v_cancelled <> '{}' and exists (select from @schema@._private_closings) then
+        perform @schema@._private_notify(@schema@._private_errands_channel(), '');  -- children may have to follow
+    end if;
     return query
     select i, case when i = any (v_cancelled) then 'cancelled' when i = any (v_requested) then 'requested'
         when exists (select from @schema@._private_finished f where f.id = i) then 'finished' else 'unknown' end

@@ -23,7 +23,7 @@ from uuid import UUID
 import trio
 
 from .codec import Limits
-from .db.address import Database
+from .db.address import Database, client_conninfo
 from .db.calls import Calls
 from .db.connection import TrioConnection
 from .db.pool import Pool, open_pool
@@ -204,7 +204,7 @@ class Conductor(Tasks):
             else:
                 conninfo, listen_conninfo = self._database.resolve()
             pool = open_pool(
-                conninfo,
+                client_conninfo(conninfo),
                 max_size=self._pool_size,
                 kwargs={"autocommit": True, "prepare_threshold": self.prepare_threshold},
             )

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from .children import DurableNursery, OnClose
     from .db.connection import TrioConnection
     from .durable import Durable, TriesLike
+    from .model import Isolation
     from .sync_context import SyncContext
     from .tasks import Invocable, Invocation
-    from .transactions import Isolation
 
 T = TypeVar("T")
 R = TypeVar("R")

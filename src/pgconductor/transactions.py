@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -37,18 +37,17 @@ from .durable import (
     inside_step,
     returned,
     step_timeout,
+    until_unwound,
     value_codec,
 )
 from .errors import DurableMisuse, InvalidOption, NonDeterminism, Unavailable, Verdict
 from .failpoints import failpoint
+from .model import ISOLATIONS, Isolation
 from .retry import Fixed, checked_backoff, decide
 
 if TYPE_CHECKING:
     from .db.tape import Tape
     from .db.transactions import OpenTransaction, Transactions
-
-Isolation = Literal["read committed", "repeatable read", "serializable"]
-ISOLATIONS: Final[tuple[Isolation, ...]] = ("read committed", "repeatable read", "serializable")
 
 MAX_HITCHES: Final = 20  # rivals, and connections that broke, before they count as failures
 
@@ -257,7 +256,7 @@ class _Step:
                 raise _Hitch from error
             raise
         if is_revoked:
-            await trio.sleep_forever()  # the attempt's scope ends us
+            await until_unwound()
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint()  # the usual case: cancelled
             if transaction.is_commit_sent:
@@ -309,7 +308,7 @@ async def _replayed_block(durable: Durable, name: str, recorded: str, isolation:
 async def give_back(durable: Durable) -> None:
     """End the attempt, at no cost: it runs again from its history."""
     durable.suspender.give_way()
-    await trio.sleep_forever()
+    await until_unwound()
 
 
 def _required(durable: Durable) -> Transactions:

@@ -90,6 +90,7 @@ def test_exported_names_are_these() -> None:
         "StepFailed",
         "StepHandle",
         "StepRecord",
+        "SyncChannel",
         "SyncChannelReader",
         "SyncClient",
         "SyncContext",
