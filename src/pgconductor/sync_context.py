@@ -19,8 +19,7 @@ from uuid import UUID
 
 from .durable import TriesLike, inside_step, is_async, require_outside_steps
 from .errors import DurableMisuse, Unwinding
-from .options import checked_seconds
-from .transactions import checked_isolation, open_block, run_transaction
+from .transactions import checked_terms, open_block, run_transaction
 
 if TYPE_CHECKING:
     import psycopg
@@ -39,7 +38,10 @@ Ts = TypeVarTuple("Ts")
 
 
 class SyncContext:
-    """What `Context.sync` gives. Every method blocks, and raises what that of `Context` does, and `Unwinding`."""
+    """What `Context.sync` gives. Every method blocks, and raises what that of `Context` does, and `Unwinding`.
+
+    A nursery is Trio's, and a handler that continues as new is cancelled: these need an async handler.
+    """
 
     __slots__ = ("_context",)
 
@@ -107,14 +109,12 @@ class SyncContext:
         The connections are the orchestrator's own, as many as the conductor's `pool_size` at once.
         """
         context = self._context
-        seconds = None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
-        level = checked_isolation(isolation)
+        what = f"ctx.sync.transaction({name!r})"
+        seconds, level = checked_terms(what, timeout, isolation, retry, is_block=fn is None)
         if fn is None:
-            if retry is not None:
-                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
             return self._block(name, lambda: open_block(context.durable, name, seconds, level))
         function = fn
-        _require_plain(f"ctx.sync.transaction({name!r})", function)
+        _require_plain(what, function)
         return self._call(lambda: run_transaction(context.durable, name, function, args, retry, seconds, level))
 
     @overload
@@ -177,6 +177,11 @@ class SyncContext:
     def checkpoint(self) -> None:
         """As `Context.checkpoint`."""
         self._call(self._context.checkpoint)
+
+    def patched(self, change: str) -> bool:
+        """As `Context.patched`."""
+        is_in_force: bool = self._call(partial(self._context.patched, change))
+        return is_in_force
 
     def now(self, *, name: str | None = None) -> datetime:
         """As `Context.now`."""

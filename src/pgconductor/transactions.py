@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
@@ -43,6 +44,7 @@ from .durable import (
 from .errors import DurableMisuse, InvalidOption, NonDeterminism, Unavailable, Verdict
 from .failpoints import failpoint
 from .model import ISOLATIONS, Isolation
+from .options import checked_seconds
 from .retry import Fixed, checked_backoff, decide
 
 if TYPE_CHECKING:
@@ -63,12 +65,25 @@ class _Unknown(Exception):
     """It may have been committed, or a record is there already. Never leaves this module."""
 
 
-def checked_isolation(isolation: object) -> Isolation:
+def _checked_isolation(isolation: object) -> Isolation:
     """Return an isolation level; raises `InvalidOption`."""
     for level in ISOLATIONS:
         if isolation == level:
             return level
     raise InvalidOption(f"isolation= is one of {', '.join(map(repr, ISOLATIONS))}, not {isolation!r}")
+
+
+def checked_terms(
+    what: str, timeout: float | timedelta | None, isolation: object, retry: object, *, is_block: bool
+) -> tuple[float | None, Isolation]:
+    """Return the timeout in seconds and the isolation level of a transactional step, in either kind of handler.
+
+    Raises `InvalidOption`, and `DurableMisuse` for a block that is to be tried again.
+    """
+    if is_block and retry is not None:
+        raise DurableMisuse(f"{what}: a block cannot be run again by it: retry= needs the function form")
+    seconds = None if timeout is None else checked_seconds("a transaction's timeout", timeout, minimum=0.001)
+    return seconds, _checked_isolation(isolation)
 
 
 async def run_transaction(

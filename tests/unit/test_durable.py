@@ -522,7 +522,7 @@ async def test_refused_names_and_options_record_nothing(autojump_clock: Clock) -
             await ctx.step("x", int, timeout=0)
         with pytest.raises(InvalidOption):
             await ctx.step("x", cast(Any, 5))
-        with pytest.raises(DurableMisuse, match="on_parent_close"):
+        with pytest.raises(InvalidOption, match="on_parent_close"):
             ctx.nursery("x", on_parent_close=cast(Any, "keep"))
 
     journal = Journal()
