@@ -6,6 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 from durable.site import Site, open_site
+from runtime.workplace import make_heartbeats_rare
+
+
+@pytest.fixture(autouse=True)
+def rare_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None comes within a test on a long lease: what one tells too has to be told in time by something else."""
+    make_heartbeats_rare(monkeypatch)
 
 
 @pytest.fixture

@@ -12,15 +12,13 @@ from uuid import UUID
 
 import psycopg
 import trio
+from runtime.workplace import LONG_LEASE
 
 from pgconductor import Conductor, Orchestrator
 from pgconductor.tasks import Task
 
 LIMIT = 20.0
 """Seconds in which all that waits for no heartbeat has happened, even on a slow machine."""
-
-LONG_LEASE = 600.0
-"""A lease whose heartbeats (15 s) no test outlives: what happens in time was not told by one."""
 
 Row = tuple[Any, ...]
 

@@ -189,14 +189,14 @@ async def test_what_a_channel_is_not_for_is_refused(conductor: Conductor) -> Non
     async def stream(ctx: Context) -> None:
         channel = await ctx.open_channel("c", capacity=1)
         await channel.send(1)
-        with trio.move_on_after(0.5):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(channel.send, 2)  # full
-                await trio.testing.wait_all_tasks_blocked()
-                try:
-                    await channel.send(3)
-                except DurableMisuse as error:
-                    caught.append(str(error))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.send, 2)  # full
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                await channel.send(3)
+            except DurableMisuse as error:
+                caught.append(str(error))
+            nursery.cancel_scope.cancel()
         await channel.aclose()
         await channel.aclose()
         for call in (lambda: channel.send(4), lambda: ctx.open_channel("c"), lambda: ctx.open_channel("d", capacity=0)):

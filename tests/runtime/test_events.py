@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import trio
-from runtime.workplace import until
+from runtime.workplace import LONG_LEASE, make_heartbeats_rare, until
 
 from pgconductor import (
     Conductor,
@@ -71,9 +71,10 @@ async def test_event_is_decoded_and_the_same_at_each_replay(conductor: Conductor
 
 @pytest.mark.parametrize("notify", ["off", "adaptive"])
 async def test_event_arrives_with_and_without_notifications(
-    conductor: Conductor, query: Any, notify: NotifyMode
+    conductor: Conductor, query: Any, notify: NotifyMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that may not listen never hears of events."""
+    """A process that may not listen never hears of events; one that may hears of them by its heartbeat only."""
+    make_heartbeats_rare(monkeypatch)
 
     @conductor.task(queue="q")
     async def listen(ctx: Context) -> int:
@@ -81,21 +82,22 @@ async def test_event_arrives_with_and_without_notifications(
 
     async with conductor, trio.open_nursery() as nursery:
         worker = conductor.create_worker(queue="q", tasks=[listen], notify=notify)
-        orchestrator = Orchestrator(conductor, workers=[worker], lease=1.0 if notify == "off" else 60.0)
+        orchestrator = Orchestrator(conductor, workers=[worker], lease=1.0 if notify == "off" else LONG_LEASE)
         await nursery.start(orchestrator.run)
         if notify != "off":
             await until(lambda: any(p.reactor.can_be_woken for p in orchestrator._pipelines))
         handle = await listen.invoke()
         await waiting(query)
-        sent_at = trio.current_time()
         await conductor.emit("e", 5)
         assert await handle.result(LIMIT) == 5
-        print(f"received after {1000 * (trio.current_time() - sent_at):.0f} ms, notify={notify}")
         nursery.cancel_scope.cancel()
 
 
-async def test_handler_that_is_not_given_up_hears_at_once(conductor: Conductor, query: Any) -> None:
+async def test_handler_that_is_not_given_up_hears_at_once(
+    conductor: Conductor, query: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A branch that works keeps the execution here; the event has to find it in the process."""
+    make_heartbeats_rare(monkeypatch)
     release = trio.Event()
     heard = trio.Event()
 
@@ -113,7 +115,7 @@ async def test_handler_that_is_not_given_up_hears_at_once(conductor: Conductor, 
             await ctx.step("work", work)
 
     async with conductor, trio.open_nursery() as nursery:
-        await nursery.start(Orchestrator(conductor, tasks=[both], lease=60.0).run)
+        await nursery.start(Orchestrator(conductor, tasks=[both], lease=LONG_LEASE).run)
         handle = await both.invoke()
         await until(lambda: query("select count(*) from pgconductor._private_waits") == [(1,)])
         await conductor.emit("e")

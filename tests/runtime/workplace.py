@@ -16,6 +16,7 @@ from typing import Any, Literal, LiteralString
 from uuid import UUID, uuid4
 
 import psycopg
+import pytest
 import trio
 
 from pgconductor import Conductor
@@ -38,6 +39,18 @@ INSERT: LiteralString = (
 
 LIMIT = 20.0
 """Seconds in which all that waits for no sweep has happened, even on a slow machine."""
+
+LONG_LEASE = 600.0
+"""A lease whose heartbeats no test waits for, once they are rare: what happens in time was not told by one."""
+
+
+def make_heartbeats_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orchestrators of this process renew a long lease at a quarter of it, however long; else after 15 s at most."""
+
+    def quarter(lease: float) -> float:
+        return lease / 4
+
+    monkeypatch.setattr("pgconductor.runtime.incarnation.heartbeat_interval", quarter)
 
 
 class News:

@@ -157,7 +157,9 @@ def test_event_is_received_by_every_waiting_execution_once(db: Database, handler
     assert deliver(db) == 1
     assert [handlers.waits(each) for each in claimed] == [{"w": ("received", "x")}] * 50
     assert db.value("select count(*) from {s}._private_queue_1 where state = 'ready'") == 50
-    for each in db.claim(handlers.owner):
+    again = db.claim(handlers.owner)
+    assert {each.id for each in again} == {each.id for each in claimed}
+    for each in again:
         assert handlers.wait(each, "again", "e").status == "open"  # not the same a second time
 
 
