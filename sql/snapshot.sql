@@ -518,7 +518,7 @@ function _private_control_channel(p_owner uuid) returns text language sql immuta
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
-function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid, has_closings boolean) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_errands_channel() returns text language sql immutable parallel safe
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
 function _private_first_id(p_at timestamp with time zone) returns uuid language sql immutable parallel safe strict
