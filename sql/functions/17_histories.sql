@@ -241,9 +241,11 @@ declare
     v_id uuid;
     v_options jsonb;
 begin
-    select x.* into v_from from (
+    -- All of it in one snapshot: it may end or continue as new meanwhile.
+    select x.*, case when x.payload is null then (select l.payload from @schema@._private_payloads l where l.execution_id = p_id) end as large
+    into v_from from (
         select 0 as place, e.generation, e.queue, e.task, e.payload, e.priority, e.timeout, e.max_attempts, e.tags, e.backoff, e.version,
-            e.limit_key, e.headers, null::jsonb as steps
+            e.limit_key, e.headers, case when p_from_step is not null then @schema@._private_history(e.id) end as steps
         from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(p_id) and e.id = p_id
         union all
         select 1, f.generation, f.queue, f.task, f.payload, f.priority, f.timeout, f.max_attempts, f.tags, f.backoff, f.version,
@@ -253,14 +255,12 @@ begin
     if not found then
         raise exception using errcode = 'PC002', message = format('there is no execution %s, or it was not kept', p_id);
     end if;
-    if v_from.payload is null then
-        v_from.payload := (select l.payload from @schema@._private_payloads l where l.execution_id = p_id);
-    end if;
+    v_from.payload := coalesce(v_from.payload, v_from.large);
     if v_from.payload is null then
         raise exception using errcode = 'PC002', message = format('the payload of execution %s was not kept', p_id);
     end if;
     if p_from_step is not null then
-        v_records := case when v_from.place = 0 then @schema@._private_history(p_id) else v_from.steps end;
+        v_records := v_from.steps;
         v_position := (select r.position from jsonb_to_recordset(v_records) as r (name text, position int) where r.name = p_from_step);
         if v_position is null then
             raise exception using errcode = 'PC001', message = format('execution %s has no record named %L', p_id, p_from_step);

@@ -847,6 +847,39 @@ def test_dead_letter_keeps_its_steps_and_tries_its_last_failures_again(db: Datab
     assert names(again(db, three)) == ["handled", "done", "n/2", "later"]
 
 
+def test_fork_has_the_records_of_an_execution_that_ends_meanwhile(db: Database) -> None:
+    """It saw the execution live, looks for the records among those of live ones, and finds none."""
+    one = running(db)
+    one.step("a", 0, 1)
+    one.step("b", 1, 2)
+    db.rows("update {s}._private_executions set payload = null")
+    db.rows("insert into {s}._private_payloads values (%s, '{}')", one.execution)
+    gate, forker = db.session(), db.session(autocommit=True)
+    gate.rows("lock table {s}._private_payloads in access exclusive mode")
+    forking = db.start(lambda: forker.run(forker.calls.fork(one.execution, "b")))
+    db.wait_blocked(forker, forking)
+    one.end(keep=1000.0, session=gate)
+    gate.commit()
+    fork = forking.result(20).id
+    assert db.rows("select name from {s}._private_steps where execution_id = %s", fork) == [("a",)]
+
+
+def test_restart_takes_one_life_of_an_execution_that_continues_as_new_meanwhile(db: Database) -> None:
+    """It saw the former life, whose payload is elsewhere, and finds it gone; or takes the next one's as that."""
+    one = running(db)
+    db.rows("update {s}._private_executions set payload = null, version = '1'")
+    db.rows("insert into {s}._private_payloads values (%s, '{\"n\": 1}')", one.execution)
+    gate, restarter = db.session(), db.session(autocommit=True)
+    gate.rows("lock table {s}._private_payloads in access exclusive mode")
+    restarting = db.start(lambda: restarter.run(restarter.calls.restart(one.execution)))
+    db.wait_blocked(restarter, restarting)
+    life = done(one.claimed, "continued", result='{"payload": {"n": 2}, "version": "2"}')
+    assert gate.run(gate.calls.continue_as_new(one.id, [life])) == {}
+    gate.commit()
+    row = db.live_row(restarting.result(20).id, "payload ->> 'n', version")
+    assert row in [("1", "1"), ("2", "2")]
+
+
 def test_retried_child_has_nobody_to_tell(db: Database) -> None:
     """Its parent was told once; a second end would overwrite that, or fail."""
     parent = running(db)
