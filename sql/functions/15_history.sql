@@ -395,12 +395,12 @@ begin
         from o order by o.id, o.name
     ), children as (
         insert into @schema@._private_executions (queue_no, id, queue, task, state, priority, run_at, created_at, created_by, payload,
-            max_attempts, timeout, deadline_at, tags, backoff, version, parent_id, root_id, wait_name, depth, on_parent_close)
+            max_attempts, timeout, deadline_at, tags, backoff, version, parent_id, root_id, wait_name, depth)
         select o.queue_no, o.child_id, o.to_queue, o.task,
             (case when o.child_run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state, coalesce(o.priority, 0),
             o.child_run_at, v_now, v_me, case when not @schema@._private_is_large(o.payload) then o.payload end,
             o.max_attempts, make_interval(secs => o.timeout), o.child_deadline, o.tags, o.backoff, o.version, o.id, o.root_id, o.name,
-            o.depth + 1, o.on_close
+            o.depth + 1
         from o where o.kind = 'child' order by o.n
     )
     insert into @schema@._private_payloads (execution_id, payload)

@@ -79,7 +79,6 @@ class Execution:
     root: UUID | None = None
     depth: int = 0
     wait_name: str | None = None  # of the parent's wait for it
-    on_close: str | None = None  # of its parent
     is_durable: bool = False  # it has records
 
     @property
@@ -930,7 +929,7 @@ def _start_waits(state: State, event: StartWaits) -> tuple[State, list[StartedWa
                 limits = [limit for limit in (row.deadline_at, child.deadline_at) if limit is not None]
                 live[child.id] = replace(
                     child, parent=row.id, root=row.root or row.id, depth=row.depth + 1, wait_name=item.name,
-                    on_close=item.on_close, deadline_at=min(limits, default=None),
+                    deadline_at=min(limits, default=None),
                 )  # fmt: skip
         wait = waits[key]
         answer.append(
@@ -1196,7 +1195,6 @@ def _retry(state: State, executions: tuple[UUID, ...]) -> tuple[State, dict[UUID
             cancel_requested_at=None,
             cancel_reason=None,
             wait_name=None,  # whoever waited for it has been told of its end
-            on_close=None,
             is_durable=bool(finished.history),
         )
         state = _with_live(state, again)

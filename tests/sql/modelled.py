@@ -111,7 +111,7 @@ select json_build_object(
         date_part('epoch', e.deadline_at - %(start)s), e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), e.outcome, e.outcome_claim, e.errors,
         date_part('epoch', e.cancel_requested_at - %(start)s), e.cancel_reason, e.parent_id, e.root_id, e.depth,
-        e.wait_name, e.on_parent_close, e.is_durable))
+        e.wait_name, e.is_durable))
         from {s}._private_executions e left join {s}._private_payloads l on l.execution_id = e.id),
     'finished', (select json_agg(json_build_array(e.id, {s}._private_queue_no(e.id), e.queue, e.task, e.state,
         e.priority,
@@ -120,7 +120,7 @@ select json_build_object(
         date_part('epoch', e.timeout),
         null, e.tags, e.claim_no, e.attempt, e.crashes, e.generation, e.owner,
         date_part('epoch', e.claimed_at - %(start)s), null, null, e.errors, null, e.cancel_reason,
-        e.parent_id, e.root_id, e.depth, null, null, false,
+        e.parent_id, e.root_id, e.depth, null, false,
         date_part('epoch', e.finished_at - %(start)s), date_part('epoch', e.expires_at - %(start)s), e.result::text,
         e.steps))
         from {s}._private_finished e left join {s}._private_payloads l on l.execution_id = e.id))
@@ -140,7 +140,7 @@ def _execution(row: list[Any]) -> Execution:
     return Execution(*fields)
 
 
-_COLUMNS = 32  # of an execution
+_COLUMNS = 31  # of an execution
 
 
 def _error(error: str | dict[str, Any] | None) -> str | None:
@@ -360,7 +360,6 @@ def comparable(state: State) -> State:
                 outcome_claim=None,
                 cancel_requested_at=None,
                 wait_name=None,
-                on_close=None,
                 is_durable=False,
             ),
         )

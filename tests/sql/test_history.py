@@ -248,11 +248,11 @@ def test_child_has_what_its_invocation_said_and_its_parents_place(db: Database) 
     )
     columns = (
         "queue, priority, state::text, timeout::text, max_attempts, tags, parent_id, root_id, wait_name, depth,"
-        " on_parent_close, deadline_at <= {s}._private_clock() + interval '100 s'"
+        " deadline_at <= {s}._private_clock() + interval '100 s'"
     )
     row = db.rows(f"select {columns} from {{s}}._private_executions where id = %s", child)[0]
     assert row == (
-        "other", 5, "scheduled", "00:00:07", 2, ["x"], one.execution, one.execution, "c", 1, "cancel", True,
+        "other", 5, "scheduled", "00:00:07", 2, ["x"], one.execution, one.execution, "c", 1, True,
     )  # fmt: skip
     sooner = one.child("d", 1, deadline_in=10.0)
     query = "select date_part('epoch', deadline_at - {s}._private_clock()) from {s}._private_executions where id = %s"
