@@ -94,24 +94,13 @@ end $$;
 create or replace function @schema@._private_try_lock(p_id uuid) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
-    set enable_seqscan = off
-    set jit = off
 as $$
-declare
-    v_no constant int := @schema@._private_queue_no(p_id);
-    v_is_there boolean;
-    v_is_locked boolean;
 begin
-    if v_no > 0 and not exists (select from @schema@._private_queues q where q.no = v_no) then
+    -- The look comes after the try, with a snapshot of its own.
+    if @schema@._private_lock_executions(array[p_id], false) <> '{}' then
         return true;
     end if;
-    execute format('select count(*) > 0 from (select from @schema@.%I where id = $1 for no key update skip locked) x',
-        '_private_queue_' || v_no) into v_is_locked using p_id;
-    if v_is_locked then
-        return true;
-    end if;
-    execute format('select exists (select from @schema@.%I where id = $1)', '_private_queue_' || v_no) into v_is_there using p_id;
-    return not v_is_there;
+    return not @schema@._private_is_live(p_id, null);
 end $$;
 
 -- After waits of these executions were resolved, whose rows the caller has locked: make those ready that wait and can go on,
