@@ -1,17 +1,5 @@
 -- Looking at executions: one with all that is known of it, or many by a filter; and beginning them anew from a record.
 
--- Whether the caller of the verb at hand may see what handlers were given and returned, as producers and workers do, and the
--- owner. The caller is found as by _private_may_cancel_all.
-create or replace function @schema@._private_may_see_values() returns boolean
-    language sql stable
-    set search_path = pg_catalog, pg_temp
-as $$
-    select bool_or(has_function_privilege(case current_setting('role') when 'none' then session_user else current_setting('role') end,
-        p.oid, 'execute'))
-    from pg_proc p join pg_namespace n on n.oid = p.pronamespace
-    where n.nspname = @schema_literal@ and p.proname in ('_private_kind_producer', '_private_kind_worker')
-$$;
-
 -- The least id that an execution made at an instant, or later, can have. The id holds the nearest millisecond: so what was made
 -- before an instant is beneath the least id of two milliseconds later.
 create or replace function @schema@._private_first_id(p_at timestamptz) returns uuid
@@ -66,8 +54,8 @@ begin
 end $$;
 
 -- What an execution has done and waits for, in the order of positions: of a live one as it stands, of a finished one as it was
--- kept. outcome: null for an open wait. Values are told to those who may see results; others get null, and withheld
--- true. resolved_at: of a step when it was recorded. Locks and writes nothing.
+-- kept. outcome: null for an open wait. Values are told to those who may see what handlers were given and returned, which are
+-- producers, workers and the owner; others get null, and withheld true. resolved_at: of a step when it was recorded. Locks and writes nothing.
 create or replace function @schema@.execution_steps(p_id uuid)
     returns table (
         name text, kind text, "position" int, attempt int, outcome text, target text, scope text, value text, withheld boolean, error jsonb,
@@ -80,7 +68,7 @@ create or replace function @schema@.execution_steps(p_id uuid)
 as $$
 #variable_conflict use_column
 declare
-    v_may_see constant boolean := coalesce(@schema@._private_may_see_values(), false);
+    v_may_see constant boolean := coalesce(@schema@._private_is_any('{producer,worker}'), false);
 begin
     if exists (select from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(p_id) and e.id = p_id) then
         return query
