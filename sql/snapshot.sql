@@ -456,6 +456,23 @@ table _private_workers
     constraint _private_workers_orchestrator_id_fkey FOREIGN KEY (orchestrator_id) REFERENCES _private_orchestrators(id) ON DELETE CASCADE
     constraint _private_workers_pkey PRIMARY KEY (orchestrator_id, queue)
 
+view _private_records
+    execution_id uuid
+    name text
+    kind text
+    position integer
+    claim_no bigint
+    attempt integer
+    created_at timestamp with time zone
+    resolved_at timestamp with time zone
+    due_at timestamp with time zone
+    outcome text
+    target text
+    scope text
+    event_id bigint
+    value jsonb
+    error jsonb
+
 view execution_status
     id uuid
     queue text

@@ -55,7 +55,8 @@ end $$;
 
 -- What an execution has done and waits for, in the order of positions: of a live one as it stands, of a finished one as it was
 -- kept. outcome: null for an open wait. Values are told to those who may see what handlers were given and returned, which are
--- producers, workers and the owner; others get null, and withheld true. resolved_at: of a step when it was recorded. Locks and writes nothing.
+-- producers, workers and the owner; others get null, and withheld true. resolved_at: of a step when it was
+-- recorded. Locks and writes nothing.
 create or replace function @schema@.execution_steps(p_id uuid)
     returns table (
         name text, kind text, "position" int, attempt int, outcome text, target text, scope text, value text, withheld boolean, error jsonb,
@@ -73,15 +74,9 @@ begin
     if exists (select from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(p_id) and e.id = p_id) then
         return query
         select x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, case when v_may_see then x.value::text end,
-            x.value is not null and not v_may_see, x.error, x.created_at, x.resolved_at, x.due_at
-        from (
-            select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
-                s.target, null::text as scope, s.value, s.error, s.created_at, s.created_at as resolved_at, null::timestamptz as due_at
-            from @schema@._private_steps s where s.execution_id = p_id
-            union all
-            select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value, w.error, w.created_at, w.resolved_at, w.due_at
-            from @schema@._private_waits w where w.execution_id = p_id
-        ) x
+            x.value is not null and not v_may_see, x.error, x.created_at,
+            coalesce(x.resolved_at, case when x.outcome is not null then x.created_at end), x.due_at
+        from @schema@._private_records x where x.execution_id = p_id
         order by x.position, x.name;
         return;
     end if;
@@ -194,14 +189,7 @@ begin
         coalesce(f.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = f.id))::text,
         (select jsonb_agg(jsonb_build_array(x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, x.value::text, x.error::text)
                 order by x.position, x.name)
-            from (
-                select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
-                    s.target, null::text as scope, s.value, s.error
-                from @schema@._private_steps s where s.execution_id = f.id
-                union all
-                select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value, w.error
-                from @schema@._private_waits w where w.execution_id = f.id
-            ) x)
+            from @schema@._private_records x where x.execution_id = f.id)
     from fit f
     union all
     select m.id, null, null, null, null, null, null, null
