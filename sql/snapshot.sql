@@ -585,7 +585,7 @@ function _private_require_alive(p_owner uuid, p_now timestamp with time zone) re
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_rights() returns TABLE(object text, kinds text[], as_owner boolean) language sql immutable set search_path=pg_catalog, pg_temp
 function _private_server_epoch() returns text language sql stable
-function _private_settle(p_id uuid, p_now timestamp with time zone) returns void language sql set search_path=pg_catalog, pg_temp
+function _private_settle(p_ids uuid[], p_now timestamp with time zone) returns TABLE(execution_id uuid, name text, outcome text, value text, error text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_settle_promise(p_id uuid, p_value jsonb, p_error jsonb) returns text language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_task_key(p_task text, p_version text) returns text language sql immutable parallel safe
 function _private_trailing_failures(p_ids uuid[]) returns TABLE(execution_id uuid, name text) language sql stable set search_path=pg_catalog, pg_temp

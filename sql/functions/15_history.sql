@@ -221,7 +221,7 @@ begin
     end if;
     v_now := @schema@._private_clock();
     perform @schema@._private_receive_due(array[p_id], v_now);
-    perform @schema@._private_settle(p_id, v_now);
+    perform @schema@._private_settle(array[p_id], v_now);
     return query
     select ''::text, 'claim'::text, -1, null::int, null::text, null::text, null::text, null::text, null::text, null::float8
     union all
@@ -231,15 +231,29 @@ begin
     order by 3, 1;
 end $$;
 
--- Resolve the waits of an execution that are due, and count all resolved ones as seen. The caller holds its row.
-create or replace function @schema@._private_settle(p_id uuid, p_now timestamptz) returns void
-    language sql volatile
+-- Resolve the waits of executions that are due, and count all resolved ones as seen; returns those that were not. The caller holds
+-- the executions' rows.
+create or replace function @schema@._private_settle(p_ids uuid[], p_now timestamptz)
+    returns table (execution_id uuid, name text, outcome text, value text, error text)
+    language plpgsql volatile
     set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
 as $$
-    update @schema@._private_waits w set resolved_at = p_now, is_seen = true, outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
-    where w.execution_id = p_id and w.resolved_at is null and w.due_at <= p_now;
-    update @schema@._private_waits w set is_seen = true where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
-$$;
+#variable_conflict use_column
+begin
+    return query
+    with due as (
+        update @schema@._private_waits w set resolved_at = p_now, is_seen = true,
+            outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
+        where w.execution_id = any (p_ids) and w.resolved_at is null and w.due_at <= p_now
+        returning w.execution_id, w.name, w.outcome, w.value, w.error
+    ), told as (
+        update @schema@._private_waits w set is_seen = true where w.execution_id = any (p_ids) and w.resolved_at is not null and not w.is_seen
+        returning w.execution_id, w.name, w.outcome, w.value, w.error
+    )
+    select x.execution_id, x.name, x.outcome, x.value::text, x.error::text from (table due union all table told) x;
+end $$;
 
 -- Which waits of running executions are resolved that their handlers have not been told of; resolves those that are due. For
 -- who runs them. Waits are returned once by this or by load_history, so an answer that is lost has to be asked for by loading
@@ -259,18 +273,7 @@ begin
     v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
     v_now := @schema@._private_clock();
     perform @schema@._private_receive_due(v_held, v_now);
-    return query
-    with due as (
-        update @schema@._private_waits w set resolved_at = v_now, is_seen = true,
-            outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
-        where w.execution_id = any (v_held) and w.resolved_at is null and w.due_at <= v_now
-        returning w.execution_id, w.name, w.outcome, w.value, w.error
-    ), told as (
-        update @schema@._private_waits w set is_seen = true
-        where w.execution_id = any (v_held) and w.resolved_at is not null and not w.is_seen
-        returning w.execution_id, w.name, w.outcome, w.value, w.error
-    )
-    select x.execution_id, x.name, x.outcome, x.value::text, x.error::text from (table due union all table told) x;
+    return query select * from @schema@._private_settle(v_held, v_now);
 end $$;
 
 -- Record steps of running executions, arrays of one length. Returns a row per position: "saved" now; "stored": there was a
