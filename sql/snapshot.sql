@@ -26,9 +26,11 @@ table _private_channels
     closed_at timestamp with time zone
     ended_at timestamp with time zone
     expires_at timestamp with time zone
+    first_seq bigint not null default 0
     constraint _private_channels_capacity_check CHECK (((capacity >= 1) AND (capacity <= 10000)))
     constraint _private_channels_name_check CHECK (((octet_length(name) >= 1) AND (octet_length(name) <= 128)))
     constraint _private_channels_pkey PRIMARY KEY (execution_id, name)
+    constraint life CHECK (((0 <= first_seq) AND (first_seq <= last_seq)))
     constraint read CHECK (((0 <= read_upto) AND (read_upto <= last_seq)))
     CREATE INDEX _private_channels_expiry ON _private_channels USING btree (expires_at) WHERE (ended_at IS NOT NULL)
 
@@ -386,6 +388,13 @@ table _private_queues
     constraint _private_queues_pkey PRIMARY KEY (no)
     constraint _private_queues_published_key UNIQUE (published)
 
+table _private_receipts
+    execution_id uuid not null
+    event_id bigint not null
+    check_at timestamp with time zone not null
+    constraint _private_receipts_pkey PRIMARY KEY (execution_id, event_id)
+    CREATE INDEX _private_receipts_check ON _private_receipts USING btree (check_at)
+
 table _private_schema
     only_row boolean not null default true
     functions_hash text
@@ -535,7 +544,7 @@ function _private_control_channel(p_owner uuid) returns text language sql immuta
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
-function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid, has_closings boolean) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_errands_channel() returns text language sql immutable parallel safe
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
 function _private_first_id(p_at timestamp with time zone) returns uuid language sql immutable parallel safe strict
@@ -544,7 +553,9 @@ function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[]
 function _private_forget_channels(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_forget_events(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
+function _private_forget_receipts(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_has_received(p_execution_id uuid, p_event_id bigint) returns SETOF bigint language sql stable
 function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_hold_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
@@ -553,6 +564,7 @@ function _private_is_large(p_payload jsonb) returns boolean language sql immutab
 function _private_is_live(p_id uuid, p_creator oid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_is_resumable(p_id uuid) returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_keep_failed(p_task text) returns double precision language sql stable set search_path=pg_catalog, pg_temp
+function _private_keep_receipts(p_ids uuid[], p_now timestamp with time zone) returns void language sql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_key_e(p_kind text, p_name text, p_execution_id uuid) returns bigint language sql immutable parallel safe
 function _private_key_gate() returns bigint language sql immutable parallel safe
 function _private_key_k(p_queue text) returns bigint language sql immutable parallel safe strict
@@ -577,6 +589,7 @@ function _private_options(p_options jsonb, p_now timestamp with time zone) retur
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_put(p_kind text, p_name text, p_execution_id uuid, p_payload jsonb, p_error jsonb, p_retention double precision) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_receipt_check(p_expires_at timestamp with time zone, p_now timestamp with time zone) returns timestamp with time zone language sql immutable parallel safe
 function _private_receive(p_ids uuid[], p_names text[], p_due timestamp with time zone, p_is_seen boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receive_due(p_ids uuid[], p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receivers(p_id bigint) returns SETOF uuid language sql stable set search_path=pg_catalog, pg_temp

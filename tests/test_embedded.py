@@ -51,9 +51,10 @@ with own_server(settings={"fsync": "off"}) as server:
 
 # A program that sees Ctrl-C and still wants to say something to the database.
 _INTERRUPTED = """
-import sys
+import signal, sys
 import psycopg
 from pgconductor.embedded import own_server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, where it is ignored
 with own_server(settings={"fsync": "off"}) as server, psycopg.connect(server.dsn()) as conn:
     try:
         print("ready", flush=True)

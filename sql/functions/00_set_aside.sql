@@ -25,7 +25,7 @@ begin
             or p.proname ~ '^(claim|claim_suspect|_private_claim_\d+)$' and pg_get_function_result(p.oid) !~ 'version'
             or (p.proname, p.pronargs) = ('drain_wait', 3)
             or p.proname = 'signals' and pg_get_function_result(p.oid) !~ 'errands'
-            or p.proname = '_private_end' and pg_get_function_result(p.oid) !~ 'has_closings'
+            or p.proname = '_private_end' and pg_get_function_result(p.oid) !~ 'parent_id'
             or p.proname = 'orchestrator_status' and pg_get_function_result(p.oid) !~ 'stop_requested')
     loop
         execute format('alter function %s rename to %I', v_function, '_private_old_' || v_name);

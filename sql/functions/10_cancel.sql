@@ -2,10 +2,9 @@
 
 -- End executions that nobody runs, of one partition, in the given state: rows that are running, or gone, are left alone. The
 -- caller holds their locks and their parents' and has raised K. Returns the ids that were ended now; of children the
--- parent, whose wait is resolved, is to be passed to _private_wake. has_closings, the same in each row: children of some were
--- noted to be closed, of which orchestrators are to be told.
+-- parent, whose wait is resolved, is to be passed to _private_wake.
 create or replace function @schema@._private_end(p_no int, p_ids uuid[], p_state text, p_reason text, p_now timestamptz)
-    returns table (id uuid, parent_id uuid, has_closings boolean)
+    returns table (id uuid, parent_id uuid)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
@@ -52,7 +51,6 @@ begin
             select w.target::uuid, 'its parent has ended: ' || $2, $4 from waits w
             where w.on_close = 'cancel' and w.resolved_at is null
             on conflict do nothing
-            returning execution_id
         ), resolved as (
             update @schema@._private_waits w set resolved_at = $4, outcome = $2, error = jsonb_build_object('reason', $3)
             from gone g
@@ -61,7 +59,7 @@ begin
                 -- A parent that ends by this statement too: its waits go, and a row is changed by one of two only.
                 and g.parent_id <> all (array(select p.id from gone p where p.is_durable))
         )
-        select id, parent_id, exists (select from closings) from gone
+        select id, parent_id from gone
         $sql$, '_private_queue_' || p_no) using p_ids, p_state, p_reason, p_now;
 end $$;
 
@@ -73,8 +71,7 @@ end $$;
 -- A producer cancels what its login role has invoked, operators and the owner cancel anything (90_privileges.sql).
 -- Whoever asks again is answered as the execution then stands; the first reason is kept. Locks: K of the queues, then the
 -- rows, waiting, in the order of partition and id; dedupe keys. Waits for a claim or flush in flight of the same rows, and
--- sees what it did. Makes the transaction commit durably, as invoke_many. Children of what it ended are noted, to be closed by
--- orchestrators, which are notified (close_children).
+-- sees what it did. Notifies the owners, and whoever cancels children. Makes the transaction commit durably, as invoke_many.
 create or replace function @schema@.cancel(p_ids uuid[], p_reason text default null) returns table (id uuid, status text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -101,6 +98,9 @@ begin
     select coalesce(array_agg(c.id) filter (where c.status = 'cancelled'), '{}'), coalesce(array_agg(c.id) filter (where c.status = 'requested'), '{}')
     into v_cancelled, v_requested
     from @schema@._private_cancel(v_ids, p_reason) c;
+    if v_cancelled <> '{}' and exists (select from @schema@._private_closings) then
+        perform @schema@._private_notify(@schema@._private_errands_channel(), '');  -- children may have to follow
+    end if;
     return query
     select i, case when i = any (v_cancelled) then 'cancelled' when i = any (v_requested) then 'requested'
         when exists (select from @schema@._private_finished f where f.id = i) then 'finished' else 'unknown' end
@@ -126,7 +126,6 @@ declare
     v_owners uuid[];
     v_parents uuid[];
     v_woken uuid[] := '{}';
-    v_has_closings boolean;
 begin
     perform pg_advisory_xact_lock_shared(@schema@._private_key_k(q.name)) from (
         select q.name from @schema@._private_queues q
@@ -141,15 +140,10 @@ begin
             from (select id, state from @schema@.%I where id = any ($1) order by id for update) x
             $sql$, '_private_queue_' || v_no) into v_idle, v_running using p_ids;
         if v_idle is not null then
-            select coalesce(array_agg(e.id), '{}'), coalesce(array_agg(e.parent_id) filter (where e.parent_id is not null), '{}'),
-                bool_or(e.has_closings)
-            into v_ended, v_parents, v_has_closings
+            select coalesce(array_agg(e.id), '{}'), coalesce(array_agg(e.parent_id) filter (where e.parent_id is not null), '{}')
+            into v_ended, v_parents
             from @schema@._private_end(v_no, v_idle, 'cancelled', p_reason, v_now) e;
             perform @schema@._private_notify_results(v_ended);
-            if v_has_closings then
-                -- Whoever flushes the end of a parent knows that it leaves children; here nobody's worker does.
-                perform @schema@._private_notify(@schema@._private_errands_channel(), '');
-            end if;
             v_cancelled := v_cancelled || v_ended;
             v_woken := v_woken || v_parents;
         end if;

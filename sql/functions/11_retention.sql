@@ -187,9 +187,9 @@ begin
 end $$;
 
 -- What somebody has to do about once a minute, whoever it is: empty expired slots, set bounds ahead, forget orchestrators
--- that have been dead for a day, and events and channels that are kept no longer. Harmless at any time, from any number of sessions: one works, the others are told so
--- (lock_held false). Takes a second at most; `more` says that there is more to do, so call again soon. Never fails because
--- of a reader: what is in use is left for the next call (slots_busy).
+-- that have been dead for a day, and events, receipts of events and channels that are kept no longer. Harmless at any time, from
+-- any number of sessions: one works, the others are told so (lock_held false). Takes a second at most; `more` says that there is
+-- more to do, so call again soon. Never fails because of a reader: what is in use is left for the next call (slots_busy).
 create or replace function @schema@.maintain()
     returns table (
         lock_held boolean, slots_emptied int, rows_removed_estimate bigint, payloads_removed bigint, slots_made int,
@@ -252,6 +252,7 @@ begin
         exit when more;
     end loop;
     more := @schema@._private_forget_events(v_now, 5000) = 5000 or more;
+    more := @schema@._private_forget_receipts(v_now, 1000) = 1000 or more;
     more := @schema@._private_forget_channels(v_now, 5000) >= 5000 or more;
     return next;
 end $$;

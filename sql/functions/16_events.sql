@@ -14,7 +14,8 @@
 --
 -- How nothing is received twice. A wait is resolved by who holds the row of its execution and finds the wait open after that;
 -- so the deliverer, a wait that begins and a timeout come one after the other. What a wait received is written with it
--- (event_id), and what an execution has received is not for another wait of the same execution.
+-- (event_id), and what an execution has received is not for another wait of the same execution (_private_has_received). Where
+-- an execution continues as new, its waits go and what they received is noted as received by a former life.
 --
 -- Order of locks: rows of the inbox (passing over those that others have), the locks of names in the order of keys, executions in
 -- the order of partition and id. Who holds an execution takes no lock of a name, and of the inbox only rows that are free.
@@ -29,6 +30,19 @@ create or replace function @schema@._private_key_e(p_kind text, p_name text, p_e
 create or replace function @schema@._private_errands_channel() returns text
     language sql immutable parallel safe
     return 'pgconductor_e_' || pg_catalog.md5(@schema_literal@);
+
+-- A row if an execution has received an event or message: by a wait, by one that is a step now, or in a former life. A set, for
+-- `exists`, and without settings, so that it becomes part of the query that asks; by keys, whatever the statistics say: hence
+-- offset 0.
+create or replace function @schema@._private_has_received(p_execution_id uuid, p_event_id bigint) returns setof bigint
+    language sql stable
+begin atomic
+    (select w.event_id from @schema@._private_waits w where w.execution_id = p_execution_id and w.event_id = p_event_id offset 0)
+    union all
+    (select s.event_id from @schema@._private_steps s where s.execution_id = p_execution_id and s.event_id = p_event_id offset 0)
+    union all
+    (select r.event_id from @schema@._private_receipts r where r.execution_id = p_execution_id and r.event_id = p_event_id offset 0);
+end;
 
 -- Put something into the inbox; returns its id, null for a promise that is resolved already. Makes the transaction commit durably,
 -- as invoke_many, and notifies if anybody is seen to wait; the heartbeats of orchestrators find what is not seen from here.
@@ -240,14 +254,12 @@ begin
                 (select v.id, v.payload, null::jsonb as error from @schema@._private_events v
                 where p.kind = 'event' and v.kind = 'event' and v.name = p.target and (v.expires_at > v_now or v.delivered_at is null)
                     and (p.match is null or v.payload @> p.match)
-                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
-                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
+                    and not exists (select from @schema@._private_has_received(p.execution_id, v.id))
                 order by v.id limit 1)
                 union all
                 (select v.id, v.payload, null from @schema@._private_events v
                 where p.kind = 'message' and v.kind <> 'event' and v.kind = 'message' and v.execution_id = p.execution_id and v.name = p.target
-                    and not exists (select from @schema@._private_waits x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
-                    and not exists (select from @schema@._private_steps x where x.execution_id = p.execution_id and x.event_id = v.id offset 0)
+                    and not exists (select from @schema@._private_has_received(p.execution_id, v.id))
                 order by v.id limit 1)
                 union all
                 (select v.id, v.payload, v.error from @schema@._private_events v
@@ -316,8 +328,7 @@ create or replace function @schema@._private_receivers(p_id bigint) returns seto
 as $$
     select w.execution_id from @schema@._private_events e join @schema@._private_waits w on w.kind = 'event' and w.target = e.name
     where e.id = p_id and e.kind = 'event' and w.resolved_at is null and (w.match is null or e.payload @> w.match)
-        and not exists (select from @schema@._private_waits x where x.execution_id = w.execution_id and x.event_id = e.id offset 0)
-        and not exists (select from @schema@._private_steps x where x.execution_id = w.execution_id and x.event_id = e.id offset 0)
+        and not exists (select from @schema@._private_has_received(w.execution_id, e.id))
     union all
     select e.execution_id from @schema@._private_events e where e.id = p_id and e.kind = 'message'
     union all
@@ -386,9 +397,8 @@ begin
     delete from @schema@._private_events e where e.id = any (v_ids) and (
         e.kind = 'message' and e.execution_id = any (v_wanted) and e.execution_id <> all (v_locked)
             and not @schema@._private_is_live(e.execution_id, null)
-        or e.kind = 'message' and e.execution_id = any (v_locked) and (
-            exists (select from @schema@._private_waits x where x.execution_id = e.execution_id and x.event_id = e.id)
-            or exists (select from @schema@._private_steps x where x.execution_id = e.execution_id and x.event_id = e.id))
+        or e.kind = 'message' and e.execution_id = any (v_locked)
+            and exists (select from @schema@._private_has_received(e.execution_id, e.id))
         or e.kind = 'promise' and not exists (select from @schema@._private_promises p where p.id = e.name::uuid));
     with done as (
         update @schema@._private_events e set delivered_at = v_now
@@ -424,6 +434,67 @@ begin
         select i.id from @schema@._private_events i where i.kind = 'event' and i.expires_at < p_now and i.delivered_at is not null
         order by i.expires_at limit p_limit for update skip locked);
     get diagnostics v_count = row_count;
+    return v_count;
+end $$;
+
+-- When to look next whether a receipt is still needed: when its event has expired (null: a message), in a day at the latest.
+create or replace function @schema@._private_receipt_check(p_expires_at timestamptz, p_now timestamptz) returns timestamptz
+    language sql immutable parallel safe
+    return greatest(least(p_expires_at, p_now + interval '1 day'), p_now + interval '1 minute');
+
+-- Note what lives of executions have received that end now, before their steps and waits go. Of what has gone from the inbox
+-- nothing needs to be known. The caller holds the executions' rows.
+create or replace function @schema@._private_keep_receipts(p_ids uuid[], p_now timestamptz) returns void
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $$
+    insert into @schema@._private_receipts (execution_id, event_id, check_at)
+    select x.execution_id, v.id, @schema@._private_receipt_check(v.expires_at, p_now)
+    from (
+        select w.execution_id, w.event_id from @schema@._private_waits w where w.execution_id = any (p_ids) and w.event_id is not null
+        union all
+        select s.execution_id, s.event_id from @schema@._private_steps s where s.execution_id = any (p_ids) and s.event_id is not null
+    ) x cross join lateral (select v.id, v.expires_at from @schema@._private_events v where v.id = x.event_id offset 0) v
+    on conflict do nothing
+$$;
+
+-- Remove receipts whose event or execution is kept no longer, of the p_limit that are to be looked at first; returns how many it
+-- looked at. In one statement, since an execution that ends or is retried is in one snapshot either live or finished.
+create or replace function @schema@._private_forget_receipts(p_now timestamptz, p_limit int) returns bigint
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $$
+declare
+    v_count bigint;
+begin
+    if not exists (select from @schema@._private_receipts r where r.check_at < p_now) then
+        return 0;  -- and no partition of the executions was touched
+    end if;
+    with looked as materialized (
+        select r.execution_id, r.event_id from @schema@._private_receipts r where r.check_at < p_now
+        order by r.check_at limit p_limit for update skip locked
+    ), kept as materialized (
+        select i.execution_id from (select distinct l.execution_id from looked l) i
+        where exists (select from @schema@._private_executions e
+                where e.queue_no = @schema@._private_queue_no(i.execution_id) and e.id = i.execution_id offset 0)
+            or exists (select from @schema@._private_finished f where f.id = i.execution_id offset 0)
+    ), needed as materialized (
+        select l.execution_id, l.event_id, v.expires_at from looked l
+            join kept k on k.execution_id = l.execution_id
+            cross join lateral (select v.expires_at from @schema@._private_events v where v.id = l.event_id offset 0) v
+    ), again as (
+        update @schema@._private_receipts r set check_at = @schema@._private_receipt_check(n.expires_at, p_now)
+        from needed n where r.execution_id = n.execution_id and r.event_id = n.event_id
+    ), gone as (
+        delete from @schema@._private_receipts r using looked l
+        where r.execution_id = l.execution_id and r.event_id = l.event_id
+            and not exists (select from needed n where n.execution_id = l.execution_id and n.event_id = l.event_id)
+    )
+    select count(*) into v_count from looked;
     return v_count;
 end $$;
 

@@ -1,5 +1,7 @@
 -- Durable channels: a handler appends, readers follow. An item is a row with the number of its place, so a handler that begins
--- anew appends nothing twice; the rows are the record of what was sent.
+-- anew appends nothing twice; the rows are the record of what was sent. When the execution continues as new, its channels go on:
+-- the handler's numbers begin again at 1, behind first_seq, and those that readers see do not. A fork and a restart are other
+-- executions, with channels of their own: they send everything again.
 --
 -- Bounded: what no reader has got to is at most the channel's capacity, and who sends more is told "full". Of what was read the
 -- last 10,000 items stay while the execution lives. When it has ended they stay as long as its finished row, but an hour at least,
@@ -7,8 +9,8 @@
 --
 -- Readers hear of items as they hear of ends (_private_notify_results): the sender notifies if somebody listens.
 
--- Open a channel of a running execution, or go on with it; returns the number of its last item, null if the claim is revoked.
--- Locks: the execution's row, the channel's.
+-- Open a channel of a running execution, or go on with it; returns how many items this life of it has sent, null if the claim is
+-- revoked. Locks: the execution's row, the channel's.
 create or replace function @schema@.open_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text, p_capacity int) returns bigint
     language sql volatile
     set search_path = pg_catalog, pg_temp
@@ -16,11 +18,11 @@ as $$
     insert into @schema@._private_channels (execution_id, name, capacity)
     select h.id, p_name, p_capacity from @schema@._private_hold(p_owner, array[p_id], array[p_claim_no]) h
     on conflict (execution_id, name) do update set capacity = excluded.capacity, ended_at = null, expires_at = null
-    returning last_seq
+    returning last_seq - first_seq
 $$;
 
--- Append items to channels that are open, arrays of one length. p_seqs: the item's number, one more than the last one's. Returns
--- a row per position: "sent", now or by an earlier call; "full": not sent, try again when a reader has come further;
+-- Append items to channels that are open, arrays of one length. p_seqs: the item's number in this life, one more than the last
+-- one's. Returns a row per position: "sent", now or by an earlier call; "full": not sent, try again when a reader has come further;
 -- "fenced". Commits durably. Locks: the executions' rows, then the channels'.
 create or replace function @schema@.append_items(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_channels text[], p_seqs bigint[], p_values jsonb[]
@@ -36,6 +38,7 @@ declare
     v_held uuid[];
     v_item record;
     v_channel @schema@._private_channels;
+    v_seq bigint;       -- as readers see it
     v_sent uuid[] := '{}';
 begin
     v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
@@ -47,19 +50,20 @@ begin
     loop
         select c.* into v_channel from @schema@._private_channels c
         where c.execution_id = v_item.id and c.name = v_item.channel and v_item.id = any (v_held) for no key update;
+        v_seq := v_channel.first_seq + v_item.seq;
         if not found then
             return query select v_item.no, 'fenced';
-        elsif v_item.seq <= v_channel.last_seq then
+        elsif v_seq <= v_channel.last_seq then
             return query select v_item.no, 'sent';
-        elsif v_channel.last_seq - v_channel.read_upto >= v_channel.capacity or v_item.seq > v_channel.last_seq + 1 then
+        elsif v_channel.last_seq - v_channel.read_upto >= v_channel.capacity or v_seq > v_channel.last_seq + 1 then
             return query select v_item.no, 'full';
         else
             insert into @schema@._private_channel_items (execution_id, channel, seq, value)
-            values (v_item.id, v_item.channel, v_item.seq, v_item.value);
-            update @schema@._private_channels c set last_seq = v_item.seq where c.execution_id = v_item.id and c.name = v_item.channel;
-            if v_item.seq % 1000 = 0 then
+            values (v_item.id, v_item.channel, v_seq, v_item.value);
+            update @schema@._private_channels c set last_seq = v_seq where c.execution_id = v_item.id and c.name = v_item.channel;
+            if v_seq % 1000 = 0 then
                 delete from @schema@._private_channel_items i
-                where i.execution_id = v_item.id and i.channel = v_item.channel and i.seq <= least(v_channel.read_upto, v_item.seq - v_kept);
+                where i.execution_id = v_item.id and i.channel = v_item.channel and i.seq <= least(v_channel.read_upto, v_seq - v_kept);
             end if;
             v_sent := v_sent || v_item.id;
             return query select v_item.no, 'sent';
@@ -115,7 +119,7 @@ begin
     where i.execution_id = p_id and i.channel = p_name and i.seq > p_after order by i.seq limit p_limit;
 end $$;
 
--- Remove channels whose time is over, with their items, at most p_limit of those; returns how many items went.
+-- Remove channels whose time is over, with their items: at most p_limit rows of both; returns how many went.
 create or replace function @schema@._private_forget_channels(p_now timestamptz, p_limit int) returns bigint
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -129,16 +133,19 @@ declare
 begin
     for v_expired in
         select c.execution_id, c.name from @schema@._private_channels c where c.ended_at is not null and c.expires_at < p_now
-        order by c.expires_at limit 1000 for update skip locked
+        order by c.expires_at limit p_limit for update skip locked
     loop
-        exit when v_removed >= p_limit;
         delete from @schema@._private_channel_items i where i.execution_id = v_expired.execution_id and i.channel = v_expired.name
             and i.seq in (select x.seq from @schema@._private_channel_items x
                 where x.execution_id = v_expired.execution_id and x.channel = v_expired.name order by x.seq limit p_limit - v_removed);
         get diagnostics v_count = row_count;
         v_removed := v_removed + v_count;
+        exit when v_removed >= p_limit;
         delete from @schema@._private_channels c where c.execution_id = v_expired.execution_id and c.name = v_expired.name
             and not exists (select from @schema@._private_channel_items i where i.execution_id = v_expired.execution_id and i.channel = v_expired.name);
+        get diagnostics v_count = row_count;
+        v_removed := v_removed + v_count;
+        exit when v_removed >= p_limit;
     end loop;
     return v_removed;
 end $$;

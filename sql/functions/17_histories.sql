@@ -202,7 +202,8 @@ end $$;
 
 -- A new execution of the same task and payload as another one, live or finished, with its queue, priority and options, but not
 -- its deadline, dedupe key or parent. p_from_step: with the records that come before that one, waits only if they are over;
--- null: with none. Locks: as invoke_many. PC002: nothing of it is kept, or not its payload. PC001: there is no such record.
+-- null: with none. In either case it has received what former lives of the other one had when they made that payload. Locks: as
+-- invoke_many. PC002: nothing of it is kept, or not its payload. PC001: there is no such record.
 create or replace function @schema@._private_begin_anew(p_id uuid, p_from_step text) returns table (id uuid, task text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -218,7 +219,8 @@ declare
     v_options jsonb;
 begin
     -- All of it in one snapshot: it may end or continue as new meanwhile.
-    select x.*, case when x.payload is null then (select l.payload from @schema@._private_payloads l where l.execution_id = p_id) end as large
+    select x.*, case when x.payload is null then (select l.payload from @schema@._private_payloads l where l.execution_id = p_id) end as large,
+        array(select r.event_id from @schema@._private_receipts r where r.execution_id = p_id) as received
     into v_from from (
         select 0 as place, e.generation, e.queue, e.task, e.payload, e.priority, e.timeout, e.max_attempts, e.tags, e.backoff, e.version,
             e.limit_key, e.headers, case when p_from_step is not null then @schema@._private_history(e.id) end as steps
@@ -254,15 +256,20 @@ begin
         claim_no = case when v_position is null then 0 else 1 end, is_durable = v_position is not null
     where e.queue_no = @schema@._private_queue_no(v_id) and e.id = v_id;
     -- What was recorded in the last attempt is to be done again in the first of the new one.
-    insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target)
+    insert into @schema@._private_steps (execution_id, name, kind, position, claim_no, attempt, created_at, value, error, outcome, target,
+        event_id)
     select v_id, r.name, r.kind, r.position, 1, case when r.attempt = max(r.attempt) over () then 1 else 0 end, r.created_at, r.value, r.error,
-        r.outcome, r.target
+        r.outcome, r.target, r.event_id
     from (
-        select r.name, r.kind, r.position, coalesce(r.attempt, 1) as attempt, r.created_at, r.value, r.error, r.outcome, r.target
+        select r.name, r.kind, r.position, coalesce(r.attempt, 1) as attempt, r.created_at, r.value, r.error, r.outcome, r.target, r.event_id
         from jsonb_to_recordset(v_records) as r (name text, kind text, position int, attempt int, created_at timestamptz,
-            value jsonb, error jsonb, outcome text, target text)
+            value jsonb, error jsonb, outcome text, target text, event_id bigint)
         where r.position < v_position and r.outcome is not null
     ) r;
+    insert into @schema@._private_receipts (execution_id, event_id, check_at)
+    select v_id, v.id, @schema@._private_receipt_check(v.expires_at, @schema@._private_clock())
+    from unnest(v_from.received) as r (id)
+        cross join lateral (select v.id, v.expires_at from @schema@._private_events v where v.id = r.id offset 0) v;
     return query select v_id, v_from.task;
 end $$;
 
@@ -287,7 +294,8 @@ as $$
 $$;
 
 -- Instead of a flush: let executions begin a new life under the same id, with the same key, parent and deadline. Their records
--- go, attempts and crashes are counted anew. p_lives: objects of payload and version. Returns those that were not written:
+-- go, attempts and crashes are counted anew. It stays marked as having a history: its end has messages and channels to deal
+-- with. p_lives: objects of payload and version. Returns those that were not written:
 --   cancelled       its cancellation was requested: flush it as cancelled
 --   open_children   it has children that were neither abandoned nor asked to end: flush it as failed
 --   already, fenced, gone   as flush
@@ -323,16 +331,20 @@ begin
                 where e.queue_no = @schema@._private_queue_no(w.target::uuid) and e.id = w.target::uuid and e.cancel_requested_at is not null));
     v_free := array(select i from unnest(v_held) as i where i <> all (v_cancelled) and i <> all (v_parents));
 
+    perform @schema@._private_keep_receipts(v_free, v_now);
     delete from @schema@._private_steps s where s.execution_id = any (v_free);
     delete from @schema@._private_waits w where w.execution_id = any (v_free);
     delete from @schema@._private_promises p where p.execution_id = any (v_free);
+    -- Its channels go on behind what they have, open, also those that the life before closed.
+    update @schema@._private_channels c set first_seq = c.last_seq, closed_at = null, ended_at = null, expires_at = null
+    where c.execution_id = any (v_free);
     delete from @schema@._private_payloads l where l.execution_id = any (v_free);
     insert into @schema@._private_payloads (execution_id, payload)
     select o.id, o.life -> 'payload' from unnest(p_ids, p_lives) as o (id, life)
     where o.id = any (v_free) and @schema@._private_is_large(o.life -> 'payload');
     with again as (
         update @schema@._private_executions e set state = 'ready', run_at = v_now, attempt = 0, crashes = 0, owner = null, claimed_at = null,
-            outcome = 'continued', outcome_claim = e.claim_no, is_durable = false, version = o.life ->> 'version',
+            outcome = 'continued', outcome_claim = e.claim_no, version = o.life ->> 'version',
             payload = case when not @schema@._private_is_large(o.life -> 'payload') then o.life -> 'payload' end
         from unnest(p_ids, p_lives) as o (id, life)
         where o.id = any (v_free) and e.queue_no = @schema@._private_queue_no(o.id) and e.id = o.id

@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from .runtime.orchestrator import Drained, Orchestrator, OrchestratorStatistics
     from .runtime.worker import WorkerStatistics
     from .sync_client import SyncClient
-    from .sync_context import SyncContext, SyncPromise
+    from .sync_context import SyncChannel, SyncContext, SyncPromise
     from .tasks import Invocable, Invocation, SyncTaskCall, Task, TaskCall, Worker
 
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
@@ -114,6 +114,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "DurableNursery",
     "Promise",
     "StepHandle",
+    "SyncChannel",
     "SyncContext",
     "SyncPromise",
     "Tries",
@@ -267,6 +268,7 @@ _MODULES = {
     "StepFailed": "errors",
     "StepHandle": "children",
     "StepRecord": "model",
+    "SyncChannel": "sync_context",
     "SyncChannelReader": "readers",
     "SyncClient": "sync_client",
     "SyncContext": "sync_context",

@@ -1,7 +1,8 @@
 """Durable channels, the handler's side: append-only, bounded, kept in the database.
 
 An item has a number, counted per channel by the handler; what was sent under a number in an earlier run is not sent
-again. So a channel is for one task of the handler: what two branches send has no order that a replay could repeat.
+again. When the execution continues as new, it counts from the beginning, and the database goes on: readers see numbers
+that grow. So a channel is for one task of the handler: what two branches send has no order that a replay could repeat.
 
 Cancellation: a `send` that is cancelled has sent or not; a replay goes on behind what was.
 """
@@ -37,7 +38,7 @@ class Channel:
     __slots__ = ("_count", "_durable", "_is_closed", "_is_sending", "_sent", "name")
 
     def __init__(self, durable: Durable, name: str, sent: int) -> None:
-        """`sent`: how many items there are of earlier runs."""
+        """`sent`: how many items there are of earlier runs of this life."""
         self._durable = durable
         self.name = name
         self._sent = sent

@@ -27,7 +27,7 @@ import trio
 
 from .codec import printable
 from .durable import Durable, TriesLike
-from .errors import ChildCancelled, ChildError, ChildFailed, ChildTimedOut, DurableMisuse, leaves
+from .errors import ChildCancelled, ChildError, ChildFailed, ChildTimedOut, DurableMisuse, InvalidOption, leaves
 from .model import Record
 from .records import error_record, reason_record
 
@@ -68,9 +68,9 @@ def child_result(task: Task[..., R], record: Record) -> R:
 
 
 def checked_on_close(on_close: object) -> OnClose:
-    """Return what becomes of a child whose parent ends; raises `DurableMisuse`."""
+    """Return what becomes of a child whose parent ends; raises `InvalidOption`."""
     if on_close not in ON_CLOSE:
-        raise DurableMisuse(f"on_parent_close is 'cancel' or 'abandon', not {on_close!r}")
+        raise InvalidOption(f"on_parent_close is 'cancel' or 'abandon', not {on_close!r}")
     return on_close
 
 

@@ -23,7 +23,7 @@ from uuid import UUID
 import trio
 
 from .codec import Limits
-from .db.address import Database
+from .db.address import Database, client_conninfo
 from .db.calls import Calls
 from .db.connection import TrioConnection
 from .db.pool import Pool, open_pool
@@ -204,7 +204,7 @@ class Conductor(Tasks):
             else:
                 conninfo, listen_conninfo = self._database.resolve()
             pool = open_pool(
-                conninfo,
+                client_conninfo(conninfo),
                 max_size=self._pool_size,
                 kwargs={"autocommit": True, "prepare_threshold": self.prepare_threshold},
             )
@@ -450,17 +450,23 @@ class Conductor(Tasks):
         """Reject a promise: `PromiseRejected` is raised in its handler. `message`: 1 to 8,000 bytes."""
         return await self._ask(self._verbs.reject_promise(promise, message), conn)
 
-    async def progress(self, execution_id: UUID) -> Any:
-        """Return an execution's progress, as `Handle.progress`, for an id that was kept."""
-        return self._verbs.decode_progress(execution_id, await self._ask(self._verbs.progress(execution_id)))
+    async def progress(self, execution: UUID | AnyHandle[Any], /) -> Any:
+        """Return what an execution last told of its progress, by handle or id; as `Handle.progress`."""
+        return self._verbs.decode_progress(await self._ask(self._verbs.progress(execution)))
 
     @overload
-    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> ChannelReader[T]: ...
+    def channel(
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: type[T], after: int = 0
+    ) -> ChannelReader[T]: ...
     @overload
-    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]: ...
-    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> ChannelReader[Any]:
-        """Read a channel of an execution, as `Handle.channel`, for an id that was kept."""
-        return open_reader(self, execution_id, name, type, after, self.limits)
+    def channel(
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: Any = Any, after: int = 0
+    ) -> ChannelReader[Any]: ...
+    def channel(
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: Any = Any, after: int = 0
+    ) -> ChannelReader[Any]:
+        """Read a channel of an execution, by handle or id; as `Handle.channel`."""
+        return open_reader(self, checked_id("channel", execution), name, type, after, self.limits)
 
     async def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
         """Wait until there is something to tell of a channel; for `ChannelReader`."""
@@ -587,17 +593,17 @@ class Conductor(Tasks):
         """
         return await self._require_open().results.wait(execution_id, task, timeout)
 
-    async def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
-        """Return the errors of an execution's failed attempts, as `Handle.errors`, for an id that was kept."""
+    async def execution_errors(self, execution_id: UUID | AnyHandle[Any]) -> list[FailedAttempt]:
+        """Return the errors of an execution's failed attempts, by handle or id; as `Handle.errors`."""
         return await self._ask(self._verbs.execution_errors(execution_id))
 
     async def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
         """Return where an execution stands and what it waits for, by handle or id; as `Handle.status`."""
-        return await self._ask(self._verbs.execution_details(checked_id("status", execution)))
+        return await self._ask(self._verbs.execution_details(execution))
 
     async def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
         """Return what an execution has done and waits for, by handle or id; as `Handle.steps`."""
-        return await self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+        return await self._ask(self._verbs.execution_steps(execution))
 
     async def executions(
         self,

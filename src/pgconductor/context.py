@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from .children import DurableNursery, OnClose
     from .db.connection import TrioConnection
     from .durable import Durable, TriesLike
+    from .model import Isolation
     from .sync_context import SyncContext
     from .tasks import Invocable, Invocation
-    from .transactions import Isolation
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -261,22 +261,22 @@ class Context:
         Raises `StepFailed`, as `step`; `DurableMisuse` also if the transaction was ended by hand, `NonDeterminism`.
         """
         from .durable import is_async
-        from .transactions import checked_isolation, open_block, run_transaction
+        from .transactions import checked_terms, open_block, run_transaction
 
-        seconds = None if timeout is None else checked_seconds("a transaction's timeout", timeout, minimum=0.001)
+        what = f"ctx.transaction({name!r})"
+        seconds, level = checked_terms(what, timeout, isolation, retry, is_block=fn is None)
         if fn is None:
-            if retry is not None:
-                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
-            return open_block(self.durable, name, seconds, checked_isolation(isolation))
+            return open_block(self.durable, name, seconds, level)
         if not is_async(fn):
-            raise DurableMisuse(
-                f"ctx.transaction({name!r}) in an async handler needs an async function; it gets an async connection"
-            )
-        return run_transaction(self.durable, name, fn, args, retry, seconds, checked_isolation(isolation))
+            raise DurableMisuse(f"{what} in an async handler needs an async function; it gets an async connection")
+        return run_transaction(self.durable, name, fn, args, retry, seconds, level)
 
     @property
     def sync(self) -> SyncContext:
-        """The durable operations for a plain ``def`` handler: the same methods, which block its thread."""
+        """The durable operations for a plain ``def`` handler: the same methods, which block its thread.
+
+        Without `nursery`, `continue_as_new` and `continue_as`, which need an async handler.
+        """
         from .sync_context import SyncContext
 
         return SyncContext(self)

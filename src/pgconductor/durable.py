@@ -45,7 +45,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 from .codec import Limits, ResultCodec, describe_error, printable
-from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed
+from .errors import DurableMisuse, InvalidOption, InvalidTask, NonDeterminism, StepFailed, Unwinding
 from .history import History
 from .model import Record
 from .options import checked_int, checked_seconds
@@ -201,7 +201,7 @@ class Journal(Protocol):
         ...
 
     async def open_channel(self, name: str, capacity: int) -> int:
-        """Open a channel; return the number of its last item."""
+        """Open a channel; return how many items this life of the execution has sent."""
         ...
 
     async def append_item(self, channel: str, seq: int, value: str) -> bool:
@@ -301,8 +301,8 @@ class Durable:
                 f"{what} under a shield while the handler ends to begin again later: it would be recorded where the "
                 f"next run does not ask for it"
             )
-        if not waits or self.suspender.is_unwinding:
-            return  # unwinding: the checkpoint that follows raises Cancelled, or the shield lets it through
+        if not waits or self._is_cancelled():
+            return
         place = self.suspender.locate()
         if place is Place.OUTSIDE:
             raise DurableMisuse(
@@ -313,6 +313,10 @@ class Durable:
                 f"{what} under a deadline of Trio's (move_on_after, fail_after): it would begin anew at each replay; "
                 f"use the timeout= of the operation, or of the child: task.options(timeout=...)"
             )
+
+    def _is_cancelled(self) -> bool:
+        """Whether the handler is to end and no shield keeps it from that: the next checkpoint raises `Cancelled`."""
+        return self.suspender.is_unwinding and trio.current_effective_deadline() == -math.inf
 
     @contextmanager
     def operation(self, what: str, *, waits: bool = False) -> Iterator[None]:
@@ -357,6 +361,10 @@ class Durable:
 
     async def admit(self, name: str, kind: str) -> None:
         """To be called before what is not recorded is done or begun. A replay check does not return from it."""
+        if self.suspender.locate() is Place.OUTSIDE:
+            # Under a shield: that a scope outside the attempt was cancelled is noted in the next turn.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self.require_place(f"{kind} {name!r}")
         await held(self.journal.admit(name, kind))
 
     def numbered(self, kind: str) -> str:
@@ -538,7 +546,7 @@ class Durable:
             raise
         except Revoked:
             pass
-        await trio.sleep_forever()  # the attempt's scope ends us
+        await until_unwound()
 
     # Waits
 
@@ -570,7 +578,7 @@ class Durable:
 
     def outcome(self, name: str) -> str | None:
         """How a wait has ended, None if it has not."""
-        record = None if self._history is None else self._history.get(name)
+        record = self.record_of(name)
         return None if record is None else record.outcome
 
     def record_of(self, name: str) -> Record | None:
@@ -590,7 +598,7 @@ class Durable:
     @property
     def may_leave_children(self) -> bool:
         """Whether there are children that had not ended when that was last read; or it was never read."""
-        return self._history is None or self._history.has_open("child")
+        return self._history is None or bool(self._history.open_names("child"))
 
     async def park_for(self, name: str) -> None:
         """Wait until a wait has ended, here, or by giving up the execution."""
@@ -625,7 +633,7 @@ class Durable:
                         until = min(until, settled_at)
                     elif await self._is_quiet():
                         self.suspender.suspend([one.name for one in self._parked if one.name is not None])
-                        await trio.sleep_forever()
+                        await until_unwound()
                     else:
                         continue
                 parked.woken = trio.Event()
@@ -715,7 +723,7 @@ class Durable:
         """See `Context.continue_as`."""
         what = "ctx.continue_as_new()"
         with self.operation(what):
-            if not self.suspender.is_unwinding:
+            if not self._is_cancelled():
                 if self.suspender.locate() is Place.OUTSIDE or not self.is_alone:
                     raise DurableMisuse(
                         f"{what} under a shield or in a handler with branches: the handler could not be ended there"
@@ -727,7 +735,7 @@ class Durable:
                         f"them"
                     )
                 self.suspender.continue_as_new(call.payload, call.task.version)
-        await trio.sleep_forever()
+        await until_unwound()
 
     async def checkpoint(self) -> None:
         """See `Context.checkpoint`."""
@@ -760,12 +768,18 @@ class Durable:
 
 
 async def held(asking: Awaitable[T]) -> T:
-    """What the journal answers, if the claim is still ours; else the attempt's scope ends us."""
+    """What the journal answers, if the claim is still ours; else the handler is ended."""
     try:
         return await asking
     except Revoked:
         pass
-    await trio.sleep_forever()
+    await until_unwound()
+
+
+async def until_unwound() -> NoReturn:
+    """End the handler, whose scope is cancelled already; under a shield of its own, which that does not reach, too."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    raise Unwinding
 
 
 def step_timeout(name: str, timeout: float | None) -> TimeoutError:

@@ -258,10 +258,11 @@ class HandlerCancelled(PgconductorError):
 
 
 class Unwinding(BaseException):
-    """A plain ``def`` handler leaves its thread: its execution waits, or was asked to end. Let it propagate.
+    """The handler ends here: its execution waits, was asked to end, or is not ours any more. Let it propagate.
 
-    Raised by the operations of `Context.sync`, as Trio raises `trio.Cancelled` in an async handler; no `Exception`, so
-    that ``except Exception`` lets it pass. ``finally`` blocks run each time an execution begins to wait.
+    Raised by the operations of `Context.sync`, as Trio raises `trio.Cancelled` in an async handler, and in an async
+    handler where a shield of its own keeps that away; no `Exception`, so that ``except Exception`` lets it pass.
+    ``finally`` blocks run each time an execution begins to wait.
     """
 
 

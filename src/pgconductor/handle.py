@@ -48,7 +48,7 @@ class Source(ChannelSource, Protocol):
         """Send a message; whether there is such an execution."""
         ...
 
-    async def progress(self, execution_id: UUID) -> Any:
+    async def progress(self, execution: UUID, /) -> Any:
         """Return what the execution last told."""
         ...
 
@@ -80,7 +80,7 @@ class SyncSource(SyncChannelSource, Protocol):
         """Send a message; whether there is such an execution."""
         ...
 
-    def progress(self, execution_id: UUID) -> Any:
+    def progress(self, execution: UUID, /) -> Any:
         """Return what the execution last told."""
         ...
 

@@ -96,10 +96,6 @@ class History:
         """The names of open waits of this kind."""
         return [r.name for r in self._records.values() if r.kind == kind and r.outcome is None]
 
-    def has_open(self, kind: str) -> bool:
-        """Whether a wait of this kind is open."""
-        return any(record.outcome is None for record in self._records.values() if record.kind == kind)
-
     def unused(self) -> list[Record]:
         """Records of this attempt that the run has not asked for. A patch is none: it may be asked for no more, when
         all executions have it.

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
+
+Isolation = Literal["read committed", "repeatable read", "serializable"]  # of the transaction of a step
+ISOLATIONS: Final[tuple[Isolation, ...]] = ("read committed", "repeatable read", "serializable")
 
 
 class State(StrEnum):

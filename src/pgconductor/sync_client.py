@@ -95,9 +95,9 @@ class OpenClients:
         """Send with the client that was opened last; raises `NotOpen` without one."""
         return self._latest("send").send(execution, channel, payload)
 
-    def progress(self, execution_id: UUID) -> Any:
+    def progress(self, execution: UUID, /) -> Any:
         """Read with the client that was opened last; raises `NotOpen` without one."""
-        return self._latest("progress").progress(execution_id)
+        return self._latest("progress").progress(execution)
 
     def status(self, execution: UUID, /) -> ExecutionStatus | None:
         """Read with the client that was opened last; raises `NotOpen` without one."""
@@ -321,19 +321,23 @@ class SyncClient:
         """As `Conductor.reject_promise`."""
         return self._ask(self._verbs.reject_promise(promise, message), conn)
 
-    def progress(self, execution_id: UUID) -> Any:
+    def progress(self, execution: UUID | AnyHandle[Any], /) -> Any:
         """As `Conductor.progress`."""
-        return self._verbs.decode_progress(execution_id, self._ask(self._verbs.progress(execution_id)))
+        return self._verbs.decode_progress(self._ask(self._verbs.progress(execution)))
 
     @overload
-    def channel(self, execution_id: UUID, name: str, /, *, type: type[T], after: int = 0) -> SyncChannelReader[T]: ...
+    def channel(
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: type[T], after: int = 0
+    ) -> SyncChannelReader[T]: ...
     @overload
     def channel(
-        self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: Any = Any, after: int = 0
     ) -> SyncChannelReader[Any]: ...
-    def channel(self, execution_id: UUID, name: str, /, *, type: Any = Any, after: int = 0) -> SyncChannelReader[Any]:
-        """Read a channel of an execution, as `SyncHandle.channel`, for an id that was kept."""
-        return open_sync_reader(self, execution_id, name, type, after, self._by_name.tasks.limits)
+    def channel(
+        self, execution: UUID | AnyHandle[Any], name: str, /, *, type: Any = Any, after: int = 0
+    ) -> SyncChannelReader[Any]:
+        """Read a channel of an execution, by handle or id; as `SyncHandle.channel`."""
+        return open_sync_reader(self, checked_id("channel", execution), name, type, after, self._by_name.tasks.limits)
 
     def wait_page(self, execution_id: UUID, name: str, after: int, limit: int) -> Page:
         """Wait until there is something to tell of a channel; for `SyncChannelReader`."""
@@ -435,17 +439,17 @@ class SyncClient:
 
     # Reading
 
-    def execution_errors(self, execution_id: UUID) -> list[FailedAttempt]:
+    def execution_errors(self, execution_id: UUID | AnyHandle[Any]) -> list[FailedAttempt]:
         """As `Conductor.execution_errors`."""
         return self._ask(self._verbs.execution_errors(execution_id))
 
     def status(self, execution: UUID | AnyHandle[Any], /) -> ExecutionStatus | None:
         """As `Conductor.status`."""
-        return self._ask(self._verbs.execution_details(checked_id("status", execution)))
+        return self._ask(self._verbs.execution_details(execution))
 
     def steps(self, execution: UUID | AnyHandle[Any], /) -> list[StepRecord]:
         """As `Conductor.steps`."""
-        return self._ask(self._verbs.execution_steps(checked_id("steps", execution)))
+        return self._ask(self._verbs.execution_steps(execution))
 
     def executions(
         self,

@@ -13,20 +13,22 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple, overload
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple, overload
 from uuid import UUID
 
 from .durable import TriesLike, inside_step, is_async, require_outside_steps
-from .errors import DurableMisuse
-from .options import checked_seconds
-from .transactions import Isolation, checked_isolation, open_block, run_transaction
+from .errors import DurableMisuse, Unwinding
+from .transactions import checked_terms, open_block, run_transaction
 
 if TYPE_CHECKING:
     import psycopg
     from psycopg.rows import TupleRow
 
+    from .channels import Channel
     from .context import Context
     from .events import Promise
+    from .model import Isolation
     from .tasks import Invocable
 
 T = TypeVar("T")
@@ -36,7 +38,10 @@ Ts = TypeVarTuple("Ts")
 
 
 class SyncContext:
-    """What `Context.sync` gives. Every method blocks, and raises what that of `Context` does, and `Unwinding`."""
+    """What `Context.sync` gives. Every method blocks, and raises what that of `Context` does, and `Unwinding`.
+
+    A nursery is Trio's, and a handler that continues as new is cancelled: these need an async handler.
+    """
 
     __slots__ = ("_context",)
 
@@ -104,14 +109,12 @@ class SyncContext:
         The connections are the orchestrator's own, as many as the conductor's `pool_size` at once.
         """
         context = self._context
-        seconds = None if timeout is None else checked_seconds("a step's timeout", timeout, minimum=0.001)
-        level = checked_isolation(isolation)
+        what = f"ctx.sync.transaction({name!r})"
+        seconds, level = checked_terms(what, timeout, isolation, retry, is_block=fn is None)
         if fn is None:
-            if retry is not None:
-                raise DurableMisuse("a block cannot be run again by ctx.transaction(): retry= needs the function form")
             return self._block(name, lambda: open_block(context.durable, name, seconds, level))
         function = fn
-        _require_plain(f"ctx.sync.transaction({name!r})", function)
+        _require_plain(what, function)
         return self._call(lambda: run_transaction(context.durable, name, function, args, retry, seconds, level))
 
     @overload
@@ -162,6 +165,11 @@ class SyncContext:
         is_there: bool = self._call(partial(self._context.send, name, execution_id, channel, payload))
         return is_there
 
+    def open_channel(self, name: str, *, capacity: int = 100) -> SyncChannel:
+        """As `Context.open_channel`; its `send` and `close` block, and ``with`` closes it."""
+        channel: Channel = self._call(partial(self._context.open_channel, name, capacity=capacity))
+        return SyncChannel(self._call, channel)
+
     def set_progress(self, value: object) -> None:
         """As `Context.set_progress`; in a step too."""
         self._context.desk.call(partial(self._context.set_progress, value))
@@ -169,6 +177,11 @@ class SyncContext:
     def checkpoint(self) -> None:
         """As `Context.checkpoint`."""
         self._call(self._context.checkpoint)
+
+    def patched(self, change: str) -> bool:
+        """As `Context.patched`."""
+        is_in_force: bool = self._call(partial(self._context.patched, change))
+        return is_in_force
 
     def now(self, *, name: str | None = None) -> datetime:
         """As `Context.now`."""
@@ -215,6 +228,47 @@ class SyncPromise:
     def result(self, *, timeout: float | timedelta | None = None, type: Any = Any, name: str | None = None) -> Any:
         """As `Promise.result`."""
         return self._call(partial(self._promise.result, timeout=timeout, type=type, name=name))
+
+
+class SyncChannel:
+    """A channel, for a plain ``def`` handler. `name`: as of `Channel`.
+
+    As a context manager it is closed when the block is left, unless the engine is interrupting the handler.
+    """
+
+    __slots__ = ("_call", "_channel")
+
+    def __init__(self, call: Callable[[Callable[[], Any]], Any], channel: Channel) -> None:
+        self._call = call
+        self._channel = channel
+
+    def __repr__(self) -> str:
+        return f"<SyncChannel {self.name!r}>"
+
+    @property
+    def name(self) -> str:
+        """By which it is read."""
+        return self._channel.name
+
+    def send(self, value: object) -> None:
+        """As `Channel.send`."""
+        self._call(partial(self._channel.send, value))
+
+    def close(self) -> None:
+        """As `Channel.aclose`."""
+        self._call(self._channel.aclose)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        if not isinstance(exc_val, Unwinding):
+            self.close()
 
 
 def _require_plain(what: str, fn: Callable[..., object]) -> None:

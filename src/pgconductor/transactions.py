@@ -21,7 +21,8 @@ import functools
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
 
@@ -37,18 +38,18 @@ from .durable import (
     inside_step,
     returned,
     step_timeout,
+    until_unwound,
     value_codec,
 )
 from .errors import DurableMisuse, InvalidOption, NonDeterminism, Unavailable, Verdict
 from .failpoints import failpoint
+from .model import ISOLATIONS, Isolation
+from .options import checked_seconds
 from .retry import Fixed, checked_backoff, decide
 
 if TYPE_CHECKING:
     from .db.tape import Tape
     from .db.transactions import OpenTransaction, Transactions
-
-Isolation = Literal["read committed", "repeatable read", "serializable"]
-ISOLATIONS: Final[tuple[Isolation, ...]] = ("read committed", "repeatable read", "serializable")
 
 MAX_HITCHES: Final = 20  # rivals, and connections that broke, before they count as failures
 
@@ -64,12 +65,25 @@ class _Unknown(Exception):
     """It may have been committed, or a record is there already. Never leaves this module."""
 
 
-def checked_isolation(isolation: object) -> Isolation:
+def _checked_isolation(isolation: object) -> Isolation:
     """Return an isolation level; raises `InvalidOption`."""
     for level in ISOLATIONS:
         if isolation == level:
             return level
     raise InvalidOption(f"isolation= is one of {', '.join(map(repr, ISOLATIONS))}, not {isolation!r}")
+
+
+def checked_terms(
+    what: str, timeout: float | timedelta | None, isolation: object, retry: object, *, is_block: bool
+) -> tuple[float | None, Isolation]:
+    """Return the timeout in seconds and the isolation level of a transactional step, in either kind of handler.
+
+    Raises `InvalidOption`, and `DurableMisuse` for a block that is to be tried again.
+    """
+    if is_block and retry is not None:
+        raise DurableMisuse(f"{what}: a block cannot be run again by it: retry= needs the function form")
+    seconds = None if timeout is None else checked_seconds("a transaction's timeout", timeout, minimum=0.001)
+    return seconds, _checked_isolation(isolation)
 
 
 async def run_transaction(
@@ -257,7 +271,7 @@ class _Step:
                 raise _Hitch from error
             raise
         if is_revoked:
-            await trio.sleep_forever()  # the attempt's scope ends us
+            await until_unwound()
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint()  # the usual case: cancelled
             if transaction.is_commit_sent:
@@ -309,7 +323,7 @@ async def _replayed_block(durable: Durable, name: str, recorded: str, isolation:
 async def give_back(durable: Durable) -> None:
     """End the attempt, at no cost: it runs again from its history."""
     durable.suspender.give_way()
-    await trio.sleep_forever()
+    await until_unwound()
 
 
 def _required(durable: Durable) -> Transactions:

@@ -167,14 +167,16 @@ class Verbs:
             raise unanswered_timeout(task, execution_id, timeout) from error
         raise unanswered_timeout(task, execution_id, timeout)
 
-    def execution_errors(self, execution_id: UUID) -> Request[list[FailedAttempt]]:
-        return Request(self._calls.execution_errors(execution_id), "reading an execution's errors")
+    def execution_errors(self, execution: UUID | AnyHandle[Any]) -> Request[list[FailedAttempt]]:
+        """The errors of its attempts. Raises `InvalidOption`, as the next two."""
+        call = self._calls.execution_errors(checked_id("execution_errors", execution))
+        return Request(call, "reading an execution's errors")
 
-    def execution_details(self, execution_id: UUID) -> Request[ExecutionStatus | None]:
-        return Request(self._calls.execution_details(execution_id), "reading an execution")
+    def execution_details(self, execution: UUID | AnyHandle[Any]) -> Request[ExecutionStatus | None]:
+        return Request(self._calls.execution_details(checked_id("status", execution)), "reading an execution")
 
-    def execution_steps(self, execution_id: UUID) -> Request[list[StepRecord]]:
-        return Request(self._calls.execution_steps(execution_id), "reading an execution's steps")
+    def execution_steps(self, execution: UUID | AnyHandle[Any]) -> Request[list[StepRecord]]:
+        return Request(self._calls.execution_steps(checked_id("steps", execution)), "reading an execution's steps")
 
     def executions(
         self,
@@ -207,8 +209,8 @@ class Verbs:
             dedupe_key=None
             if dedupe_key is None
             else checked_text("dedupe_key", dedupe_key, max_bytes=self._limits.dedupe_key_bytes),
-            parent=None if parent is None else _id_of("executions(parent=)", parent),
-            root=None if root is None else _id_of("executions(root=)", root),
+            parent=None if parent is None else checked_id("executions(parent=)", parent),
+            root=None if root is None else checked_id("executions(root=)", root),
         )
         return self._look(filters, limit, None if after is None else after.id)
 
@@ -290,7 +292,9 @@ class Verbs:
     def send(self, execution: UUID | AnyHandle[Any], channel: str, payload: object) -> Request[bool]:
         """Send a message; as `emit`."""
         call = self._calls.send(
-            _id_of("send", execution), checked_event("the name of a channel", channel), encoded(payload, self._limits)
+            checked_id("send", execution),
+            checked_event("the name of a channel", channel),
+            encoded(payload, self._limits),
         )
         return Request(call, "sending a message", is_repeatable=False)
 
@@ -309,12 +313,13 @@ class Verbs:
     def read_channel(self, execution: UUID, name: str, after: int, limit: int) -> Request[Page]:
         return Request(self._calls.read_channel(execution, name, after, limit), "reading a channel")
 
-    def progress(self, execution: UUID) -> Request[dict[UUID, str | None]]:
-        return Request(self._calls.progress([execution]), "reading the progress")
+    def progress(self, execution: UUID | AnyHandle[Any]) -> Request[dict[UUID, str | None]]:
+        """What an execution last told. Raises `InvalidOption`."""
+        return Request(self._calls.progress([checked_id("progress", execution)]), "reading the progress")
 
-    def decode_progress(self, execution: UUID, told: dict[UUID, str | None]) -> Any:
-        """What `progress` was answered, as a value."""
-        return payload_codec(Any, self._limits).decode(told.get(execution) or "null")
+    def decode_progress(self, told: dict[UUID, str | None]) -> Any:
+        """What `progress` was answered, as a value; None if nothing was told, or is kept."""
+        return payload_codec(Any, self._limits).decode(next(iter(told.values()), None) or "null")
 
     # Dead letters
 
@@ -392,25 +397,20 @@ class Verbs:
     def fork(self, execution: UUID | AnyHandle[Any], from_step: str) -> Request[Begun]:
         """Begin a new execution from a step of another one. Raises `InvalidOption`."""
         step = checked_text("from_step", from_step, max_bytes=MAX_NAME_BYTES)
-        return Request(self._calls.fork(_id_of("fork", execution), step), "forking", is_repeatable=False)
+        return Request(self._calls.fork(checked_id("fork", execution), step), "forking", is_repeatable=False)
 
     def restart(self, execution: UUID | AnyHandle[Any]) -> Request[Begun]:
         """Begin a new execution of the same task and payload. Raises `InvalidOption`."""
-        return Request(self._calls.restart(_id_of("restart", execution)), "restarting", is_repeatable=False)
+        return Request(self._calls.restart(checked_id("restart", execution)), "restarting", is_repeatable=False)
 
     def _name(self, what: str, name: str | None) -> str | None:
         return None if name is None else checked_text(what, name, max_bytes=self._limits.name_bytes)
 
     def _ids(self, verb: str, executions: Sequence[UUID | AnyHandle[Any]]) -> list[UUID]:
-        ids = list(dict.fromkeys(_id_of(verb, execution) for execution in executions))
+        ids = list(dict.fromkeys(checked_id(verb, execution) for execution in executions))
         if len(ids) > self._limits.batch:
             raise InvalidOption(f"{verb} takes at most {self._limits.batch:,} executions at once; split them")
         return ids
-
-
-def checked_id(verb: str, execution: object) -> UUID:
-    """Return the id of an execution, given as one or as a handle, or raise `InvalidOption`."""
-    return _id_of(verb, execution)
 
 
 def checked_reason(reason: object) -> str | None:
@@ -427,7 +427,8 @@ def _chunk(limit: int | None, done: int) -> int:
     return _CHUNK if limit is None else min(_CHUNK, limit - done)
 
 
-def _id_of(verb: str, execution: object) -> UUID:
+def checked_id(verb: str, execution: object) -> UUID:
+    """Return the id of an execution, given as one or as a handle, or raise `InvalidOption`."""
     if isinstance(execution, AnyHandle):
         return execution.id
     if isinstance(execution, UUID):

@@ -1,16 +1,17 @@
-"""`pgconductor show` and `pgconductor executions`."""
+"""`pgconductor show`, `executions`, `fork`, `restart` and `replay-check`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import trio
 from cli.inside import run
 
 from pgconductor import Conductor, Context, Orchestrator, State
+from pgconductor.cli import exits
 
 
 def _greeting() -> str:
@@ -65,8 +66,55 @@ def test_show_says_that_there_is_none(pgconductor_dsn: str) -> None:
     """A script goes on as if it had been there."""
     code, out, err = run("show", str(uuid4()), "--dsn", pgconductor_dsn)
     assert (code, out, "or it was not kept" in err) == (1, "", True)
-    code, _, err = run("show", "pay", "--dsn", pgconductor_dsn)
-    assert (code, "is no execution's id" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["show"], ["fork", "--from-step", "a day"], ["restart"], ["dead-letters"], ["cancel"], ["retry"],
+        ["executions", "--parent"], ["executions", "--root"],
+    ],
+)  # fmt: skip
+def test_what_is_no_id_is_said_before_a_database_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """A typing error is answered by a remark on the database, which has nothing to do with it."""
+    for name in ("PGCONDUCTOR_DSN", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = run(*command, "pay")
+    assert (code, out) == (exits.MISUSED, "")
+    assert err == "pgconductor: 'pay' is no execution's id; `pgconductor invoke` prints them\n"
+
+
+def test_fork_and_restart_print_the_id_of_the_new_one(pgconductor_dsn: str) -> None:
+    """A fork does again what was done, or a restart does not; or a script cannot go on with the new execution."""
+    execution = _waiting(pgconductor_dsn)
+    code, out, err = run("fork", execution, "--from-step", "a day", "--dsn", pgconductor_dsn)
+    assert (code, err) == (0, "")
+    forked = UUID(out.strip())
+    code, out, err = run("restart", execution, "--json", "--dsn", pgconductor_dsn)
+    assert (code, err) == (0, "")
+    restarted = UUID(json.loads(out)["id"])
+    with Conductor(pgconductor_dsn).sync() as client:
+        for begun, copied in ((forked, ["say [bold]"]), (restarted, [])):
+            assert [step.name for step in client.steps(begun)] == copied
+            status = client.status(begun)
+            assert status is not None
+            assert (str(status.origin_id), status.state) == (execution, State.READY)
+
+
+def test_fork_and_restart_of_what_is_not_there_name_it(pgconductor_dsn: str) -> None:
+    """One does not know whether the id or the step was the wrong one."""
+    execution = _waiting(pgconductor_dsn)
+    code, out, err = run("fork", execution, "--from-step", "pay", "--dsn", pgconductor_dsn)
+    assert (code, out) == (exits.MISUSED, "")
+    assert "'pay'" in err
+    assert execution in err
+    nobody = str(uuid4())
+    for command in (["fork", nobody, "--from-step", "a day"], ["restart", nobody]):
+        code, out, err = run(*command, "--dsn", pgconductor_dsn)
+        assert (code, out) == (exits.FAILED, "")
+        assert nobody in err
 
 
 def test_executions_passes_every_filter(pgconductor_dsn: str) -> None:
@@ -123,7 +171,11 @@ def test_replay_check_exits_with_1_if_one_could_not_go_on(
     code, out, _ = run("replay-check", "other_app:conductor", "--json", "--dsn", pgconductor_dsn)
     answer = json.loads(out)
     assert (code, answer["checked"], answer["divergences"][0]["id"]) == (1, 1, execution)
-    nothing = ("--queue", "x", "--limit", "5", "--patience", "1")
-    assert run("replay-check", "other_app:conductor", *nothing, "--dsn", pgconductor_dsn)[0] == 0
+    for nothing in (("--queue", "x"), ("--task", "x", "--limit", "5", "--patience", "1")):
+        code, out, _ = run("replay-check", "other_app:conductor", *nothing, "--dsn", pgconductor_dsn)
+        assert (code, out) == (0, "0 executions tried, 0 of them could not go on.\n")
+    for wrong in (("--limit", "0"), ("--patience", "0"), ("--queue", "")):
+        code, out, err = run("replay-check", "other_app:conductor", *wrong, "--dsn", pgconductor_dsn)
+        assert (code, out, wrong[0].strip("-") in err) == (exits.MISUSED, "", True)
     code, _, err = run("replay-check", "other_app:__name__", "--dsn", pgconductor_dsn)
     assert (code, "its conductors: other_app:conductor, other_app:orchestrator" in err) == (2, True), err

@@ -98,6 +98,7 @@ def test_message_to_nobody_fails(pgconductor_dsn: str) -> None:
         (["send", "7", "channel"], "'7' is no execution's id"),
         (["promise", "resolve", "7"], "'7' is no promise's id"),
         (["promise", "resolve", str(UUID(int=0)), "yes"], "not JSON"),
+        (["promise", "resolve", str(UUID(int=0)), ""], "not JSON"),
         (["promise", "reject", str(UUID(int=0)), ""], "message must not be empty"),
     ],
 )

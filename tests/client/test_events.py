@@ -31,7 +31,7 @@ async def test_sync_client_sends_and_reads(pgconductor_dsn: str) -> None:
         async with conductor:
             await Orchestrator(conductor, tasks=[ask]).drain()
         assert handle.progress() == "asked"
-        assert client.progress(handle.id) == "asked"
+        assert client.progress(handle.id) == client.progress(handle) == "asked"
         assert client.emit("e", {"n": 1}, retention=60) > 0
         assert handle.send("m", 2)
         assert not client.send(uuid4(), "m")
@@ -40,6 +40,25 @@ async def test_sync_client_sends_and_reads(pgconductor_dsn: str) -> None:
         async with conductor:
             await Orchestrator(conductor, tasks=[ask]).drain()
         assert handle.result(0) == [{"n": 1}, 2, [3]]
+
+
+async def test_executions_are_named_by_handle_or_id(pgconductor_dsn: str) -> None:
+    """One verb takes a handle and the next does not, or PostgreSQL says what is wrong, in its words."""
+    conductor = Conductor(pgconductor_dsn)
+    async with conductor:
+        handle = await conductor.invoke("nothing")
+        for each in (handle, handle.id):
+            assert await conductor.progress(each) is None
+            assert await conductor.execution_errors(each) == []
+            assert await conductor.steps(each) == []
+            assert (await conductor.status(each)) == await handle.status()
+            assert conductor.channel(each, "c").execution_id == handle.id
+        wrong: Any = str(handle.id)
+        for verb in (conductor.progress, conductor.execution_errors, conductor.steps, conductor.status):
+            with pytest.raises(InvalidOption, match="handles and ids"):
+                await verb(wrong)
+        with pytest.raises(InvalidOption, match="handles and ids"):
+            conductor.channel(wrong, "c")
 
 
 def test_sync_client_sends_in_the_callers_transaction(pgconductor_dsn: str) -> None:

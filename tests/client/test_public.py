@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 import pytest
 from client.database import until, value
 
 import pgconductor
-from pgconductor import Conductor, PgconductorError, errors
+from pgconductor import (
+    Channel,
+    Conductor,
+    Context,
+    Handle,
+    PgconductorError,
+    Promise,
+    SyncChannel,
+    SyncClient,
+    SyncContext,
+    SyncHandle,
+    SyncPromise,
+    errors,
+)
 from pgconductor.testing import Databases, DatabaseServer
 
 
@@ -90,6 +103,7 @@ def test_exported_names_are_these() -> None:
         "StepFailed",
         "StepHandle",
         "StepRecord",
+        "SyncChannel",
         "SyncChannelReader",
         "SyncClient",
         "SyncContext",
@@ -114,6 +128,51 @@ def test_exported_names_are_these() -> None:
     assert len(set(pgconductor.__all__)) == len(pgconductor.__all__)
     for name in pgconductor.__all__:
         assert getattr(pgconductor, name).__doc__, f"{name} says nothing"
+
+
+NOTHING: frozenset[str] = frozenset()
+
+
+def _methods(kind: type[object]) -> dict[str, list[tuple[str, object, object]]]:
+    return {
+        name: [(each.name, each.kind, each.default) for each in inspect.signature(value).parameters.values()]
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and inspect.isfunction(value)
+    }
+
+
+@pytest.mark.parametrize(
+    ("on_trio", "blocking", "lacking", "other"),
+    [
+        (
+            Conductor,
+            SyncClient,
+            {"redirect", "thread_transactions", "sync", "invoke_many_sync", "check_schema", "replay_check"},
+            {"invoke", "invoke_many"},  # these take a task, which has an `invoke` of its own on Trio
+        ),
+        (Handle, SyncHandle, NOTHING, NOTHING),
+        (
+            Context,
+            SyncContext,
+            {
+                "attach", "watch", "close", "check_cancelled", "resource",  # not of the durable operations
+                "nursery", "continue_as", "continue_as_new",
+            },
+            NOTHING,
+        ),
+        (Promise, SyncPromise, NOTHING, NOTHING),
+        (Channel, SyncChannel, {"aclose"}, NOTHING),
+    ],
+)  # fmt: skip
+def test_blocking_faces_have_the_methods_and_parameters_of_those_on_trio(
+    on_trio: type[object], blocking: type[object], lacking: Set[str], other: Set[str]
+) -> None:
+    """What one has learned of one of them is wrong of the other: a name, an order, a default."""
+    ours, theirs = _methods(on_trio), _methods(blocking)
+    assert ours.keys() - theirs.keys() == lacking
+    assert theirs.keys() - ours.keys() == ({"close"} if blocking is SyncChannel else set())
+    for name in ours.keys() & theirs.keys() - other:
+        assert ours[name] == theirs[name], name
 
 
 def test_all_errors_are_exported() -> None:

@@ -18,9 +18,13 @@ def make_orchestrator(dsn: str) -> Orchestrator:
         """Wait for an event, then send one, and a message; the promise is resolved by whoever sees its id."""
         promise = await ctx.promise("p")
         await ctx.emit("announce", "made", {"n": n, "promise": str(promise.id)})
-        first = await ctx.wait_for_event("go", match={"n": n}, type=dict[str, int])
-        await ctx.send("pass on", UUID(receiver), "relayed", n)
-        return [first["value"], await promise.result(type=int)]
+        async with await ctx.open_channel("heard") as heard:
+            first = await ctx.wait_for_event("go", match={"n": n}, type=dict[str, int])
+            await heard.send(first["value"])
+            await ctx.send("pass on", UUID(receiver), "relayed", n)
+            second = await promise.result(type=int)
+            await heard.send(second)
+        return [first["value"], second]
 
     @conductor.task(name="collect", queue="q", max_attempts=1)
     async def collect(ctx: Context, count: int) -> list[int]:

@@ -25,12 +25,21 @@ COUNT = 3
 @pytest.mark.parametrize("hit", [1, 2])
 @pytest.mark.parametrize(
     "point",
-    ["effect.before", "effect.answered", "wait.before", "wait.answered", "deliver.before", "deliver.answered"],
+    [
+        "effect.before",
+        "effect.answered",
+        "wait.before",
+        "wait.answered",
+        "deliver.before",
+        "deliver.answered",
+        "item.before",
+        "item.answered",
+    ],
 )
 async def test_process_that_dies_there_loses_nothing_and_sends_nothing_twice(
     pgconductor_dsn: str, point: str, hit: int
 ) -> None:
-    """An event that a dead process had in its hands, or an emit whose reply never came."""
+    """An event that a dead process had in its hands, an emit whose reply never came, an item that comes again."""
     orchestrator = make_orchestrator(pgconductor_dsn)
     conductor = orchestrator.conductor
     environment = {**os.environ, "PGCONDUCTOR_FAILPOINTS": f"{point}=kill@{hit}", "PYTHONPATH": str(SOURCE)}
@@ -60,6 +69,8 @@ async def test_process_that_dies_there_loses_nothing_and_sends_nothing_twice(
                         assert await conductor.resolve_promise(promise, n) is PromiseAnswer.RESOLVED
                 assert sorted(await collecting.result(LIMIT)) == list(range(COUNT))
                 assert [await handle.result(LIMIT) for handle in relays] == [[10 * n, n] for n in range(COUNT)]
+                for n, handle in enumerate(relays):
+                    assert [item async for item in handle.channel("heard", type=int)] == [10 * n, n]
                 nursery.cancel_scope.cancel()
     finally:
         victim.kill()

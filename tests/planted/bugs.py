@@ -33,6 +33,7 @@ _QUEUES = "sql/functions/04_queues.sql"
 _RETENTION = "sql/functions/11_retention.sql"
 _DEAD = "sql/functions/12_dead_letters.sql"
 _HISTORY = "sql/functions/15_history.sql"
+_LIVES = "sql/functions/17_histories.sql"
 _PARENT_GONE = "and g.parent_id <> all (array(select p.id from gone p where p.is_durable))"
 _DURABLE = "src/pgconductor/durable.py"
 _CHILDREN = "src/pgconductor/children.py"
@@ -709,5 +710,45 @@ BUGS = (
         "if names and not self.suspender.is_unwinding:",
         "if names:",
         ("tests/faults/test_durable.py::test_parked_parent_leaves_its_children_alone",),
+    ),
+    Bug(
+        "received-again-by-the-next-life",
+        "what a life has received is noted when it continues as new",
+        _LIVES,
+        "    perform @schema@._private_keep_receipts(v_free, v_now);\n",
+        "",
+        ("tests/sql/test_events.py::test_event_of_a_life_that_continued_as_new_is_not_received_again",),
+    ),
+    Bug(
+        "received-again-by-a-fork",
+        "a fork knows what the records that it takes along have received",
+        _LIVES,
+        "r.outcome, r.target, r.event_id\n        from",
+        "r.outcome, r.target, null::bigint as event_id\n        from",
+        ("tests/sql/test_events.py::test_fork_does_not_receive_what_its_history_has",),
+    ),
+    Bug(
+        "channel-counts-from-the-first-life",
+        "items of a life are numbered behind those of the lives before",
+        _LIVES,
+        "set first_seq = c.last_seq, closed_at",
+        "set closed_at",
+        ("tests/sql/test_channels.py::test_next_life_sends_behind_what_was_sent",),
+    ),
+    Bug(
+        "children-of-the-cancelled-left-to-a-heartbeat",
+        "cancelling a waiting parent tells who cancels children",
+        _CANCEL,
+        "if v_cancelled <> '{}' and exists",
+        "if false and exists",
+        ("tests/sql/test_families.py::test_orchestrators_are_told_of_children_whose_waiting_parent_was_cancelled",),
+    ),
+    Bug(
+        "shield-outlives-the-claim",
+        "a handler under a shield of its own ends when its claim or lease is lost",
+        _DURABLE,
+        "    await trio.lowlevel.checkpoint_if_cancelled()\n    raise Unwinding\n",
+        "    await trio.sleep_forever()\n",
+        ("tests/durable/test_shields.py::test_handler_under_a_shield_ends_when_what_it_holds_is_lost",),
     ),
 )

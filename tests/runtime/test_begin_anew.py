@@ -456,7 +456,7 @@ def test_verb_is_fenced_and_harmless_to_repeat(worker: WorkerByHand, query: Quer
     assert _continue(worker, claimed, n=8) == {claimed.id: "already"}
     columns = "state::text, attempt, claim_no, owner is null, payload::text, is_durable"
     row = f"select {columns} from pgconductor._private_executions"
-    assert query(row) == [("ready", 0, 1, True, '{"n": 7}', False)]
+    assert query(row) == [("ready", 0, 1, True, '{"n": 7}', True)]
     assert query("select count(*) from pgconductor._private_steps") == [(0,)]
     (again,) = worker.claim()
     assert (again.id, again.attempt, again.claim_no, again.payload) == (claimed.id, 1, 2, '{"n": 7}')

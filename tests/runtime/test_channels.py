@@ -43,6 +43,57 @@ async def test_items_come_in_order_and_once_though_the_handler_begins_anew(condu
     assert runs > 1
 
 
+async def test_plain_function_sends_each_item_once_and_closes(conductor: Conductor) -> None:
+    """A plain function can stream nothing, or tells readers that it is over each time it begins to wait."""
+    runs = 0
+
+    @conductor.task
+    def stream(ctx: Context, count: int) -> list[str]:
+        nonlocal runs
+        runs += 1
+        with ctx.sync.open_channel("lines", capacity=2) as lines:
+            for n in range(count):
+                lines.send({"n": n})
+                if n % 3 == 0:
+                    ctx.sync.sleep(f"nap-{n}", 0.03)
+        try:
+            lines.send("more")
+        except DurableMisuse as error:
+            return [lines.name, str(error)]
+        return []
+
+    async with conductor, trio.open_nursery() as nursery:
+        await nursery.start(Orchestrator(conductor, tasks=[stream]).run)
+        handle = await stream.invoke(10)
+        with trio.fail_after(LIMIT):
+            assert [item async for item in handle.channel("lines")] == [{"n": n} for n in range(10)]
+            assert await handle.result() == ["lines", "channel 'lines': send: it is closed"]
+        nursery.cancel_scope.cancel()
+    assert runs > 1
+
+
+async def test_channel_goes_on_when_its_execution_continues_as_new(conductor: Conductor) -> None:
+    """What a later life sends is swallowed, as if it were a replay of the first."""
+
+    @conductor.task
+    async def stream(ctx: Context, life: int) -> None:
+        lines = await ctx.open_channel("lines")
+        for n in range(3 - life):
+            await lines.send([life, n])
+        await ctx.sleep("nap", 0.03)
+        if life < 2:
+            await ctx.continue_as_new(life=life + 1)
+
+    async with conductor, trio.open_nursery() as nursery:
+        await nursery.start(Orchestrator(conductor, tasks=[stream]).run)
+        handle = await stream.invoke(0)
+        reader = handle.channel("lines")
+        with trio.fail_after(LIMIT):
+            assert [item async for item in reader] == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0]]
+        assert reader.position == 6
+        nursery.cancel_scope.cancel()
+
+
 async def test_sender_waits_until_a_reader_has_caught_up(conductor: Conductor, query: Any) -> None:
     """A bound that does not bind, or a sender that nobody wakes."""
     sent: list[int] = []

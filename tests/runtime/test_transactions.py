@@ -17,6 +17,7 @@ from pgconductor import (
     DurableMisuse,
     ExecutionFailed,
     Handle,
+    InvalidOption,
     Orchestrator,
     StepFailed,
     Task,
@@ -605,26 +606,39 @@ async def test_value_that_cannot_be_recorded_rolls_back(conductor: Conductor, qu
     assert written(query) == []
 
 
+def refuse_terms(ctx: Any, fn: Callable[..., Any]) -> None:
+    """Both kinds of handler refuse the same, in the same words, at the call."""
+    for form in ((), (fn,)):
+        with pytest.raises(InvalidOption, match="isolation= is one of"):
+            ctx.transaction("x", *form, isolation="chaos")
+        with pytest.raises(InvalidOption, match="a transaction's timeout"):
+            ctx.transaction("x", *form, timeout=0)
+    with pytest.raises(DurableMisuse, match=r"transaction\('x'\): a block .* retry= needs the function form"):
+        ctx.transaction("x", retry=3)
+
+
 async def test_wrong_arguments_are_refused_before_anything_is_sent(conductor: Conductor, query: Query) -> None:
     """A plain function would get an async connection; a block cannot be retried."""
 
     def plain(conn: Conn) -> None: ...
 
     @conductor.task(max_attempts=1)
+    def plain_order(ctx: Context) -> None:
+        refuse_terms(ctx.sync, plain)
+
+    @conductor.task(max_attempts=1)
     async def order(ctx: Context) -> None:
         with pytest.raises(DurableMisuse, match="needs an async function"):
             await cast(Any, ctx).transaction("plain", plain)
-        with pytest.raises(DurableMisuse, match="retry= needs the function form"):
-            cast(Any, ctx).transaction("block", retry=3)
-        with pytest.raises(ValueError, match="is one of"):
-            cast(Any, ctx).transaction("block", isolation="chaos")
+        refuse_terms(ctx, plain)
         with pytest.raises(DurableMisuse, match="is for plain def handlers"):
             ctx.sync.sleep("nap", 1)
 
     async with conductor:
-        handle = await order.invoke()
-        await run_to_end(conductor, order)
-        await handle.result(timeout=0)
+        handles = [await order.invoke(), await plain_order.invoke()]
+        await run_to_end(conductor, order, plain_order)
+        for handle in handles:
+            await handle.result(timeout=0)
     assert recorded(query) == []
 
 

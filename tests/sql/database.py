@@ -144,8 +144,8 @@ class Session:
         versions: list[str | None] = [version] * len(tasks)
         return self.run(self.calls.claim(queue, owner, list(tasks), limit, versions=versions)).claimed
 
-    def flush(self, owner: UUID, *outcomes: Outcome) -> dict[UUID, str]:
-        return self.run(self.calls.flush(owner, outcomes))
+    def flush(self, owner: UUID, *outcomes: Outcome, has_family: bool = True) -> dict[UUID, str]:
+        return self.run(self.calls.flush(owner, outcomes, has_family=has_family))
 
     def recover(self, queue: str = "q") -> tuple[int, int]:
         recovered, failed = self.rows("select recovered, failed from {s}.recover(%s)", queue)[0]

@@ -443,6 +443,13 @@ WAITING_PLANTS = {
         " insert into {s}._private_steps (execution_id, name, kind, position, claim_no, created_at, value)"
         " select execution_id, 'again', kind, position, claim_no, created_at, '2' from gone",
     ),
+    "event of a former life received again": (
+        "received",
+        "waiting",
+        "with seen as (update {s}._private_waits set event_id = 7 where execution_id = %s and name = 'nap'"
+        " returning execution_id)"
+        " insert into {s}._private_receipts (execution_id, event_id, check_at) select execution_id, 7, now() from seen",
+    ),
     "wait of a child resolved by nobody": (
         "I9",
         "waiting",

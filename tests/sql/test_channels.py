@@ -113,6 +113,34 @@ def test_items_stay_as_long_as_the_finished_row_and_an_hour_at_least(
     assert left == (3 if hours is None else 0)
 
 
+@pytest.mark.parametrize(
+    ("items", "rounds"),
+    [
+        ((0, 0, 0, 0, 0), [2, 2, 1, 0]),  # so many empty ones seem to be nothing to do, and stay for a minute each call
+        ((3, 0), [2, 2, 1, 0]),
+        ((2, 1), [2, 2, 1, 0]),
+    ],
+)
+def test_what_is_removed_at_once_is_bounded_channels_included(
+    db: Database, channels: Channels, clock: DatabaseClock, items: tuple[int, ...], rounds: list[int]
+) -> None:
+    """Maintenance holds more rows than it was allowed, or takes what is left for nothing."""
+    for count, claimed in zip(items, channels.start(len(items)), strict=True):
+        channels.open(claimed)
+        if count:
+            channels.append(claimed, *range(1, count + 1))
+        db.flush(channels.owner, Outcome(claimed.id, claimed.claim_no, "completed", keep=60.0))
+        clock.advance(1)
+    clock.advance(3601)
+    rows = "(select count(*) from {s}._private_channel_items) + (select count(*) from {s}._private_channels)"
+    left = db.value(f"select {rows}")
+    for expected in rounds:
+        assert db.value("select {s}._private_forget_channels({s}._private_clock(), 2)") == expected
+        left -= expected
+        assert db.value(f"select {rows}") == left
+    assert left == 0
+
+
 def test_channel_of_a_cancelled_execution_ends_and_goes(db: Database, channels: Channels, clock: DatabaseClock) -> None:
     """The other way of ending."""
     (claimed,) = channels.start()
@@ -140,6 +168,86 @@ def test_retried_execution_goes_on_with_its_channel(db: Database, channels: Chan
     assert channels.open(again) == 1
     assert channels.append(again, 2) == ["sent"]
     assert channels.read(again) == Page("open", [(1, "1"), (2, "2")])
+
+
+def test_next_life_sends_behind_what_was_sent(db: Database, channels: Channels) -> None:
+    """Its items are taken for those of the life before, and swallowed; or a replay in it sends them twice."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    assert channels.append(claimed, 1, 2) == ["sent", "sent"]
+    assert db.run(db.calls.close_channel(channels.owner, claimed.id, claimed.claim_no, "c"))
+    second = channels.renew(claimed)
+    assert channels.read(second, 2) == Page("open", [])
+    assert channels.open(second) == 0
+    assert channels.append(second, 1, 1, 3) == ["sent", "sent", "full"]
+    assert channels.append(claimed, 2) == ["fenced"]
+    assert channels.open(second) == 1
+    assert channels.append(second, 2) == ["sent"]
+    third = channels.renew(second)
+    assert channels.open(third) == 0
+    assert channels.append(third, 1) == ["sent"]
+    assert channels.read(third) == Page("open", [(1, "1"), (2, "2"), (3, "1"), (4, "2"), (5, "1")])
+
+
+def test_unread_items_of_former_lives_hold_up_the_sender(channels: Channels) -> None:
+    """Each life may leave as much as a channel holds, and a loop without a reader fills the disk."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1, 2)
+    again = channels.renew(claimed)
+    channels.open(again)
+    assert channels.append(again, 1, 2) == ["sent", "full"]
+    channels.read(again, 1)
+    assert channels.append(again, 2) == ["sent"]
+
+
+def test_retried_execution_goes_on_with_the_channel_of_its_last_life(db: Database, channels: Channels) -> None:
+    """It counts from the first life, and sends nothing; or from 0, and sends twice."""
+    (claimed,) = channels.start()
+    channels.open(claimed, capacity=10)
+    channels.append(claimed, 1, 2)
+    second = channels.renew(claimed)
+    channels.open(second, capacity=10)
+    channels.append(second, 1)
+    error = '{"type": "x", "message": "y"}'
+    db.flush(channels.owner, Outcome(second.id, second.claim_no, "failed", None, error, 0, 60.0))
+    db.run(db.calls.retry([claimed.id]))
+    (again,) = db.claim(channels.owner)
+    assert channels.open(again, capacity=10) == 1
+    assert channels.append(again, 1, 2) == ["sent", "sent"]
+    assert numbers(channels.read(again)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_fork", [True, False])
+def test_execution_begun_anew_has_channels_of_its_own(db: Database, channels: Channels, *, is_fork: bool) -> None:
+    """It sends into those of the other one, or takes for sent what its readers have never seen."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1, 2)
+    other = channels.renew(claimed)
+    channels.open(other)
+    channels.append(other, 1)
+    channels.effect(other, "promise", kind="new_promise")
+    channels.park(other)
+    db.run(db.calls.fork(other.id, "promise") if is_fork else db.calls.restart(other.id))
+    (begun,) = [c for c in db.claim(channels.owner) if c.id != other.id]
+    assert channels.open(begun) == 0
+    assert channels.append(begun, 1) == ["sent"]
+    assert channels.read(begun) == Page("open", [(1, "1")])
+    assert numbers(channels.read(other)) == [1, 2, 3]
+
+
+def test_channel_ends_with_a_life_that_did_not_open_it(db: Database, channels: Channels, clock: DatabaseClock) -> None:
+    """Its readers wait for ever, and its rows are never removed."""
+    (claimed,) = channels.start()
+    channels.open(claimed)
+    channels.append(claimed, 1)
+    again = channels.renew(claimed)
+    db.flush(channels.owner, Outcome(again.id, again.claim_no, "completed", keep=60.0))
+    assert channels.read(again) == Page("closed", [(1, "1")])
+    clock.advance(3601)
+    db.rows("select {s}.maintain()")
+    assert db.value("select count(*) from {s}._private_channels") == 0
 
 
 def test_what_was_read_long_ago_goes_while_the_execution_lives(db: Database, channels: Channels) -> None:

@@ -66,6 +66,14 @@ class Handlers:
         row = self.db.live(claimed.id, "state::text")
         return "gone" if row is None else str(row[0])
 
+    def renew(self, claimed: Claimed) -> Claimed:
+        """Let it continue as new, and claim its next life."""
+        outcome = Outcome(claimed.id, claimed.claim_no, "continued", '{"payload": {}, "version": null}')
+        assert self.db.run(self.db.calls.continue_as_new(self.owner, [outcome])) == {}
+        (again,) = self.db.claim(self.owner)
+        assert again.id == claimed.id
+        return again
+
     def effect(self, claimed: Claimed, name: str, position: int = 0, **effect: object) -> SavedEffect:
         row = NewEffect(claimed.id, claimed.claim_no, name, position, json.dumps(effect))
         return self.db.run(self.db.calls.save_effects(self.owner, [row]))[0]
@@ -271,6 +279,17 @@ def test_messages_go_with_their_execution(db: Database, handlers: Handlers) -> N
     assert not db.run(db.calls.send(uuid4(), "c", "3"))
 
 
+def test_message_to_a_life_that_records_nothing_goes_with_it(db: Database, handlers: Handlers) -> None:
+    """What was sent to the life before it stays for ever, since an execution without records has nothing to remove."""
+    (claimed,) = handlers.start()
+    db.run(db.calls.send(claimed.id, "c", "1"))
+    deliver(db)
+    again = handlers.renew(claimed)
+    db.flush(handlers.owner, Outcome(again.id, again.claim_no, "completed", "1"))
+    deliver(db)
+    assert inbox(db) == []
+
+
 # --- promises ---
 
 
@@ -353,6 +372,182 @@ def test_event_of_a_former_life_is_not_received_again(db: Database, handlers: Ha
     db.run(db.calls.retry([claimed.id]))
     (again,) = db.claim(handlers.owner)
     assert handlers.wait(again, "w2", "e").status == "open"
+
+
+def test_event_of_a_life_that_continued_as_new_is_not_received_again(db: Database, handlers: Handlers) -> None:
+    """A loop that cuts its history gets each event that is kept once in every life."""
+    (claimed,) = handlers.start()
+    emit(db, "e", 1)
+    assert handlers.wait(claimed, "w", "e").value == "1"
+    second = handlers.renew(claimed)
+    assert handlers.wait(second, "w", "e").status == "open"
+    emit(db, "e", 2)
+    deliver(db)
+    assert handlers.waits(second) == {"w": ("received", 2)}
+    third = handlers.renew(second)
+    assert handlers.wait(third, "w", "e").status == "open"
+    handlers.park(third)
+    assert deliver(db) == 0
+    assert handlers.state(third) == "waiting"
+    (other,) = handlers.start()
+    assert handlers.wait(other, "w", "e").value == "1"  # it is not gone for others
+
+
+def test_event_of_a_life_before_the_one_that_failed_is_not_received_again(db: Database, handlers: Handlers) -> None:
+    """What a dead letter had received before it continued as new begins it anew once more."""
+    (claimed,) = handlers.start()
+    for n in (1, 2):
+        emit(db, "e", n)
+    handlers.wait(claimed, "w", "e")
+    second = handlers.renew(claimed)
+    assert handlers.wait(second, "w", "e").value == "2"
+    error = '{"type": "x", "message": "y"}'
+    db.flush(handlers.owner, Outcome(second.id, second.claim_no, "failed", None, error, keep=60.0))
+    db.rows("select {s}.maintain()")
+    db.run(db.calls.retry([claimed.id]))
+    (again,) = db.claim(handlers.owner)
+    assert handlers.wait(again, "w2", "e").status == "open"
+    third = handlers.renew(again)
+    assert handlers.wait(third, "w", "e").status == "open"
+
+
+def test_message_of_a_former_life_that_a_deliverer_still_had_is_not_received_again(
+    db: Database, handlers: Handlers
+) -> None:
+    """It could not be removed when it was received, and is there for the next life."""
+    (claimed,) = handlers.start()
+    db.run(db.calls.send(claimed.id, "c", "1"))
+    deliverer = db.session()
+    deliverer.rows("select id from {s}._private_events for update")  # as a deliverer that has just begun
+    assert handlers.wait(claimed, "w", "c", kind="message").value == "1"
+    second = handlers.renew(claimed)
+    deliverer.commit()
+    assert handlers.wait(second, "w", "c", kind="message").status == "open"
+    deliver(db)
+    assert handlers.waits(second) == {"w": (None, None)}
+    assert inbox(db) == []
+
+
+@pytest.mark.parametrize("first", ["delivery", "end of the life"])
+def test_delivery_and_the_end_of_a_life_come_one_after_the_other(db: Database, handlers: Handlers, first: str) -> None:
+    """The life ends while an event is delivered to it, and the next one gets that event too."""
+    (claimed,) = handlers.start()
+    handlers.wait(claimed, "w", "e")
+    emit(db, "e", 1)
+    one, other = db.session(), db.session(autocommit=True)
+    outcome = Outcome(claimed.id, claimed.claim_no, "continued", '{"payload": {}, "version": null}')
+    call = db.calls.continue_as_new(handlers.owner, [outcome])
+    if first == "delivery":
+        assert deliver(one) == 1
+        work: Future[object] = db.start(lambda: other.run(call))
+    else:
+        assert one.run(call) == {}
+        work = db.start(lambda: deliver(other))
+    db.wait_blocked(other, work)
+    one.commit()
+    assert work.result(20) == ({} if first == "delivery" else 1)
+    (again,) = db.claim(handlers.owner)
+    wait = handlers.wait(again, "w", "e")
+    assert wait.status == ("open" if first == "delivery" else "resolved")
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_fork_does_not_receive_what_its_history_has(db: Database, handlers: Handlers, *, is_live: bool) -> None:
+    """It is told of a payment that the records it took along know of; or not of one that came after them."""
+    (claimed,) = handlers.start()
+    for n in range(4):
+        emit(db, "e", n)
+    handlers.wait(claimed, "w", "e")
+    other = handlers.renew(claimed)
+    for position, name in enumerate(("w1", "w2", "w3")):
+        wait = {"name": name, "kind": "event", "position": position, "target": "e"}
+        row = NewWait(other.id, other.claim_no, json.dumps(wait))
+        assert db.run(db.calls.start_waits(handlers.owner, [row]))[0].value == str(position + 1)
+    if not is_live:
+        db.flush(handlers.owner, Outcome(other.id, other.claim_no, "completed", "1", keep=60.0))
+    fork = db.run(db.calls.fork(other.id, "w3")).id
+    (forked,) = db.claim(handlers.owner)
+    assert forked.id == fork
+    # 0 by a life before the one it was forked from, 1 and 2 by what it took along.
+    assert [handlers.wait(forked, name, "e").value for name in ("x", "y")] == ["3", None]
+    again = handlers.renew(forked)
+    assert handlers.wait(again, "w", "e").status == "open"
+
+
+def test_restart_receives_what_was_received_since_its_payload_was_made(db: Database, handlers: Handlers) -> None:
+    """It gets what former lives have put into its payload; or not what its own life is to receive."""
+    (claimed,) = handlers.start()
+    for n in range(2):
+        emit(db, "e", n)
+    handlers.wait(claimed, "w", "e")
+    other = handlers.renew(claimed)
+    assert handlers.wait(other, "w", "e").value == "1"
+    db.run(db.calls.restart(other.id))
+    (begun,) = db.claim(handlers.owner)
+    assert [handlers.wait(begun, name, "e").value for name in ("w", "x")] == ["1", None]
+
+
+def receipts(db: Database) -> int:
+    return int(db.value("select count(*) from {s}._private_receipts"))
+
+
+def test_receipts_go_with_their_event(db: Database, handlers: Handlers, clock: DatabaseClock) -> None:
+    """A loop that runs for years remembers every event there ever was."""
+    (claimed,) = handlers.start()
+    for n, retention in enumerate((100, 400_000)):
+        emit(db, "e", n, retention=retention)
+    deliver(db)
+    for n in range(2):
+        assert handlers.wait(claimed, f"w{n}", "e").value == str(n)
+    second = handlers.renew(claimed)
+    assert receipts(db) == 2
+    clock.advance(101)
+    db.rows("select {s}.maintain()")
+    assert receipts(db) == 1
+    for _ in range(3):  # looked at each day, and needed
+        clock.advance(86_401)
+        db.rows("select {s}.maintain()")
+        assert receipts(db) == 1
+    assert handlers.wait(second, "w", "e").status == "open"
+    clock.advance(200_000)
+    db.rows("select {s}.maintain()")
+    assert (inbox(db), receipts(db)) == ([], 0)
+
+
+@pytest.mark.parametrize(("keep", "passes"), [(0.0, 86_401), (200_000.0, 86_401 * 5)])
+def test_receipts_go_with_their_execution(
+    db: Database, handlers: Handlers, clock: DatabaseClock, keep: float, passes: int
+) -> None:
+    """Of an event that is kept for years every execution that ever received it leaves a row behind."""
+    (claimed,) = handlers.start()
+    emit(db, "e", 1, retention=1e8)
+    deliver(db)
+    handlers.wait(claimed, "w", "e")
+    again = handlers.renew(claimed)
+    db.flush(handlers.owner, Outcome(again.id, again.claim_no, "failed", None, "{}", keep=keep))
+    clock.advance(86_401)
+    db.rows("select {s}.maintain()")
+    assert receipts(db) == (1 if keep else 0)  # while it is a dead letter, it may be retried
+    for _ in range(2):
+        clock.advance(passes)
+        db.rows("select {s}.maintain()")
+    assert receipts(db) == 0
+    assert len(inbox(db)) == 1
+
+
+def test_look_at_receipts_is_bounded_and_says_that_there_are_more(
+    db: Database, handlers: Handlers, clock: DatabaseClock
+) -> None:
+    """One call of maintenance takes minutes, or it comes back after a minute for each thousand of a million."""
+    db.rows(
+        "insert into {s}._private_receipts select gen_random_uuid(), n, {s}._private_clock()"
+        " from generate_series(1, 1500) n"
+    )
+    clock.advance(1)
+    assert db.value("select more from {s}.maintain()") is True
+    assert receipts(db) == 500
+    assert db.value("select more from {s}.maintain()") is False
+    assert receipts(db) == 0
 
 
 # --- timeouts ---

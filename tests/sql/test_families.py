@@ -92,6 +92,22 @@ def test_parent_and_child_cancelled_by_one_call_leave_nothing_behind(audited: Au
     assert audited.check(settled=True) == []
 
 
+def test_orchestrators_are_told_of_children_whose_waiting_parent_was_cancelled(audited: Audited) -> None:
+    """They would run on until somebody's next heartbeat; and who has none to cancel tells nobody."""
+    db = audited.db
+    owner, parent, grown = family(audited, is_parked=True)
+    db.flush(owner, done(grown, "released"))
+    other = db.invoke()
+    listener = db.session(autocommit=True)
+    listener.rows(f'listen "{db.run(db.calls.errands_channel())}"')
+    db.rows("select {s}.cancel(%s)", [other])
+    assert list(listener.conn.notifies(timeout=0.05, stop_after=1)) == []
+    db.rows("select {s}.cancel(%s)", [parent.id])
+    assert len(list(listener.conn.notifies(timeout=5, stop_after=1))) == 1
+    assert db.run(db.calls.close_children()) == 1
+    assert audited.check(settled=True) == []
+
+
 @pytest.mark.parametrize("young", ["completed", "failed"])
 @pytest.mark.parametrize("old", ["retried", "released", "waiting"])
 def test_parent_that_goes_on_is_told_of_the_child_that_ends_beside_it(audited: Audited, old: str, young: str) -> None:

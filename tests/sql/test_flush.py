@@ -240,7 +240,8 @@ def test_row_that_cannot_be_stored_aborts_the_whole_batch(db: Database, bad: dic
     assert db.flush(owner, outcomes[0], outcomes[2]) == {}
 
 
-def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Database) -> None:
+@pytest.mark.parametrize("has_family", [False, True])  # with a family all rows are locked before
+def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Database, has_family: bool) -> None:
     """A flush is sent again while the server still works on the first one: two lock orders would be a deadlock."""
     db.register_queue()
     for _ in range(3):
@@ -249,9 +250,9 @@ def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Data
     outcomes = [done(c) for c in db.claim(owner)]
     gate, first, second = db.session(), db.session(autocommit=True), db.session(autocommit=True)
     gate.rows("select from {s}._private_executions where id = %s for update", outcomes[1].id)
-    one = db.start(lambda: first.flush(owner, *outcomes))
+    one = db.start(lambda: first.flush(owner, *outcomes, has_family=has_family))
     db.wait_blocked(first, one)  # has the first row, waits for the second
-    two = db.start(lambda: second.flush(owner, outcomes[2], outcomes[0]))
+    two = db.start(lambda: second.flush(owner, outcomes[2], outcomes[0], has_family=has_family))
     db.wait_blocked(second, two)
     gate.rollback()
     assert one.result(20) == {}
@@ -464,13 +465,16 @@ def test_without_other_slots_whatever_expires_goes_to_the_far_one(db: Database) 
     assert db.finished(one.id, "slot, expires_at is not null") == [(1, True)]
 
 
+@pytest.mark.parametrize("has_family", [False, True])  # with a family all rows are locked before
 @pytest.mark.parametrize("kind", KINDS)
-def test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written(db: Database, kind: str) -> None:
+def test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written(
+    db: Database, kind: str, has_family: bool
+) -> None:
     """A cancellation requested at the same instant: the row moves to another place, and the outcome finds nothing."""
     one = run_one(db)
     rival, flusher = db.session(), db.session(autocommit=True)
     rival.rows("update {s}._private_executions set cancel_requested_at = now() where id = %s", one.id)
-    flush = db.start(lambda: flusher.flush(one.owner, one.ended(kind)))
+    flush = db.start(lambda: flusher.flush(one.owner, one.ended(kind), has_family=has_family))
     db.wait_blocked(flusher, flush)
     rival.commit()
     assert flush.result(20) == {}

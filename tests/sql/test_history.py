@@ -685,24 +685,6 @@ def test_cancel_meets_parking_and_waking_of_the_same_parent(db: Database) -> Non
     assert state(db, other.execution) == "cancelled"
 
 
-def test_cancel_of_a_waiting_parent_tells_of_its_children_in_the_same_transaction(db: Database) -> None:
-    """They run on until somebody's heartbeat finds the note: no worker was there when their parent ended."""
-    channel = db.run(db.calls.errands_channel())
-    leaves, closes = running(db, queue="r"), running(db)
-    leaves.child("k", 0, on_close="abandon", queue="r")
-    leaves.park("k")
-    closes.child("c", 0)
-    closes.park("c")
-    listener, canceller = db.session(autocommit=True), db.session()
-    listener.rows(f'listen "{channel}"')
-    for parent in (leaves, closes):
-        canceller.run(db.calls.cancel([parent.execution], "because"))
-        canceller.rows("select pg_notify(%s, 'committed')", channel)
-        canceller.commit()
-    told = [notification.payload for notification in listener.conn.notifies(timeout=5, stop_after=3)]
-    assert told == ["committed", "", "committed"]
-
-
 def test_closing_is_shared_by_many_and_done_once(db: Database) -> None:
     """Two that close at once wait for each other, or count twice."""
     parent = running(db)

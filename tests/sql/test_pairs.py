@@ -628,11 +628,13 @@ class Stage:
             self.db.settle(session, works[-1])
         left = list(commits)
         while left:
-            # The first in the wished order that does not wait.
-            n = next(n for n in left if not self.db.settle(self.rivals[n], works[n]))
-            works[n].result(20)
-            self.rivals[n].commit()
-            left.remove(n)
+            # The first in the wished order that does not wait. There may be none, as each is looked at by itself:
+            # one that stood behind another in the queue for a row may have passed it since. A deadlock would end.
+            n = next((n for n in left if not self.db.settle(self.rivals[n], works[n])), None)
+            if n is not None:
+                works[n].result(20)
+                self.rivals[n].commit()
+                left.remove(n)
 
     def verdict(self, name: str, first: str, second: str, events: tuple[Event, Event], answers: tuple[Any, Any]) -> str:
         """Empty if it is what one of the two orders gives."""

@@ -142,7 +142,7 @@ def test_failed_child_of_a_nursery_is_known() -> None:
 def test_open_waits_are_known_by_kind() -> None:
     """Children would not be cancelled before the next heartbeat."""
     history = History([wait("c", 0), Record("s", "sleep", 1, 1, None)], 1)
-    assert history.has_open("child")
+    assert history.open_names("child") == ["c"]
     history.note(wait("c", 0, "completed"))
-    assert not history.has_open("child")
-    assert history.has_open("sleep")
+    assert not history.open_names("child")
+    assert history.open_names("sleep") == ["s"]

@@ -29,7 +29,18 @@ from .doctor import doctor
 from .exits import FAILED, complain, reported
 from .grant import grant
 from .histories import executions, fork, replay_check, restart, show
-from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_deadline, parse_instant
+from .options import (
+    Common,
+    Debug,
+    Dsn,
+    Embedded,
+    Json,
+    ListenDsn,
+    OwnSchema,
+    parse_deadline,
+    parse_instant,
+    with_common,
+)
 from .sending import emit, promise, send
 from .target import Life, load_orchestrator
 
@@ -71,33 +82,28 @@ def options(
 
 
 @app.command()
+@with_common
 def migrate(
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Install the schema, or bring it up to date."""
-    with reported(debug=debug):
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            done = client.migrate()
-        if as_json:
-            report.print_json(
-                {
-                    "schema": schema,
-                    "version": done.version,
-                    "applied": done.applied,
-                    "functions_replaced": done.functions_replaced,
-                }
-            )
-        elif done.applied or done.functions_replaced:
-            count = len(done.applied)
-            what = f"{count} migration{'' if count == 1 else 's'} applied" if count else "functions replaced"
-            print(f"Schema {report.plain(schema)!r}: {what}, now at version {done.version}.")
-        else:
-            print(f"Schema {report.plain(schema)!r} is up to date at version {done.version}.")
+    with common.open_client() as client:
+        done = client.migrate()
+    if common.as_json:
+        report.print_json(
+            {
+                "schema": common.schema,
+                "version": done.version,
+                "applied": done.applied,
+                "functions_replaced": done.functions_replaced,
+            }
+        )
+    elif done.applied or done.functions_replaced:
+        count = len(done.applied)
+        what = f"{count} migration{'' if count == 1 else 's'} applied" if count else "functions replaced"
+        print(f"Schema {report.plain(common.schema)!r}: {what}, now at version {done.version}.")
+    else:
+        print(f"Schema {report.plain(common.schema)!r} is up to date at version {done.version}.")
 
 
 @app.command()
@@ -108,9 +114,7 @@ def run(
     dsn: Dsn = None,
     listen_dsn: ListenDsn = None,
     embedded: Embedded = False,
-    schema: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the schema; otherwise the conductor's own.")
-    ] = None,
+    schema: OwnSchema = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="Least level that is logged, unless the program sets up logging itself.")
     ] = LogLevel.INFO,
@@ -129,7 +133,9 @@ def run(
 
 
 @app.command()
+@with_common
 def invoke(
+    common: Common,
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")],
     payload: Annotated[
         str, typer.Argument(metavar="[JSON]", help='Its parameters as a JSON object; "-" reads standard input.')
@@ -159,35 +165,28 @@ def invoke(
     wait_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Wait at most so long; implies --wait.")
     ] = None,
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Invoke a task, and print the id of the execution; with --wait its result instead."""
-    with reported(debug=debug):
-        arguments = _parse_payload(payload)
-        due, last = parse_instant("--run-at", run_at), parse_deadline(deadline)
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            handle = client.invoke(
-                task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key,
-                timeout=timeout, deadline=last, max_attempts=max_attempts, tags=tag or (),
-            )  # fmt: skip
-            answer: dict[str, Any] = {"id": str(handle.id), "created": handle.created}
-            if not wait and wait_timeout is None:
-                report.print_json(answer) if as_json else print(handle.id)
-                return
-            try:
-                result = handle.result(wait_timeout)
-            except ExecutionError as error:
-                if not as_json or debug:
-                    raise
-                complain(str(error))
-                report.print_json({**answer, "error": str(error)})
-                raise typer.Exit(FAILED) from None
-            report.print_json({**answer, "result": result} if as_json else result)
+    arguments = _parse_payload(payload)
+    due, last = parse_instant("--run-at", run_at), parse_deadline(deadline)
+    with common.open_client() as client:
+        handle = client.invoke(
+            task, arguments, queue=queue, priority=priority, delay=delay, run_at=due, dedupe_key=dedupe_key,
+            timeout=timeout, deadline=last, max_attempts=max_attempts, tags=tag or (),
+        )  # fmt: skip
+        answer: dict[str, Any] = {"id": str(handle.id), "created": handle.created}
+        if not wait and wait_timeout is None:
+            report.print_json(answer) if common.as_json else print(handle.id)
+            return
+        try:
+            result = handle.result(wait_timeout)
+        except ExecutionError as error:
+            if not common.as_json or common.debug:
+                raise
+            complain(str(error))
+            report.print_json({**answer, "error": str(error)})
+            raise typer.Exit(FAILED) from None
+        report.print_json({**answer, "result": result} if common.as_json else result)
 
 
 app.command()(emit)
@@ -206,26 +205,21 @@ app.command()(grant)
 
 
 @app.command()
+@with_common
 def status(
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Show the queues and the orchestrators."""
-    with reported(debug=debug):
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            queues, orchestrators = client.queue_status(), client.orchestrator_status()
-        if as_json:
-            report.print_json({"schema": schema, "queues": queues, "orchestrators": orchestrators})
-            return
-        output = report.console()
-        output.print(report.queue_table(queues) if queues else "No queues yet.")
-        output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
-        for line in report.hints(queues, orchestrators):
-            output.print(line, markup=False)
+    with common.open_client() as client:
+        queues, orchestrators = client.queue_status(), client.orchestrator_status()
+    if common.as_json:
+        report.print_json({"schema": common.schema, "queues": queues, "orchestrators": orchestrators})
+        return
+    output = report.console()
+    output.print(report.queue_table(queues) if queues else "No queues yet.")
+    output.print(report.orchestrator_table(orchestrators) if orchestrators else "No orchestrators.")
+    for line in report.hints(queues, orchestrators):
+        output.print(line, markup=False)
 
 
 @app.command()

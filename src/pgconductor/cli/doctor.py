@@ -7,33 +7,27 @@ from collections.abc import Sequence
 import typer
 from rich.text import Text
 
-from ..db.address import Database
 from ..doctor import Finding, Verdict, examine, worst
 from . import report
-from .exits import FAILED, reported
-from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema
+from .exits import FAILED
+from .options import Common, with_common
 
 _STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "bold red", Verdict.UNSEEN: "dim"}
 
 
+@with_common
 def doctor(
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Look for what ails the database, and say what helps. Exits with 1 if there is a problem."""
-    with reported(debug=debug):
-        found = examine(Database(dsn, listen_dsn, embedded=embedded), schema)
-        verdict = worst(found)
-        if as_json:
-            report.print_json({"schema": schema, "verdict": verdict, "checks": found})
-        else:
-            _print(found)
-        if verdict is Verdict.PROBLEM:
-            raise typer.Exit(FAILED)
+    found = examine(common.database, common.schema)
+    verdict = worst(found)
+    if common.as_json:
+        report.print_json({"schema": common.schema, "verdict": verdict, "checks": found})
+    else:
+        _print(found)
+    if verdict is Verdict.PROBLEM:
+        raise typer.Exit(FAILED)
 
 
 def _print(found: Sequence[Finding]) -> None:

@@ -16,31 +16,42 @@ from ..model import ReplayReport
 from ..replaying import PATIENCE
 from . import report
 from .exits import FAILED, complain, reported
-from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_ids, parse_instant
+from .options import (
+    Common,
+    Debug,
+    Dsn,
+    Embedded,
+    ExecutionId,
+    Json,
+    ListenDsn,
+    OfQueue,
+    OfTask,
+    OwnSchema,
+    WithTags,
+    parse_execution,
+    parse_instant,
+    with_common,
+)
 from .target import load_conductor
 
 
+@with_common
 def show(
-    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
+    common: Common,
+    execution: ExecutionId,
     steps: Annotated[
         bool, typer.Option("--steps", help="Show what it has done and waits for, with the values if you may see them.")
     ] = False,
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show where an execution stands."""
-    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-        (execution_id,) = parse_ids([execution])
+    execution_id = parse_execution(execution)
+    with common.open_client() as client:
         status = client.status(execution_id)
         if status is None:
             complain(f"there is no execution {execution_id}, or it was not kept")
             raise typer.Exit(FAILED)
         records = client.steps(execution_id) if steps else []
-        if as_json:
+        if common.as_json:
             report.print_json({"status": status, "steps": records} if steps else status)
             return
         print("\n".join(report.status_lines(status)))
@@ -48,15 +59,15 @@ def show(
             report.console().print(report.step_table(records) if records else "Nothing is recorded.")
 
 
+@with_common
 def executions(
-    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Those on this queue.")] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Those of this task.")] = None,
+    common: Common,
+    queue: OfQueue = None,
+    task: OfTask = None,
     state: Annotated[
         list[str] | None, typer.Option(metavar="STATE", help="Those in this state; may be repeated; otherwise all.")
     ] = None,
-    tag: Annotated[
-        list[str] | None, typer.Option(metavar="TAG", help="Those with this tag; repeated: with all of them.")
-    ] = None,
+    tag: WithTags = None,
     dedupe_key: Annotated[str | None, typer.Option(metavar="KEY", help="Those with this key.")] = None,
     parent: Annotated[str | None, typer.Option(metavar="ID", help="Children of this execution.")] = None,
     root: Annotated[str | None, typer.Option(metavar="ID", help="This execution and all beneath it.")] = None,
@@ -65,23 +76,17 @@ def executions(
     ] = None,
     created_before: Annotated[str | None, typer.Option(metavar="INSTANT", help="Those invoked before then.")] = None,
     limit: Annotated[int, typer.Option(metavar="COUNT", help="So many at most, up to 10,000.")] = 100,
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Find executions, live and finished, the newest first: those that fit every option given."""
-    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
+    parent_id, root_id = (None if text is None else parse_execution(text) for text in (parent, root))
+    after = parse_instant("--created-after", created_after)
+    before = parse_instant("--created-before", created_before)
+    with common.open_client() as client:
         found = client.executions(
-            queue=queue, task=task, states=state or None, tags=tag or None, dedupe_key=dedupe_key,
-            parent=None if parent is None else parse_ids([parent])[0],
-            root=None if root is None else parse_ids([root])[0],
-            created_after=parse_instant("--created-after", created_after),
-            created_before=parse_instant("--created-before", created_before), limit=limit,
+            queue=queue, task=task, states=state or None, tags=tag or None, dedupe_key=dedupe_key, parent=parent_id,
+            root=root_id, created_after=after, created_before=before, limit=limit,
         )  # fmt: skip
-        if as_json:
+        if common.as_json:
             report.print_json(found)
             return
         report.console().print(report.execution_table(found) if found else "No executions.")
@@ -89,35 +94,27 @@ def executions(
             complain(f"there may be more than these {limit:,}: see --limit")
 
 
+@with_common
 def fork(
-    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
+    common: Common,
+    execution: ExecutionId,
     from_step: Annotated[str, typer.Option(metavar="NAME", help="What is recorded before this is copied.")],
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Begin a new execution that has done what another one had done before a step; print its id."""
-    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-        (execution_id,) = parse_ids([execution])
-        _print_begun(client.fork(execution_id, from_step=from_step).id, as_json=as_json)
+    execution_id = parse_execution(execution)
+    with common.open_client() as client:
+        _print_begun(client.fork(execution_id, from_step=from_step).id, as_json=common.as_json)
 
 
+@with_common
 def restart(
-    execution: Annotated[str, typer.Argument(metavar="ID", help="An execution, by its id.")],
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
+    common: Common,
+    execution: ExecutionId,
 ) -> None:
     """Begin a new execution of the same task and payload as another one; print its id."""
-    with reported(debug=debug), open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-        (execution_id,) = parse_ids([execution])
-        _print_begun(client.restart(execution_id).id, as_json=as_json)
+    execution_id = parse_execution(execution)
+    with common.open_client() as client:
+        _print_begun(client.restart(execution_id).id, as_json=common.as_json)
 
 
 def _print_begun(execution: UUID, *, as_json: bool) -> None:
@@ -131,8 +128,8 @@ def replay_check(
             metavar="MODULE:CONDUCTOR", help="A Conductor or an Orchestrator, or a function that returns one."
         ),
     ],
-    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Executions on this queue.")] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Executions of this task.")] = None,
+    queue: OfQueue = None,
+    task: OfTask = None,
     limit: Annotated[
         int | None, typer.Option(metavar="COUNT", help="So many at most, the oldest first; otherwise all.")
     ] = None,
@@ -142,9 +139,7 @@ def replay_check(
     dsn: Dsn = None,
     listen_dsn: ListenDsn = None,
     embedded: Embedded = False,
-    schema: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the schema; otherwise the conductor's own.")
-    ] = None,
+    schema: OwnSchema = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -12,8 +12,8 @@ import typer
 from ..errors import InvalidOption, InvalidPayload
 from ..model import PromiseAnswer
 from . import report
-from .exits import FAILED, complain, reported
-from .options import Debug, Dsn, Embedded, Json, ListenDsn, Schema, open_client, parse_id, parse_ids
+from .exits import FAILED, complain
+from .options import Common, ExecutionId, parse_execution, parse_id, with_common
 
 _Payload = Annotated[str, typer.Argument(metavar="[JSON]", help='Any JSON value; "-" reads standard input.')]
 
@@ -25,84 +25,69 @@ class PromiseAction(StrEnum):
     REJECT = "reject"
 
 
+@with_common
 def emit(
+    common: Common,
     event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.")],
     payload: _Payload = "null",
     retention: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long it is kept for executions that do not wait yet; else a day."),
     ] = None,
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Send an event to every execution that waits for it, or will; print its id."""
-    with reported(debug=debug):
-        value = _parse_value(payload)
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            event_id = client.emit(event, value, retention=retention)
-        report.print_json({"id": event_id}) if as_json else print(event_id)
+    value = _parse_value(payload)
+    with common.open_client() as client:
+        event_id = client.emit(event, value, retention=retention)
+    report.print_json({"id": event_id}) if common.as_json else print(event_id)
 
 
+@with_common
 def send(
-    execution: Annotated[str, typer.Argument(metavar="ID", help="The execution.")],
+    common: Common,
+    execution: ExecutionId,
     channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="What it receives by.")],
     payload: _Payload = "null",
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Send a message to one execution."""
-    with reported(debug=debug):
-        (execution_id,) = parse_ids([execution])
-        value = _parse_value(payload)
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            is_sent = client.send(execution_id, channel, value)
-        if as_json:
-            report.print_json({"sent": is_sent})
-        elif is_sent:
-            print("sent")
-        if not is_sent:
-            complain(f"there is no live execution {execution_id}, or none that this role may send to")
-            raise typer.Exit(FAILED)
+    execution_id = parse_execution(execution)
+    value = _parse_value(payload)
+    with common.open_client() as client:
+        is_sent = client.send(execution_id, channel, value)
+    if common.as_json:
+        report.print_json({"sent": is_sent})
+    elif is_sent:
+        print("sent")
+    if not is_sent:
+        complain(f"there is no live execution {execution_id}, or none that this role may send to")
+        raise typer.Exit(FAILED)
 
 
+@with_common
 def promise(
+    common: Common,
     action: Annotated[PromiseAction, typer.Argument(metavar="resolve|reject", help="What to do with it.")],
     promise_id: Annotated[str, typer.Argument(metavar="ID", help="The promise, as its handler gave it away.")],
     value: Annotated[
         str | None,
         typer.Argument(metavar="[JSON|TEXT]", help="To resolve it with: any JSON value. To reject it: why, a text."),
     ] = None,
-    dsn: Dsn = None,
-    listen_dsn: ListenDsn = None,
-    embedded: Embedded = False,
-    schema: Schema = "pgconductor",
-    as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Resolve or reject a promise that an execution waits for. The first answer counts."""
-    with reported(debug=debug):
-        chosen = parse_id(promise_id, "promise's id; the handler that made the promise has it")
-        loaded = _parse_value(value or "null") if action is PromiseAction.RESOLVE else None
-        with open_client(dsn, listen_dsn, schema, embedded=embedded) as client:
-            if action is PromiseAction.RESOLVE:
-                answer = client.resolve_promise(chosen, loaded)
-            else:
-                answer = client.reject_promise(chosen, "rejected" if value is None else value)
-        report.print_json({"promise": str(chosen), "answer": answer}) if as_json else print(answer)
-        if answer is PromiseAnswer.ALREADY:
-            complain("it was resolved or rejected before; that counts")
-        elif answer is PromiseAnswer.UNKNOWN:
-            complain(f"there is no promise {chosen}, or its execution has ended")
-        if answer is not PromiseAnswer.RESOLVED:
-            raise typer.Exit(FAILED)
+    chosen = parse_id(promise_id, "promise's id; the handler that made the promise has it")
+    loaded = _parse_value("null" if value is None else value) if action is PromiseAction.RESOLVE else None
+    with common.open_client() as client:
+        if action is PromiseAction.RESOLVE:
+            answer = client.resolve_promise(chosen, loaded)
+        else:
+            answer = client.reject_promise(chosen, "rejected" if value is None else value)
+    report.print_json({"promise": str(chosen), "answer": answer}) if common.as_json else print(answer)
+    if answer is PromiseAnswer.ALREADY:
+        complain("it was resolved or rejected before; that counts")
+    elif answer is PromiseAnswer.UNKNOWN:
+        complain(f"there is no promise {chosen}, or its execution has ended")
+    if answer is not PromiseAnswer.RESOLVED:
+        raise typer.Exit(FAILED)
 
 
 def _parse_value(text: str) -> Any:

@@ -13,12 +13,22 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ..errors import InvalidOption, NoDatabase, PgconductorError, Refused, Unavailable, Unstorable
 
 VARIABLES: Final = ("PGCONDUCTOR_DSN", "DATABASE_URL")
 EMBEDDED_DATABASE: Final = "pgconductor"
+
+# Of every connection that waits for replies. A peer that vanished is noticed by the kernel: after so many milliseconds
+# of unacknowledged data, or when it answers no probe for half a minute while we wait for it.
+_PATIENCE: Final = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "10",
+    "keepalives_interval": "10",
+    "keepalives_count": "2",
+}
 
 
 class Addresses(NamedTuple):
@@ -95,6 +105,17 @@ def checked_dsn(what: str, dsn: object) -> str:
             f"{what} is not a connection string; write postgresql://user@host:port/database or 'host=... dbname=...'"
         ) from None
     return dsn
+
+
+def client_conninfo(conninfo: str) -> str:
+    """Return `conninfo` with our bounds on waiting for a server that vanished, where it has none of its own."""
+    return make_conninfo("", **{**_PATIENCE, **conninfo_to_dict(conninfo)})
+
+
+def engine_conninfo(conninfo: str, role: str) -> str:
+    """The same for a connection of the engine's own; `role` shows in pg_stat_activity."""
+    name = {"application_name": f"pgconductor {role}"}
+    return client_conninfo(make_conninfo("", **{**name, **conninfo_to_dict(conninfo)}))
 
 
 def describe_server(conninfo: str) -> str:

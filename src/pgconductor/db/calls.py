@@ -131,7 +131,7 @@ class Delivery(NamedTuple):
 
 
 class NewItem(NamedTuple):
-    """One position of `append_items`; `value` is JSON text."""
+    """One position of `append_items`; `seq` counts from 1 in each life, `value` is JSON text."""
 
     execution: UUID
     claim_no: int
@@ -588,7 +588,7 @@ class Calls:
         return Call(self._query["reject_promise"], (promise, message), _promise_answer)
 
     def open_channel(self, owner: UUID, execution: UUID, claim_no: int, name: str, capacity: int) -> Call[int | None]:
-        """Result: the number of the last item that was sent, None if the claim is revoked."""
+        """Result: how many items were sent in this life of the execution, None if the claim is revoked."""
         return Call(self._query["open_channel"], (owner, execution, claim_no, name, capacity), _count_or_none)
 
     def append_items(self, owner: UUID, items: Sequence[NewItem]) -> Call[list[str]]:

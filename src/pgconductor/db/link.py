@@ -19,10 +19,10 @@ from typing import NoReturn, TypeVar
 import psycopg
 import trio
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
 from ..errors import SchemaMissing, Unavailable, Unstorable
+from .address import engine_conninfo
 from .call import Call
 from .connection import TrioConnection
 from .execute import run
@@ -57,9 +57,6 @@ _APPLY_SETTINGS = (
     + ", (select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings"
     + " where name = 'transaction_timeout')"
 ).encode()
-
-# A peer that vanished is noticed by the kernel within this many milliseconds of unacknowledged data.
-_TCP_USER_TIMEOUT = "10000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +102,8 @@ class OutageLog:
 
 async def _open_session(conninfo: str, role: str, prepare_threshold: int | None) -> TrioConnection[TupleRow]:
     """Connect with the engine's settings; `role` shows in pg_stat_activity. Raises what connecting raises."""
-    given = conninfo_to_dict(conninfo)
-    defaults = {
-        "application_name": f"pgconductor {role}",
-        "connect_timeout": "5",
-        "tcp_user_timeout": _TCP_USER_TIMEOUT,
-        "keepalives_idle": "10",
-    }
     conn = await TrioConnection.connect(
-        make_conninfo("", **{**defaults, **given}), autocommit=True, prepare_threshold=prepare_threshold
+        engine_conninfo(conninfo, role), autocommit=True, prepare_threshold=prepare_threshold
     )
     try:
         if prepare_threshold is not None:  # behind a pooler they would stay with a server session that others use next

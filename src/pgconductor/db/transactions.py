@@ -26,6 +26,8 @@ from psycopg import pq
 from psycopg.rows import TupleRow, tuple_row
 
 from ..errors import DurableMisuse, PoolTimeout, Unavailable, leaves
+from ..model import Isolation
+from .address import engine_conninfo
 from .call import Call
 from .connection import TrioConnection
 from .execute import run, run_sync
@@ -35,8 +37,6 @@ from .step_connection import StepConnection, SyncStepConnection, notices_kept
 from .tape import RecordedConnection, SyncRecordedConnection, Tape
 
 T = TypeVar("T")
-
-ISOLATIONS: Final = ("read committed", "repeatable read", "serializable")
 
 _IDLE, _ACTIVE, _INERROR = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE, pq.TransactionStatus.INERROR
 _PATIENCE: Final = 30.0  # seconds for a connection of the kind that blocks threads
@@ -84,7 +84,9 @@ class OpenTransaction(Protocol):
 class Transactions:
     """Where steps get their transactions: base of what is below."""
 
-    def open(self, step: str, isolation: str, tape: Tape | None = None) -> AbstractAsyncContextManager[OpenTransaction]:
+    def open(
+        self, step: str, isolation: Isolation, tape: Tape | None = None
+    ) -> AbstractAsyncContextManager[OpenTransaction]:
         """A transaction for the block, rolled back at its end unless it was committed.
 
         `step`: how messages call it. `tape`: records statements, or replays them in a transaction that writes nothing.
@@ -108,11 +110,14 @@ class Transactions:
         return isinstance(error, (psycopg.OperationalError, Unavailable))
 
 
-def _begin(isolation: str, tape: Tape | None) -> bytes:
-    assert isolation in ISOLATIONS
+def _begin(isolation: Isolation, tape: Tape | None) -> bytes:
     if tape is not None and tape.is_replay:
         return f"begin isolation level {isolation} read only; select ''".encode()
     return f"begin isolation level {isolation}; select pg_catalog.pg_current_xact_id()::text".encode()
+
+
+def _not_begun(step: str) -> Unavailable:
+    return Unavailable(f"no reply within {_BEGIN:g} s when the transaction of {step} was begun")
 
 
 class _Common:
@@ -184,7 +189,7 @@ class PoolTransactions(Transactions):
         self._pool = pool
 
     @asynccontextmanager
-    async def open(self, step: str, isolation: str, tape: Tape | None = None) -> AsyncGenerator[OpenTransaction]:
+    async def open(self, step: str, isolation: Isolation, tape: Tape | None = None) -> AsyncGenerator[OpenTransaction]:
         async with self._pool.connection() as lent:
             with notices_kept(lent):
                 conn = StepConnection(lent, step) if tape is None else RecordedConnection(lent, step, tape)
@@ -198,7 +203,7 @@ class PoolTransactions(Transactions):
                             row = await cursor.fetchone()
                     if row is None:
                         lent.drop()
-                        raise Unavailable(f"no reply within {_BEGIN:g} s when the transaction of {step} was begun")
+                        raise _not_begun(step)
                     yield _TrioTransaction(step, lent, conn, str(row[0]))
                 finally:
                     conn.cut()
@@ -249,7 +254,7 @@ class ThreadTransactions(Transactions):
     """Transactions on blocking connections, at most `size` at once; those that are idle are kept. Used in Trio only."""
 
     def __init__(self, conninfo: str, prepare_threshold: int | None, size: int) -> None:
-        self._conninfo = conninfo
+        self._conninfo = engine_conninfo(conninfo, "transactions")
         self._prepare_threshold = prepare_threshold
         self._size = size
         self._places = trio.Semaphore(size)
@@ -263,14 +268,19 @@ class ThreadTransactions(Transactions):
             self._idle.pop()[0].close()
 
     @asynccontextmanager
-    async def open(self, step: str, isolation: str, tape: Tape | None = None) -> AsyncGenerator[OpenTransaction]:
+    async def open(self, step: str, isolation: Isolation, tape: Tape | None = None) -> AsyncGenerator[OpenTransaction]:
         await self._take_place()
         try:
             lent = await self._connect()
             with notices_kept(lent):
                 conn = SyncStepConnection(lent, step) if tape is None else SyncRecordedConnection(lent, step, tape)
                 try:
-                    xid = await _in_thread(self._threads, lent, partial(_begin_sync, lent, _begin(isolation, tape)))
+                    xid = None
+                    with trio.move_on_after(_BEGIN):
+                        begin = partial(_begin_sync, lent, _begin(isolation, tape))
+                        xid = await _in_thread(self._threads, lent, begin)
+                    if xid is None:
+                        raise _not_begun(step)
                     yield _ThreadTransaction(step, lent, conn, xid, self._threads)
                 finally:
                     await self._give_back(lent, conn)

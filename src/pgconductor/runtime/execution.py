@@ -258,7 +258,6 @@ class Interruption:
     ) -> Any:
         """The same for a plain ``def``, in a thread. After `timeout` seconds it is asked to end."""
         self._has_thread = True
-        self._outer_deadline = trio.current_effective_deadline()
         body = functools.partial(self._body, handler)
         value: Any = _NOTHING
         error: BaseException | None = None

@@ -59,8 +59,11 @@ class Held:
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
-    has_history: bool = False  # its handler has asked for something durable, or an earlier claim's may have
-    leaves_children: bool = False  # its history may have children that have not ended
+    has_history: bool = field(init=False)  # its handler has asked for something durable, or an earlier claim's may have
+    leaves_children: bool = field(init=False)  # its history may have children that have not ended
+
+    def __post_init__(self) -> None:
+        self.has_history = self.leaves_children = self.claimed.claim_no > 1
 
 
 @dataclass(slots=True)

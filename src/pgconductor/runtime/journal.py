@@ -140,14 +140,26 @@ class Combiner(Generic[T, A]):
 
 
 class Journal:
-    """The journal of one worker. `link`: a connection of its own, made when it is first needed."""
+    """The journal of one worker. `link`: a connection of its own, made when it is first needed. `left` is called when
+    there are children to be cancelled.
+    """
 
-    def __init__(self, link: Link, lease: Lease, calls: Calls, outages: OutageLog, rng: random.Random) -> None:
+    def __init__(
+        self,
+        link: Link,
+        lease: Lease,
+        calls: Calls,
+        outages: OutageLog,
+        rng: random.Random,
+        *,
+        left: Callable[[], None],
+    ) -> None:
         self._link = link
         self._lease = lease
         self.calls = calls
         self._outages = outages
         self._rng = rng
+        self._left = left
         self.steps = Combiner(self._save_steps)
         self.waits = Combiner(self._start_waits)
         self.readings: Combiner[tuple[UUID, int], list[ResolvedWait] | None] = Combiner(
@@ -237,10 +249,9 @@ class Journal:
         return await self.ask(lambda owner: self.calls.load_history(owner, claimed.id, claimed.claim_no))
 
     async def close_children(self, claimed: Claimed, names: Sequence[str], reason: str) -> None:
-        """Cancel the children behind these waits of an execution."""
+        """Have the children behind these waits of an execution cancelled."""
         await self.ask(lambda owner: self.calls.request_close(owner, claimed.id, claimed.claim_no, list(names), reason))
-        while await self.ask(lambda _: self.calls.close_children()):
-            pass
+        self._left()
 
 
 class ExecutionJournal:

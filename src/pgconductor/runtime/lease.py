@@ -143,6 +143,7 @@ class Lease:
         if self.lost_because is None:
             self.lost_because = why
             self.scope.cancel()
+            self._answered.set()  # whoever waits under a shield finds out now
             self._cut_off()  # also what is shielded: nothing that is sent now would count
 
     def renewed(self, sent_at: float) -> None:
@@ -172,6 +173,8 @@ class Lease:
 
     def question(self) -> None:
         """Have the heartbeat ask the database at once."""
+        if self.is_lost:
+            return
         if self._answered.is_set():
             self._answered = trio.Event()
         self.doubt.set()

@@ -296,13 +296,7 @@ class Pipeline:
                 raise
             if claimed is None:
                 return None
-            held = self._held[claimed.id] = Held(
-                claimed,
-                trio.current_time(),
-                suspected=trio.Event(),
-                leaves_children=claimed.claim_no > 1,
-                has_history=claimed.claim_no > 1,
-            )
+            held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
         return held
 
     async def clear_stock(self) -> None:
@@ -344,7 +338,7 @@ class Pipeline:
             open_link(shared.target, "journal", self._outages, self._rng) as journal,
         ):
             self._claims = claims
-            self._journal = Journal(journal, self._lease, self._calls, self._outages, self._rng)
+            self._journal = Journal(journal, self._lease, self._calls, self._outages, self._rng, left=self.errands.note)
             closing = trio.CancelScope()
             try:
                 with closing:
@@ -469,7 +463,7 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         for item in claimed:
-            held = Held(item, now, has_history=item.claim_no > 1, leaves_children=item.claim_no > 1)
+            held = Held(item, now)
             self._held[item.id] = held
             self._stock.append(held)
         if self._requested:

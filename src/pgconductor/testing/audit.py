@@ -129,7 +129,7 @@ def _prepare(schema: str) -> Call[list[Call[None]]]:
     name = identifier(schema)
     tables = (
         "_test_audit", "_test_records", "_private_executions", "_private_finished", "_private_payloads",
-        "_private_dedupe_keys", "_private_steps", "_private_waits",
+        "_private_dedupe_keys", "_private_steps", "_private_waits", "_private_receipts",
     )  # fmt: skip
     analyse = script(f"analyze {', '.join(f'{name}.{table}' for table in tables)}", schema)
     return Call(

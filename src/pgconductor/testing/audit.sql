@@ -447,6 +447,16 @@ begin
         where not e.is_durable and (exists (select from @schema@._private_steps s where s.execution_id = e.id)
             or exists (select from @schema@._private_waits w where w.execution_id = e.id))
         union all
+        -- Of the inbox nobody receives a thing twice, in all lives together.
+        select 'received', x.execution_id, format('event or message %s received %s times', x.event_id, x.times)
+        from (
+            select y.execution_id, y.event_id, count(*) as times from (
+                select w.execution_id, w.event_id from @schema@._private_waits w
+                union all select s.execution_id, s.event_id from @schema@._private_steps s
+                union all select p.execution_id, p.event_id from @schema@._private_receipts p
+            ) y
+            where y.event_id is not null group by 1, 2 having count(*) > 1) x
+        union all
         select 'I11', min(e.id::text)::uuid, format('%s live executions of key %L', count(*), e.dedupe_key)
         from @schema@._private_executions e
         where e.dedupe_key is not null group by e.queue, e.task, e.dedupe_key having count(*) > 1
