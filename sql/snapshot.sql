@@ -465,6 +465,23 @@ table _private_workers
     constraint _private_workers_orchestrator_id_fkey FOREIGN KEY (orchestrator_id) REFERENCES _private_orchestrators(id) ON DELETE CASCADE
     constraint _private_workers_pkey PRIMARY KEY (orchestrator_id, queue)
 
+view _private_records
+    execution_id uuid
+    name text
+    kind text
+    position integer
+    claim_no bigint
+    attempt integer
+    created_at timestamp with time zone
+    resolved_at timestamp with time zone
+    due_at timestamp with time zone
+    outcome text
+    target text
+    scope text
+    event_id bigint
+    value jsonb
+    error jsonb
+
 view execution_status
     id uuid
     queue text
@@ -542,6 +559,7 @@ function _private_has_received(p_execution_id uuid, p_event_id bigint) returns S
 function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp
 function _private_hold_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
+function _private_is_any(p_kinds text[]) returns boolean language sql stable set search_path=pg_catalog, pg_temp
 function _private_is_large(p_payload jsonb) returns boolean language sql immutable parallel safe strict
 function _private_is_live(p_id uuid, p_creator oid) returns boolean language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_is_resumable(p_id uuid) returns boolean language sql stable set search_path=pg_catalog, pg_temp
@@ -561,8 +579,7 @@ function _private_kind_worker() returns text language sql immutable
 function _private_lock_executions(p_ids uuid[], p_wait boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
-function _private_may_cancel_all() returns boolean language sql stable set search_path=pg_catalog, pg_temp
-function _private_may_see_values() returns boolean language sql stable set search_path=pg_catalog, pg_temp
+function _private_may_cancel_all() returns boolean language sql stable
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -581,7 +598,7 @@ function _private_require_alive(p_owner uuid, p_now timestamp with time zone) re
 function _private_results_channel() returns text language sql immutable parallel safe
 function _private_rights() returns TABLE(object text, kinds text[], as_owner boolean) language sql immutable set search_path=pg_catalog, pg_temp
 function _private_server_epoch() returns text language sql stable
-function _private_settle(p_id uuid, p_now timestamp with time zone) returns void language sql set search_path=pg_catalog, pg_temp
+function _private_settle(p_ids uuid[], p_now timestamp with time zone) returns TABLE(execution_id uuid, name text, outcome text, value text, error text) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_settle_promise(p_id uuid, p_value jsonb, p_error jsonb) returns text language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_task_key(p_task text, p_version text) returns text language sql immutable parallel safe
 function _private_trailing_failures(p_ids uuid[]) returns TABLE(execution_id uuid, name text) language sql stable set search_path=pg_catalog, pg_temp

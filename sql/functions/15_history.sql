@@ -7,8 +7,19 @@
 -- looks at the row (_private_wake): waiting, it is made ready. The flush that parks the execution holds the row too, and
 -- then looks at the waits, in a statement of its own. So one comes after the other, and the second sees what the first wrote.
 
--- All records of an execution, oldest first, as its finished row keeps them; null if there are none. Only a wait that is open has
--- no outcome.
+-- What executions have done and wait for. Only a wait that is open has no outcome. resolved_at: of waits. For queries by
+-- execution_id, which it lets through to the indexes of both tables.
+create or replace view @schema@._private_records as
+    select s.execution_id, s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, null::timestamptz as resolved_at,
+        null::timestamptz as due_at, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
+        s.target, null::text as scope, s.event_id, s.value, s.error
+    from @schema@._private_steps s
+    union all
+    select w.execution_id, w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.resolved_at, w.due_at, w.outcome,
+        w.target, w.scope, w.event_id, w.value, w.error
+    from @schema@._private_waits w;
+
+-- All records of an execution, oldest first, as its finished row keeps them; null if there are none.
 create or replace function @schema@._private_history(p_id uuid) returns jsonb
     language sql stable
     set search_path = pg_catalog, pg_temp
@@ -18,16 +29,7 @@ as $$
             'event_id', x.event_id))
         || case when x.value is null then '{}' else jsonb_build_object('value', x.value) end
         || case when x.error is null then '{}' else jsonb_build_object('error', x.error) end order by x.position, x.name)
-    from (
-        select s.name, s.kind, s.position, s.claim_no, s.attempt, s.created_at, null::timestamptz as resolved_at,
-            coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome, s.target, s.event_id, s.value,
-            s.error
-        from @schema@._private_steps s where s.execution_id = p_id
-        union all
-        select w.name, w.kind, w.position, w.claim_no, w.attempt, w.created_at, w.resolved_at, w.outcome, w.target, w.event_id, w.value,
-            w.error
-        from @schema@._private_waits w where w.execution_id = p_id
-    ) x
+    from @schema@._private_records x where x.execution_id = p_id
 $$;
 
 -- Whether a waiting execution has something to go on with: a plain wait of it was resolved, or all of a scope were, or the
@@ -219,29 +221,39 @@ begin
     end if;
     v_now := @schema@._private_clock();
     perform @schema@._private_receive_due(array[p_id], v_now);
-    perform @schema@._private_settle(p_id, v_now);
+    perform @schema@._private_settle(array[p_id], v_now);
     return query
     select ''::text, 'claim'::text, -1, null::int, null::text, null::text, null::text, null::text, null::text, null::float8
     union all
-    select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end), s.target, null,
-        s.value::text, s.error::text, null
-    from @schema@._private_steps s where s.execution_id = p_id
-    union all
-    select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value::text, w.error::text,
-        case when w.resolved_at is null then date_part('epoch', w.due_at - v_now) end
-    from @schema@._private_waits w where w.execution_id = p_id
+    select x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, x.value::text, x.error::text,
+        case when x.resolved_at is null then date_part('epoch', x.due_at - v_now) end
+    from @schema@._private_records x where x.execution_id = p_id
     order by 3, 1;
 end $$;
 
--- Resolve the waits of an execution that are due, and count all resolved ones as seen. The caller holds its row.
-create or replace function @schema@._private_settle(p_id uuid, p_now timestamptz) returns void
-    language sql volatile
+-- Resolve the waits of executions that are due, and count all resolved ones as seen; returns those that were not. The caller holds
+-- the executions' rows.
+create or replace function @schema@._private_settle(p_ids uuid[], p_now timestamptz)
+    returns table (execution_id uuid, name text, outcome text, value text, error text)
+    language plpgsql volatile
     set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
 as $$
-    update @schema@._private_waits w set resolved_at = p_now, is_seen = true, outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
-    where w.execution_id = p_id and w.resolved_at is null and w.due_at <= p_now;
-    update @schema@._private_waits w set is_seen = true where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen
-$$;
+#variable_conflict use_column
+begin
+    return query
+    with due as (
+        update @schema@._private_waits w set resolved_at = p_now, is_seen = true,
+            outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
+        where w.execution_id = any (p_ids) and w.resolved_at is null and w.due_at <= p_now
+        returning w.execution_id, w.name, w.outcome, w.value, w.error
+    ), told as (
+        update @schema@._private_waits w set is_seen = true where w.execution_id = any (p_ids) and w.resolved_at is not null and not w.is_seen
+        returning w.execution_id, w.name, w.outcome, w.value, w.error
+    )
+    select x.execution_id, x.name, x.outcome, x.value::text, x.error::text from (table due union all table told) x;
+end $$;
 
 -- Which waits of running executions are resolved that their handlers have not been told of; resolves those that are due. For
 -- who runs them. Waits are returned once by this or by load_history, so an answer that is lost has to be asked for by loading
@@ -261,18 +273,7 @@ begin
     v_held := array(select h.id from @schema@._private_hold(p_owner, p_ids, p_claim_nos) h);
     v_now := @schema@._private_clock();
     perform @schema@._private_receive_due(v_held, v_now);
-    return query
-    with due as (
-        update @schema@._private_waits w set resolved_at = v_now, is_seen = true,
-            outcome = case when w.kind = 'sleep' then 'elapsed' else 'timed_out' end
-        where w.execution_id = any (v_held) and w.resolved_at is null and w.due_at <= v_now
-        returning w.execution_id, w.name, w.outcome, w.value, w.error
-    ), told as (
-        update @schema@._private_waits w set is_seen = true
-        where w.execution_id = any (v_held) and w.resolved_at is not null and not w.is_seen
-        returning w.execution_id, w.name, w.outcome, w.value, w.error
-    )
-    select x.execution_id, x.name, x.outcome, x.value::text, x.error::text from (table due union all table told) x;
+    return query select * from @schema@._private_settle(v_held, v_now);
 end $$;
 
 -- Record steps of running executions, arrays of one length. Returns a row per position: "saved" now; "stored": there was a

@@ -1,17 +1,5 @@
 -- Looking at executions: one with all that is known of it, or many by a filter; and beginning them anew from a record.
 
--- Whether the caller of the verb at hand may see what handlers were given and returned, as producers and workers do, and the
--- owner. The caller is found as by _private_may_cancel_all.
-create or replace function @schema@._private_may_see_values() returns boolean
-    language sql stable
-    set search_path = pg_catalog, pg_temp
-as $$
-    select bool_or(has_function_privilege(case current_setting('role') when 'none' then session_user else current_setting('role') end,
-        p.oid, 'execute'))
-    from pg_proc p join pg_namespace n on n.oid = p.pronamespace
-    where n.nspname = @schema_literal@ and p.proname in ('_private_kind_producer', '_private_kind_worker')
-$$;
-
 -- The least id that an execution made at an instant, or later, can have. The id holds the nearest millisecond: so what was made
 -- before an instant is beneath the least id of two milliseconds later.
 create or replace function @schema@._private_first_id(p_at timestamptz) returns uuid
@@ -66,8 +54,9 @@ begin
 end $$;
 
 -- What an execution has done and waits for, in the order of positions: of a live one as it stands, of a finished one as it was
--- kept. outcome: null for an open wait. Values are told to those who may see results; others get null, and withheld
--- true. resolved_at: of a step when it was recorded. Locks and writes nothing.
+-- kept. outcome: null for an open wait. Values are told to those who may see what handlers were given and returned, which are
+-- producers, workers and the owner; others get null, and withheld true. resolved_at: of a step when it was
+-- recorded. Locks and writes nothing.
 create or replace function @schema@.execution_steps(p_id uuid)
     returns table (
         name text, kind text, "position" int, attempt int, outcome text, target text, scope text, value text, withheld boolean, error jsonb,
@@ -80,20 +69,14 @@ create or replace function @schema@.execution_steps(p_id uuid)
 as $$
 #variable_conflict use_column
 declare
-    v_may_see constant boolean := coalesce(@schema@._private_may_see_values(), false);
+    v_may_see constant boolean := coalesce(@schema@._private_is_any('{producer,worker}'), false);
 begin
     if exists (select from @schema@._private_executions e where e.queue_no = @schema@._private_queue_no(p_id) and e.id = p_id) then
         return query
         select x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, case when v_may_see then x.value::text end,
-            x.value is not null and not v_may_see, x.error, x.created_at, x.resolved_at, x.due_at
-        from (
-            select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
-                s.target, null::text as scope, s.value, s.error, s.created_at, s.created_at as resolved_at, null::timestamptz as due_at
-            from @schema@._private_steps s where s.execution_id = p_id
-            union all
-            select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value, w.error, w.created_at, w.resolved_at, w.due_at
-            from @schema@._private_waits w where w.execution_id = p_id
-        ) x
+            x.value is not null and not v_may_see, x.error, x.created_at,
+            coalesce(x.resolved_at, case when x.outcome is not null then x.created_at end), x.due_at
+        from @schema@._private_records x where x.execution_id = p_id
         order by x.position, x.name;
         return;
     end if;
@@ -206,14 +189,7 @@ begin
         coalesce(f.payload, (select l.payload from @schema@._private_payloads l where l.execution_id = f.id))::text,
         (select jsonb_agg(jsonb_build_array(x.name, x.kind, x.position, x.attempt, x.outcome, x.target, x.scope, x.value::text, x.error::text)
                 order by x.position, x.name)
-            from (
-                select s.name, s.kind, s.position, s.attempt, coalesce(s.outcome, case when s.error is null then 'completed' else 'failed' end) as outcome,
-                    s.target, null::text as scope, s.value, s.error
-                from @schema@._private_steps s where s.execution_id = f.id
-                union all
-                select w.name, w.kind, w.position, w.attempt, w.outcome, w.target, w.scope, w.value, w.error
-                from @schema@._private_waits w where w.execution_id = f.id
-            ) x)
+            from @schema@._private_records x where x.execution_id = f.id)
     from fit f
     union all
     select m.id, null, null, null, null, null, null, null
@@ -226,7 +202,8 @@ end $$;
 
 -- A new execution of the same task and payload as another one, live or finished, with its queue, priority and options, but not
 -- its deadline, dedupe key or parent. p_from_step: with the records that come before that one, waits only if they are over;
--- null: with none. In either case it has received what former lives of the other one had when they made that payload. Locks: as invoke_many. PC002: nothing of it is kept, or not its payload. PC001: there is no such record.
+-- null: with none. In either case it has received what former lives of the other one had when they made that payload. Locks: as
+-- invoke_many. PC002: nothing of it is kept, or not its payload. PC001: there is no such record.
 create or replace function @schema@._private_begin_anew(p_id uuid, p_from_step text) returns table (id uuid, task text)
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
@@ -241,7 +218,7 @@ declare
     v_id uuid;
     v_options jsonb;
 begin
-    -- All of it in one snapshot: it may continue as new meanwhile.
+    -- All of it in one snapshot: it may end or continue as new meanwhile.
     select x.*, case when x.payload is null then (select l.payload from @schema@._private_payloads l where l.execution_id = p_id) end as large,
         array(select r.event_id from @schema@._private_receipts r where r.execution_id = p_id) as received
     into v_from from (

@@ -94,17 +94,23 @@ create or replace function @schema@._private_kind_worker() returns text language
 create or replace function @schema@._private_kind_viewer() returns text language sql immutable return 'viewer'::text;
 create or replace function @schema@._private_kind_operator() returns text language sql immutable return 'operator'::text;
 
--- Whether the caller of the verb at hand is an operator or the owner, who cancel anything. In a function that runs as its owner
--- the caller is the role that was set, else the one that logged in.
-create or replace function @schema@._private_may_cancel_all() returns boolean
+-- Whether the caller of the verb at hand is of any of these kinds, or the owner. In a function that runs as its owner the caller is
+-- the role that was set, else the one that logged in.
+create or replace function @schema@._private_is_any(p_kinds text[]) returns boolean
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select has_function_privilege(case current_setting('role') when 'none' then session_user else current_setting('role') end,
-        p.oid, 'execute')
-    from pg_proc p join pg_namespace n on n.oid = p.pronamespace
-    where n.nspname = @schema_literal@ and p.proname = '_private_kind_operator'
+    select bool_or(has_function_privilege(case current_setting('role') when 'none' then session_user else current_setting('role') end,
+        p.oid, 'execute'))
+    from unnest(p_kinds) as k (kind)
+        join pg_namespace n on n.nspname = @schema_literal@
+        join pg_proc p on p.pronamespace = n.oid and p.proname = '_private_kind_' || k.kind
 $$;
+
+-- Operators and the owner cancel anything.
+create or replace function @schema@._private_may_cancel_all() returns boolean
+    language sql stable
+    return @schema@._private_is_any('{operator}');
 
 -- The roles that have been given rights, but for the owner.
 create or replace function @schema@.granted_roles() returns table (kind text, role text)

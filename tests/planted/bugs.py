@@ -626,8 +626,8 @@ BUGS = (
         "told-and-told-again",
         "a wait is told once, and wakes nobody after that",
         _HISTORY,
-        "set is_seen = true where w.execution_id = p_id and w.resolved_at is not null and not w.is_seen",
-        "set is_seen = true where false and w.execution_id = p_id",
+        "set is_seen = true where w.execution_id = any (p_ids) and w.resolved_at is not null and not w.is_seen",
+        "set is_seen = true where false and w.execution_id = any (p_ids)",
         ("tests/sql/test_records.py::test_what_was_told_wakes_nobody_again",),
     ),
     Bug(

@@ -104,4 +104,4 @@ AS_OWNER = set(CALLS) - {
 OWNER_ONLY = {"grant_role", "granted_roles", "revoke_role"}
 
 # Views that show payloads, for the owner alone.
-OWNER_READS = {"executions"}
+OWNER_READS = {"executions", "_private_records"}
