@@ -113,11 +113,14 @@ async def test_value_after_a_replay_is_that_of_the_first_run(site: Site, value: 
     async def handler(ctx: Context) -> None:
         got: object = await ctx.step("make", make)
         seen.append(got)
-        await ctx.sleep("nap", 0.05)
+        await ctx.wait_for_event("go")
 
     with trio.fail_after(LIMIT):
         async with site.running(handler):
-            await (await handler.invoke()).result()
+            handle = await handler.invoke()
+            await site.until_state(handle.id, "waiting")
+            await site.conductor.emit("go")
+            await handle.result()
     assert seen == [value, value]
     assert type(seen[0]) is type(seen[1])
 
