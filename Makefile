@@ -18,7 +18,7 @@ VENV := .venv
 PYTEST := python -m pytest -n $(WORKERS) --durations=15 $(PYTEST_ARGS)
 # With the oldest server meets what speaks to it in ways of its own: listening, transactions, cancelling, events.
 OLDEST_TESTS := $(wildcard tests/sql $(addprefix tests/runtime/test_,channels.py control.py events.py listener.py \
-	suspects.py sync_context.py transactions.py worker.py))
+	transactions.py worker.py))
 SQL_TESTS := $(wildcard tests/sql)
 PYTHON_TESTS := $(wildcard tests/unit tests/runtime)
 DEBIAN_15 := /usr/lib/postgresql/15/bin
