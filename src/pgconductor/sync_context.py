@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, TypeVarTuple, o
 from uuid import UUID
 
 from .durable import TriesLike, inside_step, is_async, require_outside_steps
-from .errors import DurableMisuse, Unwinding
+from .errors import DurableMisuse
 from .transactions import checked_terms, open_block, run_transaction
 
 if TYPE_CHECKING:
@@ -267,8 +267,7 @@ class SyncChannel:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        if not isinstance(exc_val, Unwinding):
-            self.close()
+        self.close()  # which an interrupted handler may not: that ends by `Unwinding` once more
 
 
 def _require_plain(what: str, fn: Callable[..., object]) -> None:

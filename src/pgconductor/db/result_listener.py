@@ -18,10 +18,10 @@ from uuid import UUID
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
 from ..errors import Unavailable
+from .address import engine_conninfo
 from .call import Call, ignore
 from .calls import Calls
 from .connection import TrioConnection
@@ -30,14 +30,6 @@ from .session import MAX_IDLE, connect, connect_sync, has_hung_up
 
 ANYBODY: Final = -1  # the flag "somebody waits", beside those of the buckets
 
-# Whoever listens does not send, so only keepalives notice that the network has lost the connection.
-_DEFAULTS: Final = {
-    "application_name": "pgconductor results",
-    "connect_timeout": "3",
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
-    "keepalives_count": "3",
-}
 _PROBE_TIMEOUT = 1.0
 
 _REST: Final[tuple[Call[None], ...]] = (
@@ -87,7 +79,7 @@ class ResultListener:
     @classmethod
     async def open(cls, calls: Calls, conninfo: str) -> Self:
         """Connect and listen. Raises `Unavailable`, `SchemaMissing`."""
-        conn = await connect(_with_defaults(conninfo))
+        conn = await connect(engine_conninfo(conninfo, "results"))
         try:
             with _unavailable():
                 channel = await run(conn, calls.results_channel())
@@ -153,7 +145,7 @@ class SyncResultListener:
     @classmethod
     def open(cls, calls: Calls, conninfo: str) -> Self:
         """Connect. Raises `Unavailable`, `SchemaMissing`."""
-        conn = connect_sync(_with_defaults(conninfo))
+        conn = connect_sync(engine_conninfo(conninfo, "results"))
         try:
             with _unavailable():
                 return cls(conn, calls, run_sync(conn, calls.results_channel()))
@@ -192,10 +184,6 @@ class SyncResultListener:
 
 def _listen(channel: str) -> Call[None]:
     return Call(sql.SQL("listen {}").format(sql.Identifier(channel)).as_bytes(None), (), ignore)
-
-
-def _with_defaults(conninfo: str) -> str:
-    return make_conninfo("", **{**_DEFAULTS, **conninfo_to_dict(conninfo)})
 
 
 @contextmanager

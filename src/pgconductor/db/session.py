@@ -23,7 +23,7 @@ import psycopg
 from psycopg.rows import TupleRow, tuple_row
 
 from ..errors import Misuse, NotOpen
-from .address import Addresses, Database, explain, explain_connect
+from .address import Addresses, Database, client_conninfo, explain, explain_connect
 from .call import Call
 from .connection import TrioConnection
 from .execute import mapped_errors, run, run_sync
@@ -85,7 +85,7 @@ def _sync_cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[TupleRow]:
 async def connect(conninfo: str) -> TrioConnection[TupleRow]:
     """Open a connection in autocommit for a task of its own. Raises `NoDatabase`."""
     try:
-        return await TrioConnection.connect(conninfo, autocommit=True, prepare_threshold=None)
+        return await TrioConnection.connect(client_conninfo(conninfo), autocommit=True, prepare_threshold=None)
     except psycopg.Error as error:
         if (ours := explain_connect(error, conninfo)) is None:
             raise
@@ -208,7 +208,7 @@ class SyncSession:
 def connect_sync(conninfo: str, prepare_threshold: int | None = None) -> psycopg.Connection[TupleRow]:
     """Open a blocking connection in autocommit. Raises `NoDatabase`."""
     try:
-        return psycopg.connect(conninfo, autocommit=True, prepare_threshold=prepare_threshold)
+        return psycopg.connect(client_conninfo(conninfo), autocommit=True, prepare_threshold=prepare_threshold)
     except psycopg.Error as error:
         if (ours := explain_connect(error, conninfo)) is None:
             raise
