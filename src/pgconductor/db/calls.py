@@ -42,6 +42,7 @@ from ..model import (
     StoredHistories,
     StoredHistory,
 )
+from . import arrays
 from .call import Call, Row, ignore
 
 
@@ -493,8 +494,12 @@ class Calls:
 
         `has_family`: some of them may be children or have a history; False spares the database a look.
         """
-        columns = [list(column) for column in zip(*outcomes, strict=True)]
-        return Call(self._query["flush"], (owner, *columns, has_family), lambda rows: {row[0]: row[1] for row in rows})
+        ids, claim_nos, kinds, results, errors, delays, keeps = zip(*outcomes, strict=True)
+        params = (
+            owner, arrays.uuids(ids), arrays.int8s(claim_nos), arrays.texts(kinds), arrays.jsonbs(results),
+            arrays.jsonbs(errors), arrays.float8s(delays), arrays.float8s(keeps), has_family,
+        )  # fmt: skip
+        return Call(self._query["flush"], params, lambda rows: {row[0]: row[1] for row in rows}, has_arrays=True)
 
     def continue_as_new(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
         """Let executions begin a new life. Result: those that were not written now, with "cancelled", "open_children",
