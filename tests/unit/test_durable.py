@@ -197,7 +197,9 @@ async def run(
     ctx.attach(open_durable, inner)
     outcome: Outcome | None = None
     with Berth() as berth:
-        outcome = await attempt(task, a_claim(attempt=attempt_no, timeout=timeout), "{}", ctx, limiter, rng, inner, berth)
+        outcome = await attempt(
+            task, a_claim(attempt=attempt_no, timeout=timeout), "{}", ctx, limiter, rng, inner, berth
+        )
     ctx.close()
     if journal.durable is not None:
         journal.durable.end(completed=outcome is not None and outcome.kind == "completed")

@@ -28,15 +28,22 @@ _int8 = struct.Struct("!iq").pack
 class Array:
     """A parameter: values, the numbers that PostgreSQL gives their types, and how to pack one for an encoding."""
 
-    __slots__ = ("element_oid", "oid", "pack", "values")
+    __slots__ = ("element_oid", "is_distinct", "oid", "pack", "values")
 
     def __init__(
-        self, oid: int, element_oid: int, values: Sequence[Any], pack: Callable[[Any, str], bytes]
+        self,
+        oid: int,
+        element_oid: int,
+        values: Sequence[Any],
+        pack: Callable[[Any, str], bytes],
+        *,
+        is_distinct: bool = False,
     ) -> None:
         self.oid = oid
         self.element_oid = element_oid
         self.values = values
         self.pack = pack
+        self.is_distinct = is_distinct
 
 
 class _ArrayDumper(Dumper):
@@ -54,9 +61,12 @@ class _ArrayDumper(Dumper):
         if not obj.values:
             return _header(0, 0, obj.element_oid, 0, 0)[:12]
         encoding = self.connection.info.encoding if self.connection is not None else "utf-8"
-        packed = {value: obj.pack(value, encoding) for value in set(obj.values)}
-        head = _header(1, None in packed, obj.element_oid, len(obj.values), 1)
-        return head + b"".join([packed[value] for value in obj.values])
+        if obj.is_distinct:
+            elements = [obj.pack(value, encoding) for value in obj.values]
+        else:
+            packed = {value: obj.pack(value, encoding) for value in set(obj.values)}
+            elements = [packed[value] for value in obj.values]
+        return _header(1, 1, obj.element_oid, len(elements), 1) + b"".join(elements)
 
 
 def prepare(adapters: AdaptersMap) -> None:
@@ -65,7 +75,7 @@ def prepare(adapters: AdaptersMap) -> None:
 
 
 def uuids(values: Sequence[UUID]) -> Array:
-    return Array(2951, 2950, values, lambda value, _: b"\0\0\0\x10" + value.bytes)
+    return Array(2951, 2950, values, lambda value, _: b"\0\0\0\x10" + value.bytes, is_distinct=True)
 
 
 def int8s(values: Sequence[int]) -> Array:

@@ -172,11 +172,7 @@ class Interruption:
     def is_unwinding(self) -> bool:
         """Whether the handler has been asked to end, for whatever reason."""
         return (
-            self.is_requested
-            or self.is_stopping
-            or self.is_suspended
-            or self._is_expired
-            or self._is_scope_cancelled()
+            self.is_requested or self.is_stopping or self.is_suspended or self._is_expired or self._is_scope_cancelled()
         )
 
     @property
@@ -401,78 +397,65 @@ async def attempt(
     """
     inner.begin(berth)
     try:
-        return await _attempt(task, claimed, payload, ctx, limiter, rng, inner, received_at)
+        deadline_at: float | None = None
+        if claimed.deadline_in is not None:
+            deadline_at = (trio.current_time() if received_at is None else received_at) + claimed.deadline_in
+        if not isinstance(payload, str):
+            loaded = await inner.load(payload)
+            if loaded is None:
+                return _unstarted(task, claimed, inner) or released(task, claimed)
+            payload = loaded
+        if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
+            return outcome
+        timeout = task.timeout if claimed.timeout is None else claimed.timeout
+        remaining: float | None = None
+        if deadline_at is not None:
+            remaining = deadline_at - trio.current_time()
+            if remaining <= 0.0:
+                return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
+        try:
+            kwargs = task.decode(payload)
+        except (InvalidPayload, InvalidTask) as misfit:
+            return failed(task, claimed, misfit)  # what does not fit now will not fit later
+        except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
+            return retried_or_failed(task, claimed, raised, rng, remaining)
+
+        is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
+        limit = remaining if is_by_deadline else timeout
+        ctx.watch(inner)
+        call = functools.partial(task.call, ctx, kwargs)
+        value: Any = _NOTHING
+        error: BaseException | None = None
+        try:
+            value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
+        except BaseException as raised:
+            error = _as_data(raised)
+            if error is None:
+                raise
+            if trio.current_effective_deadline() == -math.inf:
+                inner.is_stopping = True  # a scope outside is cancelled
+        try:
+            if inner.continuation is not None:
+                _log_ignored(task, claimed, value, error, "was to begin anew")
+                return continued(task, claimed, inner.continuation)
+            if inner.is_suspended:
+                _log_ignored(task, claimed, value, error, "was to wait")
+                return waiting(task, claimed, inner.awaited)
+            if value is not _NOTHING:
+                return _completed(task, claimed, value, inner)
+            if inner.is_body_running:
+                return None
+            remaining = None if deadline_at is None else deadline_at - trio.current_time()
+            if inner.is_expired and not inner.is_requested and not inner.is_stopping:
+                error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
+            return _not_completed(task, claimed, error, inner, rng, remaining)
+        finally:
+            # They hold this frame, and it them.
+            del error
+            if inner.unwound is not None:
+                inner.unwound = None
     finally:
         inner.end()
-
-
-async def _attempt(
-    task: Task[..., Any],
-    claimed: Claimed,
-    payload: str | Callable[[], Awaitable[str | None]],
-    ctx: Context,
-    limiter: trio.CapacityLimiter,
-    rng: random.Random,
-    inner: Interruption,
-    received_at: float | None,
-) -> Outcome | None:
-    deadline_at: float | None = None
-    if claimed.deadline_in is not None:
-        deadline_at = (trio.current_time() if received_at is None else received_at) + claimed.deadline_in
-    if not isinstance(payload, str):
-        loaded = await inner.load(payload)
-        if loaded is None:
-            return _unstarted(task, claimed, inner) or released(task, claimed)
-        payload = loaded
-    if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
-        return outcome
-    timeout = task.timeout if claimed.timeout is None else claimed.timeout
-    remaining: float | None = None
-    if deadline_at is not None:
-        remaining = deadline_at - trio.current_time()
-        if remaining <= 0.0:
-            return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
-    try:
-        kwargs = task.decode(payload)
-    except (InvalidPayload, InvalidTask) as misfit:
-        return failed(task, claimed, misfit)  # what does not fit now will not fit later
-    except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
-        return retried_or_failed(task, claimed, raised, rng, remaining)
-
-    is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
-    limit = remaining if is_by_deadline else timeout
-    ctx.watch(inner)
-    call = functools.partial(task.call, ctx, kwargs)
-    value: Any = _NOTHING
-    error: BaseException | None = None
-    try:
-        value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
-    except BaseException as raised:
-        error = _as_data(raised)
-        if error is None:
-            raise
-        if trio.current_effective_deadline() == -math.inf:
-            inner.is_stopping = True  # a scope outside is cancelled
-    try:
-        if inner.continuation is not None:
-            _log_ignored(task, claimed, value, error, "was to begin anew")
-            return continued(task, claimed, inner.continuation)
-        if inner.is_suspended:
-            _log_ignored(task, claimed, value, error, "was to wait")
-            return waiting(task, claimed, inner.awaited)
-        if value is not _NOTHING:
-            return _completed(task, claimed, value, inner)
-        if inner.is_body_running:
-            return None
-        remaining = None if deadline_at is None else deadline_at - trio.current_time()
-        if inner.is_expired and not inner.is_requested and not inner.is_stopping:
-            error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
-        return _not_completed(task, claimed, error, inner, rng, remaining)
-    finally:
-        # They hold this frame, and it them.
-        del error
-        if inner.unwound is not None:
-            inner.unwound = None
 
 
 def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Interruption) -> Outcome:

@@ -135,7 +135,11 @@ class _PristineContext:
     def was_changed(self) -> bool:
         """Whether a variable has been set: to something else, or for the first time."""
         current = contextvars.copy_context()
-        return len(current) != len(self._items) or any(current.get(name, self) is not value for name, value in self._items)
+        if not self._items:
+            return len(current) > 0
+        return len(current) != len(self._items) or any(
+            current.get(name, self) is not value for name, value in self._items
+        )
 
     def restore(self) -> None:
         """Let the task have a fresh copy from its next switch on."""
@@ -243,9 +247,9 @@ class Pipeline:
             held = self._held.get(execution)
             if held is None or held.claimed.claim_no != claim_no:
                 continue
-            if held.interruption is None:
+            if not held.has_begun:
                 has_unstarted = True
-            elif not held.interruption.is_requested:
+            elif held.interruption is not None and not held.interruption.is_requested:
                 failpoint("cancel.signalled")
                 held.interruption.cancel(reason)
                 told.append(held)
@@ -329,7 +333,7 @@ class Pipeline:
 
     def return_suspect(self, held: Held) -> None:
         """Give it back, unless it has begun or is given back already."""
-        if held.interruption is None and held.suspected is not None and not held.suspected.is_set():
+        if not held.has_begun and held.suspected is not None and not held.suspected.is_set():
             if held in self._stock:
                 self._stock.remove(held)
             self._end_unstarted(held)
@@ -586,8 +590,8 @@ class Pipeline:
                 if not self._lease.is_held():
                     await trio.sleep_forever()  # the lease's scope ends us
                 held = self._stock.popleft()
-                held.interruption = Interruption()
-                held.is_running = True
+                interruption = held.interruption = Interruption()
+                held.has_begun = held.is_running = True
                 outcome: Outcome | None = None
                 if not self._room.is_set():
                     self._note_room()
@@ -602,21 +606,21 @@ class Pipeline:
                         await trio.lowlevel.cancel_shielded_checkpoint()
                         slice_ends = trio.current_time() + _SLICE
                     failpoint("handler.before")
-                    outcome = await self._run_one(held, link, held.interruption, berth)
+                    outcome = await self._run_one(held, link, interruption, berth)
                     failpoint("handler.after")
                 except BaseException:
                     # Not data: the worker's own cancellation, or the user's Ctrl-C.
-                    if not held.interruption.is_body_running:
+                    if not interruption.is_body_running:
                         outcome = released(self._handlers.of(held.claimed), held.claimed)
                     raise
                 finally:
                     self._running -= 1
                     held.is_running = False
+                    if not interruption.is_body_running:
+                        held.interruption = None  # thousands wait to be flushed: what they need not keep is not kept
                     self._end(held, outcome)
 
-    async def _run_one(
-        self, held: Held, link: Link, interruption: Interruption, berth: Berth
-    ) -> Outcome | None:
+    async def _run_one(self, held: Held, link: Link, interruption: Interruption, berth: Berth) -> Outcome | None:
         claimed = held.claimed
         task = self._handlers.of(claimed)
         ctx = Context(
