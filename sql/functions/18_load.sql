@@ -85,7 +85,7 @@ $$;
 -- workers, capacity: the living ones, and their concurrency. What comes next is by what they told last (of a process as a
 -- whole: cpu, machine_load), and null while none has told twice: reporting, reporting_capacity: those who have; over `seconds`;
 -- busy: handlers that ran at a time; claim_share, flush_share: of a worker's time for which a claim, or a flush, was under way;
--- locked_claims: that found nothing but what others had locked; short_claims: that brought less than they asked for; cpu: of
+-- claimed: executions that were not given back; locked_claims: that found nothing but what others had locked; short_claims: that brought less than they asked for; cpu: of
 -- one core, the busiest process; machine_load: runnable processes per core, the busiest machine. arrivals, departures: rows
 -- that came into the queue's partition, or left it: null if it has none, or the statistics were reset. inserted, deleted:
 -- those counts by the server's statistics, to take differences of. wanted_capacity: runners that would keep up, with a fifth in reserve, and
@@ -155,10 +155,10 @@ begin
             left join lateral (
                 select s.seconds, (l.busy_seconds - f.busy_seconds) / s.seconds as busy, l.claims - f.claims as claims,
                     l.empty_claims - f.empty_claims as empty_claims, l.short_claims - f.short_claims as short_claims,
-                    l.locked_claims - f.locked_claims as locked_claims, l.claimed - f.claimed as claimed,
+                    l.locked_claims - f.locked_claims as locked_claims, greatest(0, l.claimed - f.claimed) as claimed,
                     l.claim_seconds - f.claim_seconds as claim_seconds, (l.claim_seconds - f.claim_seconds) / s.seconds as claim_share,
                     (l.flush_seconds - f.flush_seconds) / s.seconds as flush_share, (l.cpu_seconds - f.cpu_seconds) / s.seconds as cpu,
-                    (l.claimed - f.claimed) / s.seconds as claimed_rate, (l.ended - f.ended) / s.seconds as ended_rate,
+                    greatest(0, l.claimed - f.claimed) / s.seconds as claimed_rate, (l.ended - f.ended) / s.seconds as ended_rate,
                     case when l.inserted >= f.inserted then (l.inserted - f.inserted) / s.seconds end as arrivals,
                     case when l.deleted >= f.deleted then (l.deleted - f.deleted) / s.seconds end as departures
                 from (select (w.load).*) l, (select (w.former_load).*) f,

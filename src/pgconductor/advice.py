@@ -82,6 +82,8 @@ def judge(load: QueueLoad, earlier: QueueLoad | None = None) -> Advice:
     """Judge a queue; with an `earlier` look at it, arrivals and departures are what came and went between the two."""
     figures = _work_out(load, earlier)
     verdict, why, remedy = _decide(figures)
+    if figures.utilisation is not None and (flow := _flow(figures)) not in why:
+        why = f"{why}; {flow}"
     return Advice(
         load.queue, verdict, why, remedy, tuple(_notes(figures, verdict)), figures.arrivals, figures.departures, load
     )
@@ -213,7 +215,7 @@ def _late(figures: _Figures, waits: str) -> tuple[Recommendation, str, str | Non
     )
 
 
-_SPLIT: Final = "give some of its tasks, or some of their invocations, a queue and workers of their own"
+_SPLIT: Final = "give some of its tasks a queue of their own, @conductor.task(queue=...), and workers for that"
 
 
 def _notes(figures: _Figures, verdict: Recommendation) -> list[str]:
@@ -260,13 +262,13 @@ def _waiting(load: QueueLoad) -> str:
 
 
 def _busy(figures: _Figures) -> str:
-    load = figures.load
-    flow = "" if figures.arrivals is None or figures.departures is None else f"; {_flow(figures)}"
-    return f"{figures.utilisation:.0%} of {_count(load.reporting_capacity, 'runner')} busy{flow}"
+    return f"{figures.utilisation:.0%} of {_count(figures.load.reporting_capacity, 'runner')} busy"
 
 
 def _flow(figures: _Figures) -> str:
-    return f"{figures.arrivals:,.1f}/s arrive, {figures.departures:,.1f}/s leave"
+    """What comes and goes, as far as it is known."""
+    arrivals, departures = ("?" if x is None else f"{x:,.1f}" for x in (figures.arrivals, figures.departures))
+    return f"{arrivals}/s arrive, {departures}/s leave"
 
 
 def _claim_cost(load: QueueLoad) -> str:

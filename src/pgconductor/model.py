@@ -184,13 +184,14 @@ class QueueLoad:
 
     `ready`: due executions that nobody runs; with `is_ready_capped` there may be more. Of the `looked` first of them,
     `unserved` have a task that no living worker has. Of the living `workers`, with `capacity` runners, those that are
-    `reporting`, with `reporting_capacity`, have told twice what they have done, in `seconds`: that is what the fields
-    from `busy` on are of, None while there is none of them. `busy`: handlers that ran at a time. `claim_share`,
-    `flush_share`: of a worker's time for which a claim, or a flush, was under way. `short_claims` brought less than
-    they asked for, `locked_claims` nothing but what others had locked. `cpu`: of one core, the busiest process.
-    `machine_load`: runnable processes per core, the busiest machine. `arrivals`, `departures`: executions that came
-    into the queue or left it. `inserted` and `deleted` count those since the server's statistics were reset; both, like
-    the rates, are None for a queue that nobody has registered.
+    `reporting`, with `reporting_capacity`, have told twice what they have done, in `seconds`: that is what the
+    fields from `busy` on are of, None while there is none of them. `busy`: handlers that ran at a time.
+    `claim_share`, `flush_share`: of a worker's time for which a claim, or a flush, was under way. `claimed`:
+    executions that were not given back. `short_claims` brought less than they asked for, `locked_claims` nothing
+    but what others had locked. `cpu`: of one core, the busiest process. `machine_load`: runnable processes per
+    core, the busiest machine. `arrivals`, `departures`: executions that came into the queue or left it. `inserted`
+    and `deleted` count those since the server's statistics were reset; both, like the rates, are None for a queue
+    that nobody has registered.
     """
 
     queue: str

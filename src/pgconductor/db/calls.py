@@ -187,8 +187,9 @@ class ExecutionFilter(NamedTuple):
 class WorkerLoad(NamedTuple):
     """What one worker has done, as its heartbeats tell it: counts and seconds since its process began.
 
-    `short_claims` brought less than they asked for, `locked_claims` nothing but what others had locked; both are among
-    others of `claims`. `cpu_seconds` and `machine_load` (runnable processes per core, now) are of the process.
+    `claimed`: executions that were not given back. `short_claims` brought less than they asked for, `locked_claims`
+    nothing but what others had locked; both are among others of `claims`. `cpu_seconds` and `machine_load`
+    (runnable processes per core, now) are of the process.
     """
 
     queue: str

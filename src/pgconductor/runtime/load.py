@@ -84,6 +84,7 @@ def describe(
 ) -> WorkerLoad:
     """What is told of one worker."""
     ended = sum(flushed.outcomes.get(kind, 0) for kind in _ENDS)
+    claimed -= flushed.outcomes.get("released", 0)
     return WorkerLoad(
         queue, claims, empty_claims, short_claims, locked_claims, claimed, ended, busy_seconds, claim_seconds,
         flushed.seconds, machine.cpu_seconds, machine.load,
