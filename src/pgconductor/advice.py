@@ -208,6 +208,13 @@ def _late(figures: _Figures, waits: str) -> tuple[Recommendation, str, str | Non
         if load.workers > 1:
             return Recommendation.SPLIT_QUEUE, f"{said}, since {spent}", _SPLIT
         return Recommendation.ADD_PROCESSES, f"{said}, since {spent}", add
+    if load.unserved:
+        return (
+            Recommendation.ADD_TASKS,
+            f"{said}; of the first {load.looked:,} no living worker has {_listed(load.tasks_without_worker)}, of which"
+            f" there are {load.unserved:,}",
+            f"run an orchestrator whose worker of {printable(load.queue)!r} has {_listed(load.tasks_without_worker)}",
+        )
     return (
         Recommendation.NOT_KNOWN,
         f"{said}, and neither CPU ({cpu:.0%} of a core) nor claims ({claiming:.0%} of the time) nor locks are why",

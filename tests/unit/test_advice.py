@@ -93,6 +93,10 @@ UNSERVED = replace(unheard(LATE_QUEUE), workers=0, capacity=0)
             unheard(LATE_QUEUE), Recommendation.NOT_KNOWN, "none of its 2 workers has told twice",
             id="workers have just started",
         ),
+        pytest.param(
+            replace(IDLE_RUNNERS, unserved=600, tasks_without_worker=("a",)), Recommendation.ADD_TASKS,
+            "of the first 1,000 no living worker has task 'a', of which there are 600", id="some of its tasks",
+        ),
         pytest.param(IDLE_RUNNERS, Recommendation.NOT_KNOWN, "neither CPU", id="late, and nothing tells why"),
         pytest.param(
             MANY, Recommendation.REMOVE_PROCESSES, "10% of 100 runners busy", id="workers idle beyond need",
