@@ -87,7 +87,7 @@ $$;
 -- busy: handlers that ran at a time; claim_share, flush_share: of a worker's time for which a claim, or a flush, was under way;
 -- claimed: executions that were not given back; locked_claims: that found nothing but what others had locked; short_claims: that brought less than they asked for; cpu: of
 -- one core, the busiest process; machine_load: runnable processes per core, the busiest machine. arrivals, departures: rows
--- that came into the queue's partition, or left it: null if it has none, or the statistics were reset. inserted, deleted:
+-- that came into the queue's partition, or left it (or ended, if those are more): null if it has none, or the statistics were reset. inserted, deleted:
 -- those counts by the server's statistics, to take differences of. wanted_capacity: runners that would keep up, with a fifth in reserve, and
 -- work off what is ready within a minute; at least one if anything is.
 create or replace function @schema@.queue_load(p_queue text default null, p_limit int default 10000)
@@ -184,7 +184,7 @@ begin
         claimed_rate := v_load.claimed_rate;
         ended_rate := v_load.ended_rate;
         arrivals := v_load.arrivals;
-        departures := v_load.departures;
+        departures := greatest(v_load.departures, ended_rate);  -- those in the overflow partition are in no count of ours
         wanted_capacity := case
             when v_load.reporting = 0 then greatest(v_load.capacity, least(1, ready + running))
             -- What took runners' time, and what the ready ones will take: as long as the others did, on average; if none was

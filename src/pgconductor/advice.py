@@ -170,6 +170,14 @@ def _late(figures: _Figures, waits: str) -> tuple[Recommendation, str, str | Non
     said = f"{waits} ({LATE:.0f} s is late); {_busy(figures)}"
     cpu, claiming = load.cpu or 0.0, load.claim_share or 0.0
     add = _more(load)
+    # First: it makes processes look idle, and handlers and claims slow.
+    if (load.machine_load or 0.0) >= MACHINE_FULL:
+        return (
+            Recommendation.ADD_PROCESSES,
+            f"{said}; a machine has no CPU left: {load.machine_load:.1f} runnable processes for each core"
+            f" ({MACHINE_FULL} is full)",
+            "add processes on another machine",
+        )
     if utilisation >= FULL:
         if cpu < CPU_IDLE:
             return (
@@ -183,12 +191,6 @@ def _late(figures: _Figures, waits: str) -> tuple[Recommendation, str, str | Non
             Recommendation.ADD_PROCESSES,
             f"{said}, since a process has no CPU left: {cpu:.0%} of a core ({CPU_FULL:.0%} is full)",
             add,
-        )
-    if (load.machine_load or 0.0) >= MACHINE_FULL:
-        return (
-            Recommendation.ADD_PROCESSES,
-            f"{said}, since a machine has no CPU left: {load.machine_load:.1f} runnable processes for each core",
-            "add processes on another machine",
         )
     if load.workers > 1 and (contention := figures.contention) is not None and contention >= CONTENDED:
         return (

@@ -209,6 +209,17 @@ def test_arrivals_and_departures_are_those_of_the_partition(db: Database, clock:
     assert now.departures == pytest.approx(2.0, rel=0.1)
 
 
+def test_what_ends_in_the_overflow_partition_departs_too(db: Database, clock: DatabaseClock) -> None:
+    """A backlog from before the registration would seem to stand still."""
+    work(db, 50)
+    db.register_queue()
+    owner = db.register_orchestrator()
+    tell(db, owner, NOTHING)
+    clock.advance(10)
+    tell(db, owner, NOTHING._replace(ended=40))
+    assert load(db).departures == pytest.approx(4.0, rel=0.1)
+
+
 def settle(db: Database) -> None:
     """What this session has done is in the server's statistics."""
     db.rows("select pg_stat_force_next_flush()")

@@ -74,6 +74,10 @@ UNSERVED = replace(unheard(LATE_QUEUE), workers=0, capacity=0)
             "3.0 runnable processes for each core", id="a machine's CPUs are full",
         ),
         pytest.param(
+            replace(LATE_QUEUE, busy=19.0, cpu=0.2, machine_load=3.0), Recommendation.ADD_PROCESSES,
+            "no CPU left: 3.0 runnable", id="handlers wait for a machine's CPUs",
+        ),
+        pytest.param(
             replace(IDLE_RUNNERS, locked_claims=45), Recommendation.SPLIT_QUEUE, "45% of claims found only what others",
             id="claims meet locked rows",
         ),
