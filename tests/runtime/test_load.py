@@ -35,8 +35,11 @@ async def until_told(conductor: Conductor, workers: int = 1) -> QueueLoad:
             await trio.sleep(0.05)  # between two looks at a fact
 
 
-async def test_busy_runners_are_told_and_handlers_that_wait_want_more_concurrency(conductor: Conductor) -> None:
-    """A backlog, every runner taken, no CPU used."""
+async def test_busy_runners_are_told_and_handlers_that_wait_want_more_concurrency(
+    conductor: Conductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backlog, every runner taken, no CPU used, on a machine that has nothing else to do."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
     @conductor.task(queue="q")
     async def wait() -> None:
@@ -63,7 +66,10 @@ async def test_busy_runners_are_told_and_handlers_that_wait_want_more_concurrenc
                     if (advice.load.oldest_ready or 0) > 5:
                         break
                     await trio.sleep(0.1)
-    assert advice.verdict in (Recommendation.RAISE_CONCURRENCY, Recommendation.ADD_PROCESSES)  # by the machine's mood
+    assert advice.verdict in (
+        Recommendation.RAISE_CONCURRENCY,
+        Recommendation.ADD_PROCESSES,
+    )  # by the CPU that the test itself took
     assert " of 4 runners busy (80% is full)" in advice.why
     # Five for the four that are busy, and one for each that waits, since none has ended; less, while what was
     # fetched in advance and is given back still counts as claimed.
