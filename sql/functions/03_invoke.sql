@@ -107,7 +107,9 @@ begin
         with item as materialized (
             select i.ordinality::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
                 coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
-                coalesce(q.no, 0) as queue_no, r.queue, @schema@._private_new_id(coalesce(q.no, 0), v_now) as id, i.options
+                coalesce(q.no, 0) as queue_no, r.queue, @schema@._private_new_id(coalesce(q.no, 0), v_now) as id,
+                @schema@._private_is_large(i.payload) as is_large, i.options ->> 'version' as version,
+                case when i.options is not null then @schema@._private_options(i.options, v_now) end as o
             from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_queues), unnest(p_priorities), unnest(p_run_ats),
                     unnest(p_delays), unnest(p_options))
                     with ordinality as i (task, payload, queue, priority, run_at, delay, options, ordinality)
@@ -119,12 +121,12 @@ begin
                 payload, max_attempts, timeout, deadline_at, tags, backoff, version)
             select queue_no, id, queue, task,
                 (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
-                priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end,
-                o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff, options ->> 'version'
-            from item left join lateral @schema@._private_options(options, v_now) o on options is not null
+                priority, run_at, v_now, v_me, case when not is_large then payload end,
+                (o).max_attempts, (o).timeout, (o).deadline_at, (o).tags, (o).backoff, version
+            from item
         ), large as (
             insert into @schema@._private_payloads (execution_id, payload)
-            select id, payload from item where @schema@._private_is_large(payload)
+            select id, payload from item where is_large
         )
         select n, id, true from item;
         return;
@@ -167,7 +169,9 @@ begin
     with item as materialized (
         select i.n::int as n, i.task, i.payload, coalesce(i.priority, 0) as priority,
             coalesce(i.run_at, v_now + make_interval(secs => i.delay), v_now) as run_at,
-            i.queue, i.queue_no, i.key, i.id, coalesce(i.holder, i.id) as holder, i.options
+            i.queue, i.queue_no, i.key, i.id, coalesce(i.holder, i.id) as holder,
+            @schema@._private_is_large(i.payload) as is_large, i.options ->> 'version' as version,
+            case when i.options is not null then @schema@._private_options(i.options, v_now) end as o
         from rows from (unnest(p_tasks), unnest(p_payloads), unnest(p_priorities), unnest(p_run_ats), unnest(p_delays),
                 unnest(v_queues), unnest(v_nos), unnest(p_dedupe_keys), unnest(v_ids), unnest(v_holders), unnest(p_options))
             with ordinality as i (task, payload, priority, run_at, delay, queue, queue_no, key, id, holder, options, n)
@@ -176,13 +180,13 @@ begin
             payload, dedupe_key, max_attempts, timeout, deadline_at, tags, backoff, version)
         select queue_no, id, queue, task,
             (case when run_at <= v_now then 'ready' else 'scheduled' end)::@schema@.execution_state,
-            priority, run_at, v_now, v_me, case when not @schema@._private_is_large(payload) then payload end, key,
-            o.max_attempts, o.timeout, o.deadline_at, o.tags, o.backoff, options ->> 'version'
-        from item left join lateral @schema@._private_options(options, v_now) o on options is not null
+            priority, run_at, v_now, v_me, case when not is_large then payload end, key,
+            (o).max_attempts, (o).timeout, (o).deadline_at, (o).tags, (o).backoff, version
+        from item
         where id = holder
     ), large as (
         insert into @schema@._private_payloads (execution_id, payload)
-        select id, payload from item where id = holder and @schema@._private_is_large(payload)
+        select id, payload from item where id = holder and is_large
     )
     select n, holder, id = holder from item;
 end $$;

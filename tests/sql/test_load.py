@@ -281,7 +281,7 @@ def test_wanted_capacity(db: Database, clock: DatabaseClock, told: dict[str, Any
     clock.advance(10)
     tell(db, owner, NOTHING._replace(**told))
     work(db, ready)
-    assert load(db).wanted_capacity == pytest.approx(wanted, abs=1 if wanted > 10 else 0)
+    assert load(db).wanted_capacity == pytest.approx(wanted, abs=1 if wanted > 1 else 0)
 
 
 def test_autoscaling_of_one_queue_looks_at_that_one(db: Database) -> None:
