@@ -50,7 +50,7 @@ DURABLE = {
     "shared_buffers": "512MB",
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
-    "log_line_prefix": "statement|%d|%p|%a|",  # for counting what the server was asked, see `wakeup`
+    "log_line_prefix": "statement|%d|%p|%a|",  # for counting what the server was asked, see `latency`
 }
 _SHOWN = ("server_version", *list(DURABLE)[:-1], "autovacuum", "jit")
 
@@ -390,7 +390,9 @@ def drain(database: Database, queue: str) -> None:
 
 
 class Produced:
-    """What producers did. `times`: of each execution number, before its INSERT was sent and after its commit (ns)."""
+    """What producers did. `times`: of each execution number, before its INSERT was sent (at a fixed rate: when it was
+    due) and after its commit (ns).
+    """
 
     def __init__(self, count: int, seconds: float, times: Mapping[int, tuple[int, int]]) -> None:
         self.count = count

@@ -18,11 +18,11 @@ _TINY: dict[str, tuple[str, ...]] = {
     "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
+    "latency": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1", "--loads=50", "--seconds=0.2"),
     "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
     "rescue": ("--count=400", "--concurrency=5"),
     "throughput": ("--count=300", "--batch=100", "--profile=1"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
-    "wakeup": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1"),
 }
 
 _ELSEWHERE = {"failover", "chaos"}  # the code of tests/failover; below
@@ -62,7 +62,8 @@ def test_benchmark_loses_nothing_and_writes_its_figures(
 def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path: Path) -> None:
     """Without a count by the server, a worker that polls while idle would pass for one that sleeps."""
     finished, document = _run(
-        "wakeup", "--fast=2", "--slow=1", "--slow-gap=0.1", "--raw=2", "--idle=6", tmp_path=tmp_path
+        "latency", "--fast=2", "--slow=1", "--slow-gap=0.1", "--raw=2", "--idle=6", "--seconds=0.1", "--loads",
+        tmp_path=tmp_path,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert document["settings"]["fsync"] == document["settings"]["synchronous_commit"] == "on"
