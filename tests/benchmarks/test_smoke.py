@@ -62,7 +62,14 @@ def test_benchmark_loses_nothing_and_writes_its_figures(
 def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path: Path) -> None:
     """Without a count by the server, a worker that polls while idle would pass for one that sleeps."""
     finished, document = _run(
-        "latency", "--fast=2", "--slow=1", "--slow-gap=0.1", "--raw=2", "--idle=6", "--seconds=0.1", "--loads",
+        "latency",
+        "--fast=2",
+        "--slow=1",
+        "--slow-gap=0.1",
+        "--raw=2",
+        "--idle=6",
+        "--seconds=0.1",
+        "--loads",
         tmp_path=tmp_path,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
