@@ -18,6 +18,7 @@ _TINY: dict[str, tuple[str, ...]] = {
     "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
+    "herd": ("--workers", "1", "3", "--inserts=3", "--gap=0.1"),
     "latency": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1", "--loads=50", "--seconds=0.2"),
     "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
     "rescue": ("--count=400", "--concurrency=5"),
