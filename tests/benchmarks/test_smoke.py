@@ -15,12 +15,25 @@ from pgconductor.testing import DatabaseServer
 _ROOT = Path(__file__).resolve().parents[2]
 
 _TINY: dict[str, tuple[str, ...]] = {
-    "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
+    "backlog": (
+        "--queues",
+        "3",
+        "--future=200",
+        "--finished=300",
+        "--ready",
+        "200",
+        "400",
+        "--churn=0.2",
+        "--claims=3",
+        "--batch=10",
+    ),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "herd": ("--workers", "1", "3", "--inserts=3", "--gap=0.1"),
     "latency": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1", "--loads=50", "--seconds=0.2"),
-    "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
+    "notify_tax": (
+        "--producers=2", "--beside=2", "--listeners=2", "--workers", "2", "--seconds=0.05", "--pause=0.01",
+    ),
     "rescue": ("--count=400", "--concurrency=5"),
     "throughput": ("--count=300", "--batch=100", "--profile=1"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
