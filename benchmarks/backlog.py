@@ -177,9 +177,9 @@ class _Pair:
         self._fill(
             count,
             f"""insert into {table} (queue_no, id, queue, task, state, run_at, created_at, payload)
-                select %(no)s, pgconductor._private_new_id(%(no)s, clock_timestamp()), %(queue)s, 'noop',
+                select %(no)s, pgconductor._private_new_id(%(no)s::int, clock_timestamp()), %(queue)s, 'noop',
                     %(state)s::pgconductor.execution_state, {run_at}, now(), '{{}}'
-                from generate_series(%(first)s, %(last)s) n""",
+                from generate_series(%(first)s::int, %(last)s::int) n""",
             {"no": self.full.number, "queue": _QUEUE, "state": state},
         )
         conn.execute(f"alter table {table} enable trigger _private_announce".encode())
@@ -191,9 +191,9 @@ class _Pair:
             count,
             """insert into pgconductor._private_finished (slot, priority, attempt, crashes, generation, depth, state,
                     id, claim_no, run_at, created_at, claimed_at, finished_at, queue, task, payload, result)
-                select 0, 0, 1, 0, 0, 0, 'completed', pgconductor._private_new_id(%(no)s, clock_timestamp()), 1,
+                select 0, 0, 1, 0, 0, 0, 'completed', pgconductor._private_new_id(%(no)s::int, clock_timestamp()), 1,
                     now(), now(), now(), now(), %(queue)s, 'noop', '{}', 'null'
-                from generate_series(%(first)s, %(last)s) n""",
+                from generate_series(%(first)s::int, %(last)s::int) n""",
             {"no": self.full.number, "queue": _QUEUE},
         )
         self._filled += count

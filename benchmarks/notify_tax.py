@@ -19,7 +19,7 @@ that a transaction which has notified holds while it commits (`Lock/object`); `L
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -94,9 +94,7 @@ def _plot(bench: Bench, producers: Sequence[int], listeners: Sequence[int]) -> N
 class _Cell:
     """One combination, on a database of its own, in which the triggers take turns."""
 
-    def __init__(
-        self, bench: Bench, stack: ExitStack, mode: str, workers: int, producers: int, listeners: int
-    ) -> None:
+    def __init__(self, bench: Bench, stack: ExitStack, mode: str, workers: int, producers: int, listeners: int) -> None:
         self._bench = bench
         self._mode = mode
         self._label = _label(mode, workers, producers, listeners)
@@ -118,16 +116,14 @@ class _Cell:
         bench, database, label = self._bench, self._database, self._label
         for trigger in _TRIGGERS:
             self._produce(trigger, 0.2 * seconds, burst, pause)
+        sampled: dict[str, list[WaitSampler]] = {trigger: [] for trigger in _TRIGGERS}
         for number in range(runs):
             bench.step(label)
             for trigger in _TRIGGERS if number % 2 == 0 else _TRIGGERS[::-1]:
                 produced, waits = self._produce(trigger, seconds, burst, pause)
                 bench.note(f"{label}: {trigger}", produced.rate, "commits/s")
-                looks = max(1, waits.samples)
-                bench.note(f"{label}: {trigger}, wait for the notification lock", waits.counts[_LOCK] / looks, "sessions")
-                for event in waits.counts:
-                    if event.startswith(("Lock/", "LWLock/Notify")) and event != _LOCK:
-                        bench.note(f"{label}: {trigger}, wait for {event}", waits.counts[event] / looks, "sessions")
+                sampled[trigger].append(waits)
+        self._note_waits(sampled)
         for trigger in ("adaptive", "always"):
             bench.ratio(f"{label}: {trigger} / off", f"{label}: {trigger}", f"{label}: off")
         _choose(database, "adaptive")
@@ -136,6 +132,17 @@ class _Cell:
             harness.drain(database, _QUEUE)
         database.wait_drained(timeout=300)
         database.check_exactly_once(self._invoked)
+
+    def _note_waits(self, sampled: Mapping[str, Sequence[WaitSampler]]) -> None:
+        """Note how many sessions waited on average, for the notification lock and for what else was seen."""
+        seen = {event for waits in sampled.values() for run in waits for event in run.counts}
+        others = sorted(event for event in seen - {_LOCK} if event.startswith(("Lock/", "LWLock/Notify")))
+        for trigger, waits in sampled.items():
+            for event in (_LOCK, *others):
+                name = "the notification lock" if event == _LOCK else event
+                for run in waits:
+                    label = f"{self._label}: {trigger}, wait for {name}"
+                    self._bench.note(label, run.counts[event] / max(1, run.samples), "sessions")
 
     def _produce(
         self, trigger: str, seconds: float, burst: float, pause: float
