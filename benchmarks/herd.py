@@ -35,7 +35,7 @@ _FIRST_SWEEP = 0.8 * _SWEEP
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 20], help="numbers of processes to compare")
-    parser.add_argument("--inserts", type=int, default=50, help="of each series")
+    parser.add_argument("--inserts", type=int, default=40, help="of each series")
     parser.add_argument("--gap", type=float, default=0.2, help="seconds between two: all are asleep again by then")
     options = parser.parse_args()
 
