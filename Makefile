@@ -3,7 +3,7 @@
 #   make demo    start an embedded PostgreSQL and watch 10,000 executions flow
 #   make test    the test suite: PostgreSQL 18, the part that meets the database again on 16 and 15, a part on the newest Python
 #   make check   format, lint, types, import directions
-#   make bench   the benchmarks, each with its settings; BENCH=name runs one, BENCH_ARGS='--json FILE' is passed on
+#   make bench   the benchmarks, each with its settings; BENCH=name runs one, BENCH_ARGS='--json FILE --plot FOLDER' is passed on
 #   make bench-peers   durable steps beside public packages, which it installs in .venv-peers; BENCH_ARGS as above
 #   make clean   remove environments and caches
 #
@@ -81,7 +81,7 @@ check:
 
 bench:
 	@sh .ci/setup $(VENV) dev
-	@for name in $(or $(BENCH),$(filter-out harness,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))); do \
+	@for name in $(or $(BENCH),$(filter-out harness plots,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name $(BENCH_ARGS) || exit 1; \
 	done
 

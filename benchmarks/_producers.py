@@ -2,7 +2,8 @@
 
 All connections are driven from one loop over libpq's non-blocking calls, because the producers share the machine with
 what is measured: threads would spend more on taking turns than on inserting. Closed loop by default; with ``--rate``
-inserts begin at fixed times, with ``--burst`` and ``--pause`` all rest in between. Prints ``ready``, waits for a line,
+inserts are due at fixed times, and count from then even if no connection was free to send one, with ``--burst`` and
+``--pause`` all rest in between. Prints ``ready``, waits for a line,
 then prints how many were committed in how many seconds (pauses do not count).
 """
 
@@ -36,9 +37,10 @@ class Producer:
         self.number = 0
         self.begun = 0
 
-    def send(self, number: int) -> None:
+    def send(self, number: int, due: float | None = None) -> None:
+        """`due`: when it was to be sent (CLOCK_MONOTONIC, seconds), if not now."""
         self.number = number
-        self.begun = time.monotonic_ns()
+        self.begun = time.monotonic_ns() if due is None else int(due * 1e9)
         self.pgconn.send_query_prepared(b"invoke", [self._task, b'{"n": %d}' % number, self._queue])
         while self.pgconn.flush():
             pass
@@ -57,10 +59,11 @@ class Producer:
 class Producers:
     """All connections; `insert` is one stretch of work."""
 
-    def __init__(self, producers: list[Producer], first: int) -> None:
+    def __init__(self, producers: list[Producer], first: int, *, is_paced: bool) -> None:
+        """`is_paced`: they will insert at a rate, so waits must end in time: epoll's are of whole milliseconds."""
         self._producers = producers
         self._next = first
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.SelectSelector() if is_paced else selectors.DefaultSelector()
         for producer in producers:
             self._selector.register(producer.pgconn.socket, selectors.EVENT_READ, producer)
         self.times = array("q")
@@ -78,7 +81,7 @@ class Producers:
             if now < deadline:
                 allowed = len(idle) if not rate else min(len(idle), int((now - began) * rate) + 1 - begun)
                 for _ in range(allowed):
-                    idle.pop().send(self._next)
+                    idle.pop().send(self._next, began + begun / rate if rate else None)
                     self._next += 1
                     begun += 1
                     busy += 1
@@ -109,7 +112,9 @@ def main() -> None:
     parser.add_argument("--times", type=Path)
     options = parser.parse_args()
     producers = Producers(
-        [Producer(options.dsn, options.task, options.queue) for _ in range(options.connections)], options.first
+        [Producer(options.dsn, options.task, options.queue) for _ in range(options.connections)],
+        options.first,
+        is_paced=options.rate > 0,
     )
     print("ready", flush=True)
     if not sys.stdin.readline():

@@ -1,5 +1,7 @@
 """A worker process for the benchmarks: prints ``ready`` when it claims, stops when its standard input ends.
 
+For each line of its standard input it prints ``statistics`` and its workers' as a list in JSON, without the pickups.
+
 Its tasks, all on one queue: `noop`; `stamp` writes its number and the time at which its handler started, then sleeps;
 `hold` occupies a runner until a file exists. Each start is one `write` to a file opened for appending, so that it is
 there even if the process is killed right after.
@@ -9,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import json
 import os
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import trio
@@ -68,10 +72,16 @@ async def _serve(orchestrator: Orchestrator, report_every: int) -> None:
             if report_every:
                 reporting.start_soon(_report, orchestrator, report_every)
             async with trio.lowlevel.FdStream(os.dup(0)) as standard_input:
-                async for _ in standard_input:
-                    pass
+                async for chunk in standard_input:
+                    for _ in range(chunk.count(b"\n")):
+                        _print_statistics(orchestrator)
             reporting.cancel_scope.cancel()
         orchestrator.stop()
+
+
+def _print_statistics(orchestrator: Orchestrator) -> None:
+    workers = [asdict(replace(worker, pickups=())) for worker in orchestrator.statistics().workers]
+    print("statistics", json.dumps(workers, separators=(",", ":")), flush=True)
 
 
 async def _report(orchestrator: Orchestrator, every: int) -> None:

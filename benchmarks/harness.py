@@ -25,19 +25,23 @@ import tempfile
 import threading
 import time
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import OwnServer, own_server
 from pgconductor.version import VERSION
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +54,7 @@ DURABLE = {
     "shared_buffers": "512MB",
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
-    "log_line_prefix": "statement|%d|%p|%a|",  # for counting what the server was asked, see `wakeup`
+    "log_line_prefix": "statement|%d|%p|%a|",  # for counting what the server was asked, see `latency`
 }
 _SHOWN = ("server_version", *list(DURABLE)[:-1], "autovacuum", "jit")
 
@@ -67,34 +71,51 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--dsn", help="a server on which databases may be created; else a throwaway one")
     result.add_argument("--runs", type=int, default=3, help="how often to measure; medians are of these")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    result.add_argument("--plot", type=Path, metavar="FOLDER", help="draw plots there, as SVG; needs matplotlib")
     return result
 
 
 def run(name: str, options: argparse.Namespace, measure: Callable[[Bench], None]) -> None:
     """Open a server, measure, report, and exit with 1 if something was lost, done twice or otherwise wrong."""
+    plots = None if options.plot is None else _plots()
     with ExitStack() as stack:
         own = None if options.dsn else stack.enter_context(own_server(settings=DURABLE))
         dsn: str = own.dsn() if own is not None else options.dsn
         with tempfile.TemporaryDirectory(prefix="pgconductor-bench-") as folder:
-            bench = Bench(name, dsn, own, vars(options), Path(folder))
+            bench = Bench(name, dsn, own, vars(options), Path(folder), plots)
             bench.print_environment()
-            measure(bench)
+            with bench.progress:
+                measure(bench)
         bench.report(options.json)
     if bench.problems:
         sys.exit(1)
 
 
 class Bench:
-    """One benchmark under way. `own` is None on a server that the user named; `folder` is for the processes' files."""
+    """One benchmark under way. `own` is None on a server that the user named; `folder` is for the processes' files.
 
-    def __init__(self, name: str, dsn: str, own: OwnServer | None, options: Mapping[str, object], folder: Path) -> None:
+    `plots` is the module that draws, None if no plots are asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dsn: str,
+        own: OwnServer | None,
+        options: Mapping[str, object],
+        folder: Path,
+        plots: ModuleType | None = None,
+    ) -> None:
         self.name = name
         self.dsn = dsn
         self.own = own
         self.folder = folder
         self.problems: list[str] = []
         self.facts: dict[str, object] = {}
-        self._options = {key: value for key, value in options.items() if key not in ("dsn", "json")}
+        self.progress = _Steps()
+        self._plots = plots
+        self._plot_folder = options.get("plot")
+        self._options = {key: value for key, value in options.items() if key not in ("dsn", "json", "plot")}
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._units: dict[str, str] = {}
         self._checks = 0
@@ -151,6 +172,40 @@ class Bench:
         """Record the ratio of two medians."""
         self.facts[label] = round(self.median(above) / self.median(below), 3)
 
+    def expect(self, steps: int) -> None:
+        """Say how many more measurements there will be, for the progress bar."""
+        self.progress.expect(steps)
+
+    def step(self, text: str) -> None:
+        """A measurement begins: those before it are done. Only a terminal shows it."""
+        self.progress.step(text)
+
+    def lines(
+        self,
+        name: str,
+        *,
+        title: str,
+        x: str,
+        y: str,
+        series: Mapping[str, Sequence[tuple[float, float]]],
+        log_x: bool = False,
+        log_y: bool = False,
+    ) -> None:
+        """With ``--plot FOLDER``, draw FOLDER/`name`.svg: each series a line through its points. Else nothing."""
+        if self._plots is not None:
+            path = self._plot_path(name)
+            self._plots.lines(path, title=title, x=x, y=y, series=series, log_x=log_x, log_y=log_y)
+
+    def bars(self, name: str, *, title: str, y: str, groups: Mapping[str, Mapping[str, float]]) -> None:
+        """With ``--plot FOLDER``, draw FOLDER/`name`.svg: a bar of each series in each group. Else nothing."""
+        if self._plots is not None:
+            self._plots.bars(self._plot_path(name), title=title, y=y, groups=groups)
+
+    def _plot_path(self, name: str) -> Path:
+        assert isinstance(self._plot_folder, Path)
+        self._plot_folder.mkdir(parents=True, exist_ok=True)
+        return self._plot_folder / f"{name}.svg"
+
     @contextmanager
     def database(self) -> Iterator[Database]:
         """Give a fresh database with the schema installed; it is dropped afterwards."""
@@ -203,6 +258,38 @@ class Bench:
             path.write_text(json.dumps(document, indent=2, default=str) + "\n")
 
 
+class _Steps:
+    """The progress bar, while its context is open; it shows nothing where standard output is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._expected = self._begun = 0
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left:"), TimeRemainingColumn(), refresh_per_second=2, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=None)
+
+    def expect(self, steps: int) -> None:
+        self._expected += steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._expected)
+
+    def step(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=text, completed=self._begun)
+        self._begun += 1
+
+    def __enter__(self) -> None:
+        if self._bar is not None:
+            self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
 class Database:
     """A fresh database, with a connection in autocommit for the benchmark itself."""
 
@@ -248,6 +335,16 @@ class Database:
         )
         if states != ["O" if is_enabled else "D"]:
             raise BenchmarkError(f"the trigger's state is {states}")
+
+    def local_backends(self) -> list[int]:
+        """Return the processes of this database's backends; none if the server is not among this machine's processes.
+
+        A backend has the database's name, which is no other's, in its title.
+        """
+        rows = self.conn.execute(
+            "select pid from pg_stat_activity where datname = current_database() and backend_type = 'client backend'"
+        )
+        return [pid for (pid,) in rows if self.name in _title(pid)]
 
     def wait_drained(self, timeout: float = 120.0) -> None:
         """Wait until nothing is live. Polls: not for use while something is measured."""
@@ -390,7 +487,9 @@ def drain(database: Database, queue: str) -> None:
 
 
 class Produced:
-    """What producers did. `times`: of each execution number, before its INSERT was sent and after its commit (ns)."""
+    """What producers did. `times`: of each execution number, before its INSERT was sent (at a fixed rate: when it was
+    due) and after its commit (ns).
+    """
 
     def __init__(self, count: int, seconds: float, times: Mapping[int, tuple[int, int]]) -> None:
         self.count = count
@@ -476,6 +575,97 @@ class Observer:
         self._conn.close()
 
 
+# What it costs
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the CPU seconds, user and system, that a process of this machine has used so far.
+
+    None where the system does not tell, or the process has ended. Ticks are 10 ms: measure over a second at least.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class CpuMeter:
+    """CPU seconds of some processes, and of a database's server backends, from its making on.
+
+    `server` counts the backends that are there when it is asked, the benchmark's own among them; what ended before that
+    is not counted, and neither are the server's writers and autovacuum.
+    """
+
+    def __init__(self, database: Database, processes: Iterable[Process] = ()) -> None:
+        self._database = database
+        self._processes = [process.pid for process in processes]
+        self._before = {pid: cpu_seconds(pid) or 0.0 for pid in [*self._processes, *database.local_backends()]}
+
+    def processes(self) -> float | None:
+        """Of the processes together; None where the system does not tell."""
+        return self._since(self._processes)
+
+    def server(self) -> float | None:
+        """Of the backends of the database together; None if the server runs elsewhere."""
+        return self._since(self._database.local_backends())
+
+    def _since(self, pids: Sequence[int]) -> float | None:
+        used = [cpu - self._before.get(pid, 0.0) for pid in pids if (cpu := cpu_seconds(pid)) is not None]
+        return sum(used) if used else None
+
+
+class WaitSampler:
+    """While its context is open, looks every `interval` seconds at what the backends of a database wait for.
+
+    `counts`: of each wait event, as ``Lock/transactionid``, how many backends were seen in it, all samples together;
+    ``CPU`` are those that wait for nothing the server knows of. Only backends that have a statement or transaction
+    under way count, so ``Client/ClientRead`` is one that is idle in a transaction. `samples`: how often it looked. It
+    has a connection and a thread of its own, and takes about 0.3 ms of the server's time for each look.
+    """
+
+    _QUERY = b"""
+        select coalesce(wait_event_type || '/' || wait_event, 'CPU'), count(*)
+        from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'
+            and state <> 'idle'
+        group by 1
+    """
+
+    def __init__(self, database: Database, interval: float = 0.02) -> None:
+        self.counts: Counter[str] = Counter()
+        self.samples = 0
+        self._interval = interval
+        self._conn = psycopg.connect(database.dsn, autocommit=True)
+        self._ending = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._watch, name="wait sampler")
+
+    def average(self, wait_type: str) -> float:
+        """Return how many backends were waiting on average for events of this type, as ``Lock`` or ``LWLock``."""
+        seen = sum(count for event, count in self.counts.items() if event.partition("/")[0] == wait_type)
+        return seen / max(1, self.samples)
+
+    def _watch(self) -> None:
+        try:
+            while not self._ending.wait(self._interval):
+                self.counts.update(dict(self._conn.execute(self._QUERY, prepare=True).fetchall()))
+                self.samples += 1
+        except psycopg.Error as error:
+            self._error = error
+
+    def __enter__(self) -> WaitSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._conn.close()
+        if self._error is not None and exc_type is None:
+            raise BenchmarkError("the server's waits could not be sampled") from self._error
+
+
 # Figures
 
 
@@ -487,6 +677,24 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _plots() -> ModuleType:
+    """The module that draws; if matplotlib is missing, the program ends here instead of after the measurement."""
+    try:
+        from . import plots
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "matplotlib":
+            raise
+        sys.exit("--plot needs matplotlib: pip install 'pgconductor[bench]'")
+    return plots
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _settings(conn: Connection) -> dict[str, str]:

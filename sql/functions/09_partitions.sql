@@ -1,5 +1,5 @@
 -- What each partition has of its own: claim and flush with static SQL, so that their plans are kept, whatever the number of
--- queues (planned anew at each call they took 0.3 to 1 ms more; benchmarks/wakeup.py). The public verbs in 05_claim.sql and
+-- queues (planned anew at each call they took 0.3 to 1 ms more; benchmarks/latency.py). The public verbs in 05_claim.sql and
 -- 06_flush.sql find the partition and call these.
 
 create or replace function @schema@._private_define_partition(p_no int) returns void

@@ -15,14 +15,34 @@ from pgconductor.testing import DatabaseServer
 _ROOT = Path(__file__).resolve().parents[2]
 
 _TINY: dict[str, tuple[str, ...]] = {
-    "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
+    "backlog": (
+        "--queues",
+        "3",
+        "--future=200",
+        "--finished=300",
+        "--ready",
+        "200",
+        "400",
+        "--churn=0.2",
+        "--claims=3",
+        "--batch=10",
+    ),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
-    "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
+    "herd": ("--workers", "1", "3", "--inserts=3", "--gap=0.1"),
+    "latency": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1", "--loads=50", "--seconds=0.2"),
+    "notify_tax": (
+        "--producers=2",
+        "--beside=2",
+        "--listeners=2",
+        "--workers",
+        "2",
+        "--seconds=0.05",
+        "--pause=0.01",
+    ),
     "rescue": ("--count=400", "--concurrency=5"),
     "throughput": ("--count=300", "--batch=100", "--profile=1"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
-    "wakeup": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1"),
 }
 
 _ELSEWHERE = {"failover", "chaos"}  # the code of tests/failover; below
@@ -38,7 +58,7 @@ def _run(name: str, *arguments: str, tmp_path: Path) -> tuple[subprocess.Complet
 
 def test_every_benchmark_has_a_smoke_test() -> None:
     """A benchmark that nothing runs between releases rots unseen."""
-    assert {path.stem for path in (_ROOT / "benchmarks").glob("[a-z]*.py")} - {"harness", *_ELSEWHERE} == (
+    assert {path.stem for path in (_ROOT / "benchmarks").glob("[a-z]*.py")} - {"harness", "plots", *_ELSEWHERE} == (
         set(_TINY) - _FOLDERS
     )
 
@@ -62,7 +82,15 @@ def test_benchmark_loses_nothing_and_writes_its_figures(
 def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path: Path) -> None:
     """Without a count by the server, a worker that polls while idle would pass for one that sleeps."""
     finished, document = _run(
-        "wakeup", "--fast=2", "--slow=1", "--slow-gap=0.1", "--raw=2", "--idle=6", tmp_path=tmp_path
+        "latency",
+        "--fast=2",
+        "--slow=1",
+        "--slow-gap=0.1",
+        "--raw=2",
+        "--idle=6",
+        "--seconds=0.1",
+        "--loads",
+        tmp_path=tmp_path,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert document["settings"]["fsync"] == document["settings"]["synchronous_commit"] == "on"
