@@ -16,11 +16,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 _TINY: dict[str, tuple[str, ...]] = {
     "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
+    "contention": ("--workers", "2", "--queues", "1", "3", "--count=300", "--seconds=0.05", "--concurrency=4"),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
     "rescue": ("--count=400", "--concurrency=5"),
-    "throughput": ("--count=300", "--batch=100", "--profile=1"),
+    "throughput": ("--count=300", "--batch=100", "--profile=1", "--processes", "1", "2", "--batches=50"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
     "wakeup": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1"),
 }

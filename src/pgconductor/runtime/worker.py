@@ -67,7 +67,8 @@ class WorkerStatistics:
 
     Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was
     no longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
-    handler.
+    handler. `claim_seconds` are the latest claims that were answered, oldest first: from the call to its answer.
+    `short_claims` brought something, but less than was asked for.
     """
 
     queue: str
@@ -83,6 +84,8 @@ class WorkerStatistics:
     dropped: int
     pickups: tuple[float, ...]
     reactor: ReactorStatistics
+    short_claims: int
+    claim_seconds: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ class WorkerCounts:
     claimed: int = 0
     flushed: FlushCounts = field(default_factory=FlushCounts)
     pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
+    short_claims: int = 0
+    claim_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
 
 
 class Starts:
@@ -184,7 +189,8 @@ class Pipeline:
         return WorkerStatistics(
             self.worker.queue, self._running, len(self._stock), len(self._flusher.outcomes), counts.claims,
             counts.empty_claims, counts.claimed, flushed.flushes, dict(flushed.outcomes), flushed.fenced,
-            flushed.dropped, tuple(counts.pickups), self.reactor.statistics(),
+            flushed.dropped, tuple(counts.pickups), self.reactor.statistics(), counts.short_claims,
+            tuple(counts.claim_seconds),
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -441,6 +447,7 @@ class Pipeline:
         limit = max(1, min(room, self._max_claim))
         self.reactor.clear()
         failpoint("claim.before")
+        asked_at = trio.current_time()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim = await self._lease.attempt(
             link,
@@ -454,6 +461,7 @@ class Pipeline:
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
+        self._counts.claim_seconds.append(now - asked_at)
         notified = self.reactor.notifications - self._noted_notifications
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
@@ -462,6 +470,7 @@ class Pipeline:
             self._counts.empty_claims += 1
             return True, due_in
         self._counts.claimed += len(claimed)
+        self._counts.short_claims += len(claimed) < limit
         for item in claimed:
             held = Held(item, now)
             self._held[item.id] = held
