@@ -1,4 +1,6 @@
-"""When do more worker processes on a queue stop helping, and does splitting the queue help? About 8 minutes.
+"""When do more worker processes on a queue stop helping, and does splitting the queue help?
+
+A run takes 4 to 5 minutes on two busy cores.
 
 Worker processes × queues, with no-op tasks and with tasks that sleep 10 ms. Processes are spread over the queues
 evenly; where there are more queues than processes, each serves several, and has its runners divided among them. A cell
@@ -19,6 +21,7 @@ At the end it says in words what the medians show. What gains less than a tenth 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from .harness import Bench, Connection, CpuMeter, Database, MachineMeter, Proces
 
 _GAIN = 1.1  # of rates: what is less is not worth a process
 _FULL = 0.9  # of the machine's CPUs
+_DISTURBED = 0.4  # of them, used by others: the server's writers and this process, which are among them, use less
 _PAUSE = 0.01
 _TITLES = {"noop": "no-op", "pause": "10 ms"}
 
@@ -196,16 +200,25 @@ class SkipSampler:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Medians of some worker processes on some queues. `busy`: share of the machine's CPUs, None if unknown."""
+    """Medians of some worker processes on some queues.
+
+    Shares of the machine's CPUs, None if unknown: `busy`, and `others` of it, neither the processes nor the backends.
+    """
 
     workers: int
     queues: int
     rate: float
     busy: float | None
+    others: float | None = None
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.others is not None and self.others >= _DISTURBED
 
     @property
     def is_full(self) -> bool:
-        return self.busy is not None and self.busy >= _FULL
+        """Whether the CPUs were used up by what is measured."""
+        return self.busy is not None and self.busy >= _FULL and not self.is_disturbed
 
 
 def findings(title: str, cells: Sequence[Cell]) -> list[str]:
@@ -225,6 +238,11 @@ def findings(title: str, cells: Sequence[Cell]) -> list[str]:
         said.append(
             f"{title}: the CPUs of this machine were full with {_counted(least, 'process')}: where they are, neither "
             "more processes nor more queues help, but more CPUs or cheaper handlers do"
+        )
+    if disturbed := sum(cell.is_disturbed for cell in cells):
+        said.append(
+            f"{title}: in {disturbed} of {_counted(len(cells), 'cell')} something else used {_DISTURBED:.0%} of this "
+            "machine's CPUs or more: measure again when it is quiet"
         )
     return said
 
@@ -280,8 +298,14 @@ def _conclude(bench: Bench, tasks: Sequence[str], sides: Sequence[tuple[int, int
         cells: list[Cell] = []
         for workers, queues in sides:
             label = _name(task, workers, queues)
-            busy = bench.median(f"{label}: machine busy") if bench.samples(f"{label}: machine busy") else None
-            cells.append(Cell(workers, queues, bench.median(label), busy))
+            busy, of_workers, of_server = (
+                bench.median(figure) if bench.samples(figure := f"{label}: {what}") else None
+                for what in ("machine busy", "CPUs of workers", "CPUs of server")
+            )
+            others = None
+            if busy is not None and of_workers is not None and of_server is not None:
+                others = busy - (of_workers + of_server) / (os.cpu_count() or 1)
+            cells.append(Cell(workers, queues, bench.median(label), busy, others))
         bench.conclusions += findings(title, cells)
         for text, above, below in (
             ("10 workers / 1, on one queue", (10, 1), (1, 1)),

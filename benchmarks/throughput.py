@@ -199,15 +199,14 @@ def _conclude(bench: Bench, sides: Iterable[Side]) -> None:
         elif side != _BASE and _BASE in measured:
             bench.ratio(f"{side.name} / one process", side.name, _BASE.name)
     others = [side for side in sides if side.processes == 0 or side.batch is None]
-    titles = {side: side.name.replace(", ", ",\n").replace("SQL ", "SQL\n") for side in others}
     bench.bars(
         "throughput_rate", title="Drain of no-op executions", y="executions/s",
-        groups={titles[side]: {"rate": bench.median(side.name)} for side in others},
+        groups={side.name: {"rate": bench.median(side.name)} for side in others},
     )  # fmt: skip
     bench.bars(
         "throughput_cpu", title="CPU of an execution", y="µs",
         groups={
-            titles[side]: {
+            side.name: {
                 whose: bench.median(label)
                 for whose in ("process", "server")
                 if bench.samples(label := f"{side.name}: CPU of {whose}")

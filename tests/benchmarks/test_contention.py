@@ -55,6 +55,14 @@ def test_full_cpus_are_named_as_what_limits() -> None:
     assert not any("full" in text for text in findings("10 ms", _cells({(1, 1): 10.0, (2, 1): 20.0}, busy=None)))
 
 
+def test_cpus_that_others_used_are_not_taken_for_a_limit() -> None:
+    """On a machine that does other things, `full` would be a verdict on those."""
+    said = findings("no-op", [Cell(1, 1, 10.0, 0.99, others=0.1), Cell(2, 1, 15.0, 1.0, others=0.5)])
+    assert "full with 1 process:" in said[-2]
+    assert said[-1].startswith("no-op: in 1 of 2 cells something else used 40% of this machine's CPUs or more")
+    assert "something else" in findings("no-op", [Cell(1, 1, 10.0, 1.0, others=0.5)])[-1]
+
+
 def test_a_dip_in_the_middle_does_not_end_the_search() -> None:
     """A noisy cell in the middle would otherwise hide that more processes help."""
     said = findings("x", _cells({(1, 1): 10.0, (2, 1): 9.0, (4, 1): 30.0}))
