@@ -1,7 +1,8 @@
 """The floor: one connection that moves executions through the engine's own tables in batches, and does nothing else.
 
 Claim a batch (committed asynchronously, as the engine's claims are), insert one step of each execution of the batch,
-then the next step, then move the batch to the finished table. No fence, no decoding, no handler.
+then the next step, then move the batch to the finished table, or delete it where finished rows are not kept. No fence,
+no decoding, no handler.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ _FINISH = b"""
         parent_id, root_id, limit_key, version, tags, headers
     from gone
 """
+_FORGET = b"delete from pgconductor._private_queue_%d where id = any(%%s::uuid[])"
 _STEP = b"""
     insert into pgconductor._private_steps (execution_id, name, kind, position, claim_no, created_at, value)
     select id, %s, 'step', %s, 1, clock_timestamp(), %s from unnest(%s::uuid[]) id
 """
 
 
-def bare_loop(conn: Connection, queue_no: int, count: int, batch: int, steps: int = 0) -> float:
+def bare_loop(
+    conn: Connection, queue_no: int, count: int, batch: int, steps: int = 0, *, keeps_rows: bool = True
+) -> float:
     """Finish `count` executions of a queue; `conn` is in autocommit. Return the seconds that it took."""
     began = time.perf_counter()
     claim = _CLAIM % (queue_no, batch, queue_no)
-    finish = _FINISH.replace(b"$1", b"%%s") % queue_no
+    finish = (_FINISH.replace(b"$1", b"%%s") if keeps_rows else _FORGET) % queue_no
     done = 0
     while done < count:
         with conn.pipeline(), conn.transaction():
@@ -52,6 +56,8 @@ def bare_loop(conn: Connection, queue_no: int, count: int, batch: int, steps: in
             raise BenchmarkError(f"the bare loop finds {done} of {count} executions in its partition")
         for number in range(1, steps + 1):
             conn.execute(_STEP, (f"s{number}", number, f'{{"step": {number}}}', ids), prepare=True)
-        conn.execute(finish, (ids,), prepare=True)
-        done += len(ids)
+        finished = conn.execute(finish, (ids,), prepare=True).rowcount
+        if finished != len(ids):
+            raise BenchmarkError(f"the bare loop claimed {len(ids)} executions and finished {finished} of them")
+        done += finished
     return time.perf_counter() - began

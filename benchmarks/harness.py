@@ -29,7 +29,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -59,6 +59,8 @@ DURABLE = {
 _SHOWN = ("server_version", *list(DURABLE)[:-1], "autovacuum", "jit")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+
+_LOOKING = "pgconductor benchmark"  # the application name of connections that only look, and cost nothing that counts
 
 
 class BenchmarkError(Exception):
@@ -112,6 +114,7 @@ class Bench:
         self.folder = folder
         self.problems: list[str] = []
         self.facts: dict[str, object] = {}
+        self.conclusions: list[str] = []  # sentences
         self.progress = _Steps()
         self._plots = plots
         self._plot_folder = options.get("plot")
@@ -119,6 +122,7 @@ class Bench:
         self._samples: dict[str, list[float]] = defaultdict(list)
         self._units: dict[str, str] = {}
         self._checks = 0
+        self._counted = 0
         with psycopg.connect(dsn, autocommit=True) as conn:
             self.settings = _settings(conn)
         self.environment: dict[str, object] = {
@@ -213,18 +217,21 @@ class Bench:
         with psycopg.connect(self.dsn, autocommit=True) as admin:
             admin.execute(sql.SQL("create database {} template template0").format(sql.Identifier(name)))
             try:
-                with psycopg.connect(make_conninfo(self.dsn, dbname=name), autocommit=True) as conn:
+                with psycopg.connect(self.dsn, dbname=name, application_name=_LOOKING, autocommit=True) as conn:
                     migrate_sync(conn)
                     yield Database(self, name, conn)
             finally:
                 admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
-    def checked(self) -> None:
-        self._checks += 1
+    def checked(self, *, by_counts: bool = False) -> None:
+        if by_counts:
+            self._counted += 1
+        else:
+            self._checks += 1
 
     def report(self, path: Path | None) -> None:
         """Print medians and extremes, and write them to `path`."""
-        if self._checks == 0:
+        if self._checks + self._counted == 0:
             self.problem("nothing was checked: this benchmark must call check_exactly_once")
         self.environment["load_average_after"] = os.getloadavg()
         figures = {
@@ -243,7 +250,13 @@ class Bench:
             print(f"  {label:<64} {_figure(statistics.median(values)):>10} {self._units[label]}{spread}")
         for label, fact in self.facts.items():
             print(f"  {label:<64} {fact}")
+        for text in self.conclusions:
+            print(f"  → {text}")
         checks = f"{self._checks} database{'s' if self._checks != 1 else ''}"
+        if self._counted:
+            checks += (
+                f"; {self._counted} without finished rows: none live, as many counted as completed as were invoked"
+            )
         print("FAILED: " + "; ".join(self.problems) if self.problems else f"  every execution exactly once: {checks}")
         if path is not None:
             document = {
@@ -253,6 +266,7 @@ class Bench:
                 "settings": self.settings,
                 "figures": figures,
                 "facts": self.facts,
+                "conclusions": self.conclusions,
                 "problems": self.problems,
             }
             path.write_text(json.dumps(document, indent=2, default=str) + "\n")
@@ -337,12 +351,15 @@ class Database:
             raise BenchmarkError(f"the trigger's state is {states}")
 
     def local_backends(self) -> list[int]:
-        """Return the processes of this database's backends; none if the server is not among this machine's processes.
+        """Return the processes of this database's backends, without those of the benchmark's own looks and inserts.
 
-        A backend has the database's name, which is no other's, in its title.
+        None if the server is not among this machine's processes: a backend has the database's name, which is no
+        other's, in its title.
         """
         rows = self.conn.execute(
             "select pid from pg_stat_activity where datname = current_database() and backend_type = 'client backend'"
+            " and application_name <> %s",
+            [_LOOKING],
         )
         return [pid for (pid,) in rows if self.name in _title(pid)]
 
@@ -373,12 +390,58 @@ class Database:
                 f"{live} live rows"
             )
 
+    def check_completed(self, expected: int, completed: int) -> None:
+        """The check where finished rows are not kept: nothing is left, and `completed` were counted as invoked.
+
+        A flush deletes a live row with the claim's token, so that what is counted as completed has ended once. How
+        often it was started, is not seen.
+        """
+        live = self.value("select count(*) from pgconductor._private_executions")
+        kept = self.value("select count(*) from pgconductor._private_finished")
+        self.bench.checked(by_counts=True)
+        if not (completed == expected and live == kept == 0):
+            self.bench.problem(
+                f"of {expected} invoked executions {completed} were counted as completed; {live} live rows, "
+                f"{kept} finished rows where none are kept"
+            )
+
+    def wait_alone(self, timeout: float = 30.0) -> None:
+        """Wait until the backends of all other connections have ended, and have reported their statistics."""
+        deadline = time.monotonic() + timeout
+        others = (
+            "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+            " and backend_type = 'client backend'"
+        )
+        while self.value(others):
+            if time.monotonic() > deadline:
+                raise BenchmarkError("connections of processes that have ended are still open")
+            time.sleep(0.01)
+
+    def hot_ratio(self, queue_number: int) -> float | None:
+        """Return the share of updates of a queue's live rows that needed no index entries; None without updates.
+
+        Call it after `wait_alone`: a backend reports what it did once a second, and when it ends.
+        """
+        row = self.conn.execute(
+            "select n_tup_hot_upd, n_tup_upd from pg_stat_all_tables where schemaname = 'pgconductor' and relname = %s",
+            [f"_private_queue_{queue_number}"],
+        ).fetchone()
+        assert row is not None
+        return row[0] / row[1] if row[1] else None
+
+    def wal_position(self) -> int:
+        """Return how many bytes of WAL the server, all its databases together, has written since it was made."""
+        return int(self.value("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
+
 
 # Processes
 
 
 class Process:
-    """A subprocess of this package that prints lines and ends when its standard input does."""
+    """A subprocess of this package that prints lines and ends when its standard input does.
+
+    Of the lines that begin with ``completed`` only the latest is kept, as `last_report`.
+    """
 
     def __init__(self, module: str, *arguments: object, python: Path | str = sys.executable) -> None:
         self.name = module
@@ -387,6 +450,7 @@ class Process:
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.last_report: list[str] = []  # the words of the latest line that began with "completed"
         self._reader = threading.Thread(target=self._read, name=f"output of {module}", daemon=True)
         self._reader.start()
 
@@ -397,7 +461,10 @@ class Process:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._lines.put(line.rstrip("\n"))
+            if line.startswith("completed "):
+                self.last_report = line.split()
+            else:
+                self._lines.put(line.rstrip("\n"))
         self._lines.put("")
 
     def line(self, timeout: float = 120.0) -> list[str]:
@@ -409,6 +476,11 @@ class Process:
         if not words:
             raise BenchmarkError(f"{self.name} ended, exit status {self._process.wait()}")
         return words
+
+    def check_alive(self) -> None:
+        """Raise `BenchmarkError` if it has ended."""
+        if self._process.poll() is not None:
+            raise BenchmarkError(f"{self.name} ended, exit status {self._process.returncode}")
 
     def peak_memory(self) -> int:
         """Return the most memory that it has had resident so far, in bytes; 0 where the system does not tell."""
@@ -456,28 +528,84 @@ class Process:
 
 def worker(
     dsn: str,
-    queue: str,
+    queues: str | Sequence[str],
     *,
     concurrency: int = 10,
     sweep: float = 5.0,
     notify: str = "adaptive",
     starts: Path | None = None,
-    report_every: int = 0,
+    report_interval: float = 0.0,
     profile: Path | None = None,
+    batch: int | None = None,
+    keeps_rows: bool = True,
+    named_by_queue: bool = False,
+    is_awaited: bool = True,
 ) -> Process:
-    """Start a process with an orchestrator of one worker, and wait until it claims. See `_worker` for its tasks."""
+    """Start a process with an orchestrator, a worker per queue, and wait until it claims. See `_worker` for its tasks.
+
+    `concurrency` is of each queue; `batch` is the most that a claim or a flush takes, else they adapt. With a
+    `report_interval`, in seconds, `wait_completed` can wait for what it does. Without `is_awaited`, call `wait_ready`:
+    so that several can start at the same time.
+    """
     options: dict[str, object] = {
-        "queue": queue, "concurrency": concurrency, "sweep": sweep, "notify": notify, "starts": starts,
-        "report-every": report_every, "profile": profile,
+        "queues": queues if isinstance(queues, str) else ",".join(queues), "concurrency": concurrency, "sweep": sweep,
+        "notify": notify, "starts": starts, "report-interval": report_interval, "profile": profile, "batch": batch,
     }  # fmt: skip
-    process = Process("_worker", dsn, *(f"--{name}={value}" for name, value in options.items() if value is not None))
+    switches = [*["--keep-no-rows"] * (not keeps_rows), *["--named-by-queue"] * named_by_queue]
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    process = Process("_worker", dsn, *given, *switches)
     try:
-        if process.line() != ["ready"]:
-            raise BenchmarkError("the worker does not get ready")
+        if is_awaited:
+            wait_ready(process)
     except BaseException:
         process.kill()
         raise
     return process
+
+
+def wait_ready(process: Process) -> None:
+    if process.line() != ["ready"]:
+        raise BenchmarkError("the worker does not get ready")
+
+
+class Completed(NamedTuple):
+    """What a worker process, or several together, had done when they reported. `at` is CLOCK_MONOTONIC, nanoseconds."""
+
+    number: int = 0
+    at: int = 0
+    claims: int = 0
+    empty_claims: int = 0
+    short_claims: int = 0
+    flushes: int = 0
+
+    def since(self, before: Completed) -> Completed:
+        """Return the differences, and the time of this one."""
+        return Completed(*(now - then for now, then in zip(self, before, strict=True)))._replace(at=self.at)
+
+
+def wait_completed(workers: Sequence[Process], count: int, timeout: float = 300.0) -> Completed:
+    """Wait until these processes together have completed `count` executions since they started.
+
+    Returns their sums, and the time of the latest report: later than the last flush by a `report_interval` at most.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        reports = [Completed(*map(int, process.last_report[1:])) for process in workers if process.last_report]
+        done = Completed(*(sum(column) for column in zip(*reports, strict=True)))
+        if done.number >= count:
+            return done._replace(at=max(report.at for report in reports))
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"{done.number} of {count} executions completed within {timeout:g} s")
+        for process in workers:
+            process.check_alive()
+        time.sleep(0.005)
+
+
+def claim_seconds(workers: Sequence[Process]) -> list[float]:
+    """Return how long the claims of these processes since the last such call took, in seconds; see `_worker`."""
+    for process in workers:
+        process.tell("claims")
+    return [float(seconds) for process in workers for seconds in process.line()[1:]]
 
 
 def drain(database: Database, queue: str) -> None:
@@ -591,15 +719,15 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 class CpuMeter:
-    """CPU seconds of some processes, and of a database's server backends, from its making on.
+    """CPU seconds of some processes, by their numbers, and of a database's server backends, from its making on.
 
-    `server` counts the backends that are there when it is asked, the benchmark's own among them; what ended before that
-    is not counted, and neither are the server's writers and autovacuum.
+    `server` counts the backends that are there when it is asked, but for `Database.conn` and the samplers'; what ended
+    before that is not counted, and neither are the server's writers and autovacuum.
     """
 
-    def __init__(self, database: Database, processes: Iterable[Process] = ()) -> None:
+    def __init__(self, database: Database, pids: Iterable[int] = ()) -> None:
         self._database = database
-        self._processes = [process.pid for process in processes]
+        self._processes = list(pids)
         self._before = {pid: cpu_seconds(pid) or 0.0 for pid in [*self._processes, *database.local_backends()]}
 
     def processes(self) -> float | None:
@@ -615,55 +743,94 @@ class CpuMeter:
         return sum(used) if used else None
 
 
-class WaitSampler:
-    """While its context is open, looks every `interval` seconds at what the backends of a database wait for.
+class Sampler:
+    """While its context is open, a thread calls `look` every `interval` seconds, with a connection for it alone."""
 
-    `counts`: of each wait event, as ``Lock/transactionid``, how many backends were seen in it, all samples together;
-    ``CPU`` are those that wait for nothing the server knows of. Only backends that have a statement or transaction
-    under way count, so ``Client/ClientRead`` is one that is idle in a transaction. `samples`: how often it looked. It
-    has a connection and a thread of its own, and takes about 0.3 ms of the server's time for each look.
-    """
-
-    _QUERY = b"""
-        select coalesce(wait_event_type || '/' || wait_event, 'CPU'), count(*)
-        from pg_stat_activity
-        where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'
-            and state <> 'idle'
-        group by 1
-    """
-
-    def __init__(self, database: Database, interval: float = 0.02) -> None:
-        self.counts: Counter[str] = Counter()
-        self.samples = 0
+    def __init__(self, database: Database, look: Callable[[Connection], None], interval: float) -> None:
+        self._look = look
         self._interval = interval
-        self._conn = psycopg.connect(database.dsn, autocommit=True)
+        self._conn = psycopg.connect(database.dsn, application_name=_LOOKING, autocommit=True)
         self._ending = threading.Event()
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._watch, name="wait sampler")
-
-    def average(self, wait_type: str) -> float:
-        """Return how many backends were waiting on average for events of this type, as ``Lock`` or ``LWLock``."""
-        seen = sum(count for event, count in self.counts.items() if event.partition("/")[0] == wait_type)
-        return seen / max(1, self.samples)
+        self._thread = threading.Thread(target=self._watch, name="sampler")
 
     def _watch(self) -> None:
         try:
             while not self._ending.wait(self._interval):
-                self.counts.update(dict(self._conn.execute(self._QUERY, prepare=True).fetchall()))
-                self.samples += 1
+                self._look(self._conn)
         except psycopg.Error as error:
             self._error = error
 
-    def __enter__(self) -> WaitSampler:
+    def __enter__(self) -> None:
         self._thread.start()
-        return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self._ending.set()
         self._thread.join()
         self._conn.close()
         if self._error is not None and exc_type is None:
-            raise BenchmarkError("the server's waits could not be sampled") from self._error
+            raise BenchmarkError("what the server does could not be sampled") from self._error
+
+
+class WaitSampler:
+    """While its context is open, looks every `interval` seconds at what the backends of a database wait for.
+
+    `counts`: of each wait event, as ``Lock/transactionid``, how many backends were seen in it, all samples together;
+    ``CPU`` are those that wait for nothing the server knows of. Only backends that have a statement or transaction
+    under way count, so ``Client/ClientRead`` is one that is idle in a transaction. `samples`: how often it looked.
+    A look takes about 0.3 ms of the server's time.
+    """
+
+    _QUERY = b"""
+        select coalesce(wait_event_type || '/' || wait_event, 'CPU'), count(*)
+        from pg_stat_activity
+        where datname = current_database() and backend_type = 'client backend' and state <> 'idle'
+            and application_name <> %s
+        group by 1
+    """
+
+    def __init__(self, database: Database, interval: float = 0.02) -> None:
+        self.counts: Counter[str] = Counter()
+        self.samples = 0
+        self._sampler = Sampler(database, self._look, interval)
+
+    def average(self, *wait_types: str) -> float:
+        """Return how many backends were waiting on average for events of these types, as ``Lock`` or ``LWLock``."""
+        seen = sum(count for event, count in self.counts.items() if event.partition("/")[0] in wait_types)
+        return seen / max(1, self.samples)
+
+    def _look(self, conn: Connection) -> None:
+        self.counts.update(dict(conn.execute(self._QUERY, [_LOOKING], prepare=True).fetchall()))
+        self.samples += 1
+
+    def __enter__(self) -> WaitSampler:
+        self._sampler.__enter__()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self._sampler.__exit__(exc_type, *rest)
+
+
+class MachineMeter:
+    """How busy all CPUs of this machine have been since its making, with whatever runs on it."""
+
+    def __init__(self) -> None:
+        self._before = self._ticks()
+
+    def busy(self) -> float | None:
+        """Return the share, from 0 to 1; None where the system does not tell."""
+        after = self._ticks()
+        if self._before is None or after is None or after[1] == self._before[1]:
+            return None
+        return (after[0] - self._before[0]) / (after[1] - self._before[1])
+
+    def _ticks(self) -> tuple[int, int] | None:
+        try:
+            line = Path("/proc/stat").read_text().partition("\n")[0]
+        except OSError:
+            return None
+        ticks = list(map(int, line.split()[1:9]))  # user nice system idle iowait irq softirq steal
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 # Figures

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -94,7 +95,8 @@ def bars(path: Path, *, title: str, y: str, groups: Mapping[str, Mapping[str, fl
             ]
             drawn = axes.bar([at for at, _ in places], [value for _, value in places], width, label=name, color=colour)
             axes.bar_label(drawn, [_number(value) for _, value in places], fontsize=9, padding=2)
-        axes.set_xticks(range(len(groups)), list(groups))
+        room = max(8, 80 // max(1, len(groups)))  # characters
+        axes.set_xticks(range(len(groups)), [fill(name, room, break_long_words=False) for name in groups], fontsize=10)
         _finish(path, figure, axes, len(names))
 
 

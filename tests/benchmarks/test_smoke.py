@@ -27,6 +27,7 @@ _TINY: dict[str, tuple[str, ...]] = {
         "--claims=3",
         "--batch=10",
     ),
+    "contention": ("--workers", "2", "--queues", "1", "3", "--count=300", "--seconds=0.05", "--concurrency=4"),
     "fanout": ("--children=20", "--concurrency=10"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "herd": ("--workers", "1", "3", "--inserts=3", "--gap=0.1"),
@@ -41,7 +42,7 @@ _TINY: dict[str, tuple[str, ...]] = {
         "--pause=0.01",
     ),
     "rescue": ("--count=400", "--concurrency=5"),
-    "throughput": ("--count=300", "--batch=100", "--profile=1"),
+    "throughput": ("--count=300", "--batch=100", "--profile=1", "--processes", "1", "2", "--batches=50"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),
 }
 

@@ -38,6 +38,29 @@ async def test_every_execution_finishes_once_and_keeps_its_result(conductor: Con
     assert query("select count(*) from pgconductor._private_orchestrators") == [(0,)]
 
 
+async def test_claims_are_counted_as_full_short_and_empty(conductor: Conductor) -> None:
+    """Claims that bring less than they asked for, and how long claims take, are how contention shows."""
+
+    @conductor.task(queue="q")
+    async def noop() -> None:
+        pass
+
+    async with conductor:
+        await noop.invoke_many([noop.bind() for _ in range(7)])
+        worker = conductor.create_worker(queue="q", tasks=[noop], concurrency=5, claim_batch=5)
+        orchestrator = Orchestrator(conductor, workers=[worker])
+        async with trio.open_nursery() as nursery:
+            await nursery.start(orchestrator.run)
+            with trio.fail_after(30):
+                while (counts := orchestrator.statistics().workers[0]).outcomes.get("completed", 0) < 7:
+                    await trio.sleep(0.01)
+            orchestrator.stop()
+    # Five of five, then two of five or less, then none.
+    assert (counts.claims - counts.empty_claims, counts.short_claims, counts.claimed) == (2, 1, 7)
+    assert len(counts.claim_seconds) == counts.claims
+    assert all(0 < seconds < 30 for seconds in counts.claim_seconds)
+
+
 async def test_a_failing_handler_is_tried_again_and_every_error_is_kept(conductor: Conductor, query: Any) -> None:
     """Attempts end at max_attempts with the state failed, whatever the retention is."""
 

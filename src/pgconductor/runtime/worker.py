@@ -70,7 +70,8 @@ class WorkerStatistics:
 
     Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was
     no longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
-    handler.
+    handler. `claim_seconds` are the latest claims that were answered, oldest first: from the call to its answer.
+    `short_claims` brought something, but less than was asked for.
     """
 
     queue: str
@@ -86,6 +87,8 @@ class WorkerStatistics:
     dropped: int
     pickups: tuple[float, ...]
     reactor: ReactorStatistics
+    short_claims: int
+    claim_seconds: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -96,11 +99,12 @@ class WorkerCounts:
     empty_claims: int = 0
     short_claims: int = 0
     locked_claims: int = 0
-    claim_seconds: float = 0.0
+    claiming_seconds: float = 0.0  # in all
     occupancy: Occupancy = field(default_factory=Occupancy)
     claimed: int = 0
     flushed: FlushCounts = field(default_factory=FlushCounts)
     pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
+    claim_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
 
 
 class Starts:
@@ -215,7 +219,8 @@ class Pipeline:
         return WorkerStatistics(
             self.worker.queue, self._running, len(self._stock), len(self._flusher.outcomes), counts.claims,
             counts.empty_claims, counts.claimed, flushed.flushes, dict(flushed.outcomes), flushed.fenced,
-            flushed.dropped, tuple(counts.pickups), self.reactor.statistics(),
+            flushed.dropped, tuple(counts.pickups), self.reactor.statistics(), counts.short_claims,
+            tuple(counts.claim_seconds),
         )  # fmt: skip
 
     def load(self, machine: Machine) -> WorkerLoad:
@@ -224,7 +229,7 @@ class Pipeline:
         return describe(
             self.worker.queue, machine, counts.flushed, claims=counts.claims, empty_claims=counts.empty_claims,
             short_claims=counts.short_claims, locked_claims=counts.locked_claims, claimed=counts.claimed,
-            busy_seconds=counts.occupancy.seconds(trio.current_time()), claim_seconds=counts.claim_seconds,
+            busy_seconds=counts.occupancy.seconds(trio.current_time()), claim_seconds=counts.claiming_seconds,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -482,7 +487,7 @@ class Pipeline:
         limit = max(1, min(room, self._max_claim))
         self.reactor.clear()
         failpoint("claim.before")
-        began = trio.current_time()
+        asked_at = trio.current_time()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim = await self._lease.attempt(
             link,
@@ -496,7 +501,8 @@ class Pipeline:
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
-        self._counts.claim_seconds += now - began
+        self._counts.claim_seconds.append(now - asked_at)
+        self._counts.claiming_seconds += now - asked_at
         notified = self.reactor.notifications - self._noted_notifications
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
@@ -507,8 +513,7 @@ class Pipeline:
                 self._counts.locked_claims += 1
             return True, due_in
         self._counts.claimed += len(claimed)
-        if len(claimed) < limit:
-            self._counts.short_claims += 1
+        self._counts.short_claims += len(claimed) < limit
         for item in claimed:
             held = Held(item, now)
             self._held[item.id] = held
