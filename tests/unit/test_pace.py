@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgconductor.runtime.pace import Linger, Prefetch
+from pgconductor.runtime.pace import Deference, Linger, Prefetch
 
 WAITS = st.floats(min_value=0.0, max_value=10.0)
 CLAIMS = st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 3000), st.booleans(), WAITS), max_size=60)
@@ -115,3 +115,18 @@ def test_the_looks_of_a_spell_become_rarer_and_end() -> None:
     assert abs(sum(looks) - Linger().period) < 1e-9
     assert looks[:-1] == sorted(looks[:-1])
     assert max(looks) <= Linger().longest_interval
+
+
+def test_who_came_too_late_lets_others_go_first_and_who_was_served_does_not() -> None:
+    """Ten workers would claim at the same instant for ever, or the only one that is free would always wait."""
+    deference = Deference(shortest=0.001, longest=0.01)
+    assert deference.delay == 0.0
+    waits: list[float] = []
+    for _ in range(6):
+        deference.note_claim(0)
+        waits.append(deference.delay)
+    assert waits == [0.001, 0.002, 0.004, 0.008, 0.01, 0.01]
+    while deference.delay:
+        before = deference.delay
+        deference.note_claim(1)
+        assert deference.delay <= before / 2

@@ -8,6 +8,11 @@ when an execution had waited in it for longer than `longest_wait`.
 producers notify it for nearly every insert; one that always lingered first would double the latency at light load. So
 the measured rate decides, with hysteresis. What is measured is what this worker sees of the queue: what it claims, and
 what it is notified of, since with ten workers each claims a tenth and all are notified.
+
+`Deference` thins the herd: all who sleep on a queue are notified, one gets what there is. Who came too late waits a
+little next time, so that the first has done before the others claim, and those compete neither for the rows nor for
+the CPU. Who got something waits half as long. One of them ends up claiming at once, and if it cannot, since it is full
+or busy, another one is first after `longest` at most (benchmarks/herd.py).
 """
 
 from __future__ import annotations
@@ -80,3 +85,19 @@ class Linger:
             yield min(interval, left)
             left -= interval
             interval = min(1.5 * interval, self.longest_interval)
+
+
+@dataclass(slots=True)
+class Deference:
+    """How long to wait, in seconds, between a notification and the claim."""
+
+    shortest: float = 0.001
+    longest: float = 0.01
+    delay: float = 0.0
+
+    def note_claim(self, count: int) -> None:
+        """A claim that followed a notification brought `count` executions."""
+        if count == 0:
+            self.delay = min(self.longest, max(self.shortest, 2 * self.delay))
+        else:
+            self.delay = self.delay / 2 if self.delay > self.shortest else 0.0

@@ -51,7 +51,7 @@ from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
 from .load import Machine, Occupancy, describe
-from .pace import Linger, Prefetch
+from .pace import Deference, Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
 
 logger = logging.getLogger("pgconductor.worker")
@@ -182,6 +182,8 @@ class Pipeline:
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
         self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
         self._linger = Linger()
+        self._deference = Deference()
+        self._is_rival = False  # others were notified as well, and the next claim tells who was first
         self._noted_notifications = 0
         self._limiter = trio.CapacityLimiter(worker.concurrency)
         self._max_claim = worker.claim_batch or _MAX_CLAIM
@@ -440,9 +442,12 @@ class Pipeline:
                     del self._reconcile_at[0]
                     await self._reconcile(link)
                     continue
+                before = self._counts.claimed
                 drained, due_in = await self._claim(link)
                 failures = 0
-                if drained:
+                if drained and self.reactor.is_watched and self._counts.claimed == before:
+                    await self._sleep(due_in)
+                elif drained:
                     await self._doze(link, due_in)
                 else:
                     await self.reactor.lower()  # there is more than we can take: others need not wake us
@@ -507,6 +512,9 @@ class Pipeline:
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
         self._prefetch.note_claim(asked=limit, got=len(claimed), ran_dry=len(self._idle_runners) > 0)
+        if self._is_rival:
+            self._is_rival = False
+            self._deference.note_claim(len(claimed))
         if not claimed:
             self._counts.empty_claims += 1
             if due_in is not None and due_in <= _LOCKED:
@@ -551,10 +559,18 @@ class Pipeline:
             if self._counts.claimed > before:
                 return
             if is_quiet:
-                await self.reactor.sleep(self._until_due(due_in))
+                await self._sleep(due_in)
                 return
             await self.reactor.sleep(due_in, at_most=nap)
             nap = min(2 * nap, 0.25)
+
+    async def _sleep(self, due_in: float | None) -> None:
+        """Sleep until there is something to do. What wakes all who sleep on the queue is left to the quickest."""
+        notified = self.reactor.notifications
+        await self.reactor.sleep(self._until_due(due_in))
+        self._is_rival = self.reactor.notifications > notified
+        if self._is_rival and self._deference.delay > 0:
+            await trio.sleep(self._deference.delay * self._rng.uniform(0.5, 1.0))
 
     def _until_due(self, due_in: float | None) -> float | None:
         """How long to sleep. Rows that somebody has locked ask us back in 10 ms; those that stay locked, by an open
