@@ -271,7 +271,7 @@ class ResultCodec(_JsonCodec, Generic[R]):
     comes back. The annotation `float` keeps it a float.
     """
 
-    __slots__ = ()
+    __slots__ = ("_has_kept_none",)
 
     def __init__(
         self, name: str, kind: Any, *, limits: Limits | None = None, kind_of_value: str = "result of task"
@@ -281,13 +281,18 @@ class ResultCodec(_JsonCodec, Generic[R]):
         what = f"the {kind_of_value} {name!r}"
         require_json_type(what, kind)
         super().__init__(what, kind, max_bytes=limits.result_bytes, depth=limits.depth)
+        self._has_kept_none = False  # most handlers return nothing, and that has been looked at once
 
     def encode(self, value: object) -> str:
         """Return `value` as JSON text (None is ``null``).
 
         Raises `InvalidPayload` if it does not fit the annotation or cannot be stored.
         """
-        return self._encode(value)
+        if value is None and self._has_kept_none:
+            return "null"
+        text = self._encode(value)
+        self._has_kept_none = self._has_kept_none or value is None
+        return text
 
     def decode(self, text: str) -> R:
         """Return the result as the annotated type. Raises `InvalidPayload` if the text does not fit it."""

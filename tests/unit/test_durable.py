@@ -40,7 +40,7 @@ from pgconductor.errors import (
     StepFailed,
 )
 from pgconductor.model import Outcome, Record
-from pgconductor.runtime.execution import Interruption, attempt
+from pgconductor.runtime.execution import Berth, Interruption, attempt
 from pgconductor.tasks import Task
 
 Clock = trio.testing.MockClock
@@ -195,7 +195,11 @@ async def run(
         return journal.durable
 
     ctx.attach(open_durable, inner)
-    outcome = await attempt(task, a_claim(attempt=attempt_no, timeout=timeout), "{}", ctx, limiter, rng, inner)
+    outcome: Outcome | None = None
+    with Berth() as berth:
+        outcome = await attempt(
+            task, a_claim(attempt=attempt_no, timeout=timeout), "{}", ctx, limiter, rng, inner, berth
+        )
     ctx.close()
     if journal.durable is not None:
         journal.durable.end(completed=outcome is not None and outcome.kind == "completed")

@@ -25,7 +25,7 @@ from pgconductor.errors import HandlerCancelled, NoRetry, RetryAfter, Snooze
 from pgconductor.handle import Handle, SyncHandle
 from pgconductor.model import Claimed, Outcome
 from pgconductor.retry import BackoffLike
-from pgconductor.runtime.execution import Interruption, attempt, cancelled, failed, released
+from pgconductor.runtime.execution import Berth, Interruption, attempt, cancelled, failed, released
 from pgconductor.tasks import Invocation, Task, Tasks
 
 R = TypeVar("R")
@@ -75,16 +75,19 @@ async def run(
     """One attempt of a handler, as the worker makes it."""
     task: Task[..., Any] = cast("Task[..., Any]", handler) if isinstance(handler, Task) else a_task(handler)
     ctx = Context(ID, 1, task=task.name, queue="default", resources={})
-    return await attempt(
-        task,
-        claimed or a_claim(),
-        payload,
-        ctx,
-        trio.CapacityLimiter(2),
-        random.Random(0),
-        interruption,
-        received_at,
-    )
+    with Berth() as berth:
+        return await attempt(
+            task,
+            claimed or a_claim(),
+            payload,
+            ctx,
+            trio.CapacityLimiter(2),
+            random.Random(0),
+            interruption or Interruption(),
+            berth,
+            received_at,
+        )
+    raise AssertionError("cancelled, and the scope was not left")
 
 
 def error_of(outcome: Outcome | None) -> dict[str, str]:
@@ -870,7 +873,8 @@ async def test_a_thread_that_has_not_begun_does_not_begin_after_it_was_abandoned
     seen: list[Outcome | None] = []
 
     async def runs() -> None:
-        seen.append(await attempt(task, a_claim(), "{}", ctx, limiter, random.Random(0), interruption))
+        with Berth() as berth:
+            seen.append(await attempt(task, a_claim(), "{}", ctx, limiter, random.Random(0), interruption, berth))
 
     limiter.acquire_on_behalf_of_nowait(interruption)
     async with trio.open_nursery() as nursery:

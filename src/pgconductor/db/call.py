@@ -17,11 +17,14 @@ Row: TypeAlias = tuple[Any, ...]  # what psycopg hands over, before `decode` giv
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One statement. `decode` gets all rows as tuples (none for a statement that returns nothing)."""
+    """One statement. `decode` gets all rows as tuples (none for a statement that returns nothing). `has_arrays`: some
+    parameters are those of `arrays`.
+    """
 
     query: bytes
     params: Sequence[object]
     decode: Callable[[list[Row]], T]
+    has_arrays: bool = False
 
 
 def ignore(rows: list[Row]) -> None:

@@ -42,6 +42,7 @@ from ..model import (
     StoredHistories,
     StoredHistory,
 )
+from . import arrays
 from .call import Call, Row, ignore
 
 
@@ -193,8 +194,8 @@ class WorkerRow(NamedTuple):
 
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
-        return Claim([], rows[0][12])
-    return Claim([Claimed._make(row[:12]) for row in rows], None)
+        return Claim([], rows[0][_WAITED])
+    return Claim(list(map(Claimed._make, rows)), None)
 
 
 def _last_as_tuple(row: Row) -> list[Any]:
@@ -202,7 +203,7 @@ def _last_as_tuple(row: Row) -> list[Any]:
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
-    return Claimed._make(rows[0][:12]) if rows else None
+    return Claimed._make(rows[0]) if rows else None
 
 
 def _signals(row: Sequence[Any]) -> Signals:
@@ -344,10 +345,11 @@ def _optional_boolean(rows: list[Row]) -> bool | None:
 _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
-    "claim": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, version, due_in from {s}.claim(%s, %s, %s::text[], %s, %s::text[]) /*claim*/",
+    # Of a row without an execution: when the next is due.
+    "claim": "select id, claim_no, task, attempt, max_attempts, payload, coalesce(waited, due_in), timeout,"
+    " deadline_in, backoff, parent_id, version from {s}.claim(%s, %s, %s::text[], %s, %s::text[]) /*claim*/",
     "claim_suspect": "select id, claim_no, task, attempt, max_attempts, payload, waited, timeout, deadline_in, backoff,"
-    " parent_id, version, due_in from {s}.claim_suspect(%s, %s, %s::text[], %s::text[]) /*claim_suspect*/",
+    " parent_id, version from {s}.claim_suspect(%s, %s, %s::text[], %s::text[]) /*claim_suspect*/",
     "load_payload": "select {s}.load_payload(%s, %s, %s)",
     "flush": "select id, status from {s}.flush(%s, %s::uuid[], %s::bigint[], %s::text[], %s::jsonb[],"
     " %s::jsonb[], %s::float8[], %s::float8[], %s) /*flush*/",
@@ -448,6 +450,9 @@ _QUERIES = {
 }
 
 
+_WAITED = Claimed._fields.index("waited")
+
+
 class Calls:
     """The verbs of one schema."""
 
@@ -493,8 +498,12 @@ class Calls:
 
         `has_family`: some of them may be children or have a history; False spares the database a look.
         """
-        columns = [list(column) for column in zip(*outcomes, strict=True)]
-        return Call(self._query["flush"], (owner, *columns, has_family), lambda rows: {row[0]: row[1] for row in rows})
+        ids, claim_nos, kinds, results, errors, delays, keeps = zip(*outcomes, strict=True)
+        params = (
+            owner, arrays.uuids(ids), arrays.int8s(claim_nos), arrays.texts(kinds), arrays.jsonbs(results),
+            arrays.jsonbs(errors), arrays.float8s(delays), arrays.float8s(keeps), has_family,
+        )  # fmt: skip
+        return Call(self._query["flush"], params, lambda rows: {row[0]: row[1] for row in rows}, has_arrays=True)
 
     def continue_as_new(self, owner: UUID, outcomes: Sequence[Outcome]) -> Call[dict[UUID, str]]:
         """Let executions begin a new life. Result: those that were not written now, with "cancelled", "open_children",

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from ..errors import LeaseLost, Misuse, Refused, SchemaMissing, SchemaTooNew
+from . import arrays
 from .call import Call
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ async def run(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
     """Execute `call` on an async connection."""
     with mapped_errors():
         async with psycopg.AsyncCursor(conn, row_factory=tuple_row) as cursor:
+            if call.has_arrays:
+                arrays.prepare(cursor.adapters)
             await cursor.execute(call.query, call.params)
             return call.decode(await cursor.fetchall() if cursor.description else [])
 
@@ -53,5 +56,7 @@ async def run(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
 def run_sync(conn: psycopg.Connection[Any], call: Call[T]) -> T:
     """Execute `call` on a sync connection."""
     with mapped_errors(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+        if call.has_arrays:
+            arrays.prepare(cursor.adapters)
         cursor.execute(call.query, call.params)
         return call.decode(cursor.fetchall() if cursor.description else [])

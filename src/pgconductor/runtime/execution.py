@@ -5,8 +5,8 @@ Three things are not: `KeyboardInterrupt` and `GeneratorExit` propagate (the exe
 and so does the `trio.Cancelled` of a scope outside. `SystemExit` is recorded as a failure, since a handler must not
 stop its worker, and so is a `trio.Cancelled` that belongs to no cancelled scope, which would otherwise end the process.
 
-Cancellation: an attempt runs in one scope, which its `Interruption` owns. Timeout, deadline, a requested cancellation
-and the worker's stop are that scope for an async handler. A plain ``def`` runs in a thread, which nobody can stop: it
+Cancellation: an attempt runs in one scope, its `Berth`'s. Timeout, deadline, a requested cancellation and the worker's
+stop are that scope for an async handler. It serves one attempt after the other, until one is cancelled. A plain ``def`` runs in a thread, which nobody can stop: it
 is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
 second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
 
@@ -29,7 +29,8 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any, Final, TypeVar
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 import trio
@@ -61,8 +62,44 @@ _NOTHING: Final = object()  # no value was returned
 T = TypeVar("T")
 
 
+class Berth:
+    """The cancel scope of a runner: attempts are made in it, one after the other, and it is left when one is cancelled.
+
+    To be entered by the task that makes them, as a context manager. A scope for each attempt costs 5 µs of the 12 that
+    an execution takes (benchmarks/throughput.py).
+    """
+
+    __slots__ = ("nurseries", "scope", "task")
+
+    def __enter__(self) -> Self:
+        self.task = trio.lowlevel.current_task()
+        self.nurseries = len(self.task.child_nurseries)  # that are not the handler's
+        self._open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        return bool(self.scope.__exit__(exc_type, error, traceback))
+
+    def _open(self) -> None:
+        self.scope = trio.CancelScope()
+        self.scope.__enter__()
+
+    def renew(self, error: BaseException | None = None) -> bool:
+        """Leave the scope, by `error` if something was raised, and enter a new one. Returns whether all of it was the
+        scope's cancellation; raises what is left of a group without that.
+        """
+        scope = self.scope
+        try:
+            return self.__exit__(None if error is None else type(error), error, error and error.__traceback__)
+        finally:
+            if self.scope is scope:
+                self._open()
+
+
 class Interruption:
-    """What one running execution is asked to do, and the cancel scope of its attempt.
+    """What one running execution is asked to do: its attempt's side of the scope that it shares with those before it.
 
     The worker makes one for each and calls its methods from Trio's thread, before the attempt begins, while it runs, or
     after it ended, when they change nothing. The context asks it from any thread.
@@ -81,13 +118,30 @@ class Interruption:
     _is_expired = False  # the time of a plain def is up
     _has_thread = False  # the scope is for abandoning it only
     was_told = False  # the handler asked, and was told to end
-    _task: trio.lowlevel.Task | None = None  # that runs an async handler
+    _task: trio.lowlevel.Task | None = None  # that runs an async handler, or does what the thread asks
     _nurseries = 0  # of that task, when the handler began
+    _berth: Berth
     drains: Callable[[], bool] | None = None  # whether the worker stops
     _desk: ThreadDesk | None = None  # where the thread of a plain def has its operations done
+    # Of the attempt while it runs; later only if it was cancelled, when it serves nobody else.
+    _scope: trio.CancelScope | None = None
 
-    def __init__(self) -> None:
-        self._scope = trio.CancelScope()
+    def begin(self, berth: Berth) -> None:
+        """The attempt begins, in that berth's scope."""
+        self._berth = berth
+        self._scope = berth.scope
+
+    def end(self) -> None:
+        """The attempt has ended: from now on nothing is cancelled."""
+        scope, berth = self._scope, self._berth
+        if scope is not berth.scope:
+            return  # cancelled, and left
+        if scope.cancel_called:
+            berth.renew()
+        else:
+            if scope.deadline != math.inf:
+                scope.deadline = math.inf
+            self._scope = None
 
     def cancel(self, reason: str | None = None) -> None:
         """A cancellation of the execution was requested. Idempotent; the first reason stays."""
@@ -108,7 +162,7 @@ class Interruption:
     def abandon(self) -> None:
         """The lease is lost, or the process ends: as `stop`, but the thread of a plain ``def`` is not waited for."""
         self.is_stopping = self.is_abandoned = True
-        self._scope.cancel()
+        self._cancel_scope()
         if self._desk is not None:
             self._desk.leave_thread()
 
@@ -118,7 +172,7 @@ class Interruption:
     def is_unwinding(self) -> bool:
         """Whether the handler has been asked to end, for whatever reason."""
         return (
-            self.is_requested or self.is_stopping or self.is_suspended or self._is_expired or self._scope.cancel_called
+            self.is_requested or self.is_stopping or self.is_suspended or self._is_expired or self._is_scope_cancelled()
         )
 
     @property
@@ -152,10 +206,11 @@ class Interruption:
         """The execution begins a new life when its handler, which is cancelled, has ended."""
         if not self.is_requested and not self.is_stopping:
             self.continuation = f'{{"payload": {payload}, "version": {_encode(version).decode()}}}'
-        self._scope.cancel()
+        self._cancel_scope()
 
     def locate(self) -> Place:
         """Where the current task is, seen from the attempt's scope."""
+        assert self._scope is not None  # a context whose handler has ended does not ask
         return locate(self._scope)
 
     async def run_sync(self, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
@@ -164,9 +219,17 @@ class Interruption:
             return await self._desk.run(call)
         return await trio.to_thread.run_sync(call, limiter=limiter)
 
+    def _cancel_scope(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _is_scope_cancelled(self) -> bool:
+        scope = self._scope  # a thread may ask while the attempt ends
+        return scope is not None and scope.cancel_called
+
     def _ask(self) -> None:
         if not self._has_thread:
-            self._scope.cancel()
+            self._cancel_scope()
         elif self._desk is not None:
             self._desk.cancel()
 
@@ -209,7 +272,7 @@ class Interruption:
 
     def _is_scope_over(self) -> bool:
         try:
-            return self._scope.cancel_called  # looks at Trio's clock
+            return self._is_scope_cancelled()  # looks at Trio's clock
         except RuntimeError:
             pass  # a thread that the async handler started
         try:
@@ -225,15 +288,21 @@ class Interruption:
         """Whether the attempt ran out of time; of a plain ``def``, whether it also knows."""
         if self._has_thread:
             return self._is_expired and self.was_told
-        return self._scope.cancel_called
+        return self._is_scope_cancelled()
 
     async def load(self, loader: Callable[[], Awaitable[str | None]]) -> str | None:
         """Return what `loader` does, None if it is interrupted; raises what it raises."""
-        loaded: str | None = None
-        with self._scope:
-            loaded = await loader()
-        self._scope = trio.CancelScope()  # one serves but once
-        return loaded
+        try:
+            return await loader()
+        except BaseException as raised:
+            if not self._leave(raised):
+                raise
+        return None
+
+    def _leave(self, raised: BaseException) -> bool:
+        """Whether what was raised is the cancellation of the scope, and no more; raises what is left of a group."""
+        assert self._scope is not None
+        return self._scope.cancel_called and self._berth.renew(raised)
 
     def note_task(self) -> None:
         """The current task is the handler's, or does for its thread what it asks."""
@@ -242,14 +311,15 @@ class Interruption:
 
     async def run(self, handler: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
         """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
+        berth = self._berth
         if timeout is not None:
-            self._scope.deadline = trio.current_time() + timeout
-        self.note_task()
-        with self._scope:
-            try:
-                return await handler()
-            except BaseException as raised:
-                self.unwound = raised
+            berth.scope.deadline = trio.current_time() + timeout
+        self._task, self._nurseries = berth.task, berth.nurseries
+        try:
+            return await handler()
+        except BaseException as raised:
+            self.unwound = raised
+            if not self._leave(raised):
                 raise
         return _NOTHING
 
@@ -262,7 +332,7 @@ class Interruption:
         value: Any = _NOTHING
         error: BaseException | None = None
         is_over = False
-        with self._scope:
+        try:
             async with trio.open_nursery() as nursery:
                 self._desk = desk = ThreadDesk(self, nursery)
                 if timeout is not None:
@@ -276,6 +346,9 @@ class Interruption:
                     self.is_abandoned = self.is_abandoned or not is_over
                     desk.close()
                 nursery.cancel_scope.cancel()
+        except BaseException as raised:
+            if not self._leave(raised):
+                raise
         if error is not None:
             try:
                 raise error
@@ -309,76 +382,80 @@ async def attempt(
     ctx: Context,
     limiter: trio.CapacityLimiter,
     rng: random.Random,
-    interruption: Interruption | None = None,
+    inner: Interruption,
+    berth: Berth,
     received_at: float | None = None,
 ) -> Outcome | None:
     """Run the handler once and return how it ended; None if its thread was abandoned and may run on.
 
-    `payload`: JSON text, or a function that loads it, and answers None if the execution is no longer ours.
-    `interruption`: by which the worker reaches the handler, used for this attempt only. `received_at`: Trio's time at
-    which the claim's answer came, from which ``claimed.deadline_in`` counts.
+    `payload`: JSON text, or a function that loads it, and answers None if the execution is no longer ours. `inner`: by
+    which the worker reaches the handler, used for this attempt only. `berth`: in which the caller's task is. `received_at`:
+    Trio's time at which the claim's answer came, from which ``claimed.deadline_in`` counts.
 
     Raises `trio.Cancelled` if a scope outside is cancelled, alone or in a group, `KeyboardInterrupt`, and what the
     loading raises.
     """
-    inner = Interruption() if interruption is None else interruption
-    deadline_at: float | None = None
-    if claimed.deadline_in is not None:
-        deadline_at = (trio.current_time() if received_at is None else received_at) + claimed.deadline_in
-    if not isinstance(payload, str):
-        loaded = await inner.load(payload)
-        if loaded is None:
-            return _unstarted(task, claimed, inner) or released(task, claimed)
-        payload = loaded
-    if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
-        return outcome
-    timeout = task.timeout if claimed.timeout is None else claimed.timeout
-    remaining: float | None = None
-    if deadline_at is not None:
-        remaining = deadline_at - trio.current_time()
-        if remaining <= 0.0:
-            return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
+    inner.begin(berth)
     try:
-        kwargs = task.decode(payload)
-    except (InvalidPayload, InvalidTask) as misfit:
-        return failed(task, claimed, misfit)  # what does not fit now will not fit later
-    except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
-        return retried_or_failed(task, claimed, raised, rng, remaining)
+        deadline_at: float | None = None
+        if claimed.deadline_in is not None:
+            deadline_at = (trio.current_time() if received_at is None else received_at) + claimed.deadline_in
+        if not isinstance(payload, str):
+            loaded = await inner.load(payload)
+            if loaded is None:
+                return _unstarted(task, claimed, inner) or released(task, claimed)
+            payload = loaded
+        if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
+            return outcome
+        timeout = task.timeout if claimed.timeout is None else claimed.timeout
+        remaining: float | None = None
+        if deadline_at is not None:
+            remaining = deadline_at - trio.current_time()
+            if remaining <= 0.0:
+                return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
+        try:
+            kwargs = task.decode(payload)
+        except (InvalidPayload, InvalidTask) as misfit:
+            return failed(task, claimed, misfit)  # what does not fit now will not fit later
+        except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
+            return retried_or_failed(task, claimed, raised, rng, remaining)
 
-    is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
-    limit = remaining if is_by_deadline else timeout
-    ctx.watch(inner)
-    call = functools.partial(task.call, ctx, kwargs)
-    value: Any = _NOTHING
-    error: BaseException | None = None
-    try:
-        value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
-    except BaseException as raised:
-        error = _as_data(raised)
-        if error is None:
-            raise
-        if trio.current_effective_deadline() == -math.inf:
-            inner.is_stopping = True  # a scope outside is cancelled
-    try:
-        if inner.continuation is not None:
-            _log_ignored(task, claimed, value, error, "was to begin anew")
-            return continued(task, claimed, inner.continuation)
-        if inner.is_suspended:
-            _log_ignored(task, claimed, value, error, "was to wait")
-            return waiting(task, claimed, inner.awaited)
-        if value is not _NOTHING:
-            return _completed(task, claimed, value, inner)
-        if inner.is_body_running:
-            return None
-        remaining = None if deadline_at is None else deadline_at - trio.current_time()
-        if inner.is_expired and not inner.is_requested and not inner.is_stopping:
-            error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
-        return _not_completed(task, claimed, error, inner, rng, remaining)
+        is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
+        limit = remaining if is_by_deadline else timeout
+        ctx.watch(inner)
+        call = functools.partial(task.call, ctx, kwargs)
+        value: Any = _NOTHING
+        error: BaseException | None = None
+        try:
+            value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
+        except BaseException as raised:
+            error = _as_data(raised)
+            if error is None:
+                raise
+            if trio.current_effective_deadline() == -math.inf:
+                inner.is_stopping = True  # a scope outside is cancelled
+        try:
+            if inner.continuation is not None:
+                _log_ignored(task, claimed, value, error, "was to begin anew")
+                return continued(task, claimed, inner.continuation)
+            if inner.is_suspended:
+                _log_ignored(task, claimed, value, error, "was to wait")
+                return waiting(task, claimed, inner.awaited)
+            if value is not _NOTHING:
+                return _completed(task, claimed, value, inner)
+            if inner.is_body_running:
+                return None
+            remaining = None if deadline_at is None else deadline_at - trio.current_time()
+            if inner.is_expired and not inner.is_requested and not inner.is_stopping:
+                error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
+            return _not_completed(task, claimed, error, inner, rng, remaining)
+        finally:
+            # They hold this frame, and it them.
+            del error
+            if inner.unwound is not None:
+                inner.unwound = None
     finally:
-        # They hold this frame, and it them.
-        del error
-        if inner.unwound is not None:
-            inner.unwound = None
+        inner.end()
 
 
 def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Interruption) -> Outcome:

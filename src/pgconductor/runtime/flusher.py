@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,20 +43,21 @@ logger = logging.getLogger("pgconductor.worker")
 
 MAX_FLUSH = 1000
 _ENDS = ("completed", "failed", "cancelled")
-_INSTEAD = ("cancelled", "open_children")  # answers to who wants to begin a new life
+_INSTEAD = frozenset(("cancelled", "open_children"))  # answers to who wants to begin a new life
 
 
 @dataclass(slots=True, eq=False)
 class Held:
     """A claimed execution. `received_at`: Trio's time at which it came, for how long it waited here.
 
-    `interruption` is there from its start on; `is_running` until its handler has ended. `is_ours` ends if it was not
+    `interruption` is there while its handler runs, and while its thread does. `is_ours` ends if it was not
     handed over in a succession. `suspected` is there if it is on its last life, and set when it has ended.
     """
 
     claimed: Claimed
     received_at: float
     interruption: Interruption | None = None
+    has_begun: bool = False
     is_running: bool = False
     suspected: trio.Event | None = None
     is_ours: bool = True
@@ -227,9 +229,9 @@ class Flusher:
             return
         # Whoever came meanwhile is behind them.
         del self.outcomes[: len(batch)]
-        if instead := [self._instead(o, refused[o.id]) for o in batch if refused.get(o.id) in _INSTEAD]:
+        if not _INSTEAD.isdisjoint(refused.values()):
+            self.outcomes += [self._instead(o, refused[o.id]) for o in batch if refused.get(o.id) in _INSTEAD]
             batch = [outcome for outcome in batch if refused.get(outcome.id) not in _INSTEAD]
-            self.outcomes += instead
         has_left = False
         for outcome in batch:
             held = self.held.pop(outcome.id, None)
@@ -306,8 +308,11 @@ class Flusher:
 
     def _count(self, batch: list[Outcome], refused: Mapping[UUID, str]) -> None:
         counts = self._counts.outcomes
-        for outcome in batch:
-            status = refused.get(outcome.id) if refused else None
+        if not refused:
+            for kind, count in Counter([outcome.kind for outcome in batch]).items():
+                counts[kind] = counts.get(kind, 0) + count
+        for outcome in batch if refused else ():
+            status = refused.get(outcome.id)
             if status == "fenced" or (status == "gone" and outcome.id not in self._in_doubt):
                 self._counts.fenced += 1
             else:

@@ -22,6 +22,7 @@ written, lapse.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import random
 from collections import deque
@@ -44,7 +45,7 @@ from ..invocations import child_row
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
 from .errands import Errands
-from .execution import Interruption, attempt, cancelled, released
+from .execution import Berth, Interruption, attempt, cancelled, released
 from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
 from .journal import ExecutionJournal, Journal
 from .lease import Lease
@@ -58,6 +59,7 @@ _MAX_CLAIM = 1000
 _MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
 _CLAIM_TIMEOUT = 5.0
+_SLICE = 0.001  # seconds after which a runner lets others have a turn, though its handlers never wait
 _LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
@@ -118,6 +120,30 @@ class Surroundings:
     last_words: float
     transactions: Transactions | None = None
     thread_transactions: Transactions | None = None
+
+
+class _PristineContext:
+    """The context variables of a runner's task as they were when it began, so that none leaks from one execution to
+    the next. To be made and used by that task.
+    """
+
+    def __init__(self) -> None:
+        self._task = trio.lowlevel.current_task()
+        self._pristine = contextvars.copy_context()
+        self._items = list(self._pristine.items())
+
+    def was_changed(self) -> bool:
+        """Whether a variable has been set: to something else, or for the first time."""
+        current = contextvars.copy_context()
+        if not self._items:
+            return len(current) > 0
+        return len(current) != len(self._items) or any(
+            current.get(name, self) is not value for name, value in self._items
+        )
+
+    def restore(self) -> None:
+        """Let the task have a fresh copy from its next switch on."""
+        self._task.context = self._pristine.copy()
 
 
 class Pipeline:
@@ -221,9 +247,9 @@ class Pipeline:
             held = self._held.get(execution)
             if held is None or held.claimed.claim_no != claim_no:
                 continue
-            if held.interruption is None:
+            if not held.has_begun:
                 has_unstarted = True
-            elif not held.interruption.is_requested:
+            elif held.interruption is not None and not held.interruption.is_requested:
                 failpoint("cancel.signalled")
                 held.interruption.cancel(reason)
                 told.append(held)
@@ -307,7 +333,7 @@ class Pipeline:
 
     def return_suspect(self, held: Held) -> None:
         """Give it back, unless it has begun or is given back already."""
-        if held.interruption is None and held.suspected is not None and not held.suspected.is_set():
+        if not held.has_begun and held.suspected is not None and not held.suspected.is_set():
             if held in self._stock:
                 self._stock.remove(held)
             self._end_unstarted(held)
@@ -542,54 +568,59 @@ class Pipeline:
     # Executing
 
     async def _run_executions(self, link: Link) -> None:
-        runner = trio.lowlevel.current_task()
-        blank = runner.context
-        while True:
-            if (
-                not self._stock
-                or self._is_stopping  # a claim that was in flight then goes back
-                or (self._starts.is_held and self._stock[0].suspected is None)
-            ):
-                self._note_idle()
-                self._note_room()
-                if self._is_stopping and not self._stock:
-                    self._runners -= 1
-                    if self._runners == 0:
-                        self._watching.cancel()
-                    return
-                await self._idle_runners.park()
-                continue
-            if not self._lease.is_held():
-                await trio.sleep_forever()  # the lease's scope ends us
-            held = self._stock.popleft()
-            held.interruption = Interruption()
-            held.is_running = True
-            outcome: Outcome | None = None
-            if not self._room.is_set():
-                self._note_room()
-            now = trio.current_time()
-            self._prefetch.note_start(now - held.received_at)
-            self._counts.pickups.append(held.claimed.waited + now - held.received_at)
-            # Each in a fresh context, so that no context variable leaks from one to the next. It counts from the next
-            # switch on.
-            runner.context = blank.copy()
-            self._running += 1
-            try:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                failpoint("handler.before")
-                outcome = await self._run_one(held, link, held.interruption)
-                failpoint("handler.after")
-            except BaseException:
-                # Not data: the worker's own cancellation, or the user's Ctrl-C.
-                if not held.interruption.is_body_running:
-                    outcome = released(self._handlers.of(held.claimed), held.claimed)
-                raise
-            finally:
-                self._running -= 1
-                held.is_running = False
-                self._end(held, outcome)
+        with Berth() as berth:
+            context = _PristineContext()
+            slice_ends = trio.current_time() + _SLICE
+            while True:
+                if (
+                    not self._stock
+                    or self._is_stopping  # a claim that was in flight then goes back
+                    or (self._starts.is_held and self._stock[0].suspected is None)
+                ):
+                    self._note_idle()
+                    self._note_room()
+                    if self._is_stopping and not self._stock:
+                        self._runners -= 1
+                        if self._runners == 0:
+                            self._watching.cancel()
+                        return
+                    await self._idle_runners.park()
+                    slice_ends = trio.current_time() + _SLICE
+                    continue
+                if not self._lease.is_held():
+                    await trio.sleep_forever()  # the lease's scope ends us
+                held = self._stock.popleft()
+                interruption = held.interruption = Interruption()
+                held.has_begun = held.is_running = True
+                outcome: Outcome | None = None
+                if not self._room.is_set():
+                    self._note_room()
+                now = trio.current_time()
+                self._prefetch.note_start(now - held.received_at)
+                self._counts.pickups.append(held.claimed.waited + now - held.received_at)
+                self._running += 1
+                try:
+                    # A switch of tasks costs as much as a short handler: not between any two (benchmarks/throughput.py).
+                    if now >= slice_ends or context.was_changed():
+                        context.restore()
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                        slice_ends = trio.current_time() + _SLICE
+                    failpoint("handler.before")
+                    outcome = await self._run_one(held, link, interruption, berth)
+                    failpoint("handler.after")
+                except BaseException:
+                    # Not data: the worker's own cancellation, or the user's Ctrl-C.
+                    if not interruption.is_body_running:
+                        outcome = released(self._handlers.of(held.claimed), held.claimed)
+                    raise
+                finally:
+                    self._running -= 1
+                    held.is_running = False
+                    if not interruption.is_body_running:
+                        held.interruption = None  # thousands wait to be flushed: what they need not keep is not kept
+                    self._end(held, outcome)
 
-    async def _run_one(self, held: Held, link: Link, interruption: Interruption) -> Outcome | None:
+    async def _run_one(self, held: Held, link: Link, interruption: Interruption, berth: Berth) -> Outcome | None:
         claimed = held.claimed
         task = self._handlers.of(claimed)
         ctx = Context(
@@ -600,7 +631,7 @@ class Pipeline:
         outcome: Outcome | None = None
         try:
             outcome = await attempt(
-                task, claimed, payload, ctx, self._limiter, self._rng, interruption, held.received_at
+                task, claimed, payload, ctx, self._limiter, self._rng, interruption, berth, held.received_at
             )
         finally:
             durable = self._durables.pop(claimed.id, None) if self._durables else None
