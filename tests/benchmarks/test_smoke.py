@@ -17,6 +17,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _TINY: dict[str, tuple[str, ...]] = {
     "backlog": ("--queues=3", "--backlog=200", "--claims=3", "--batch=10"),
     "fanout": ("--children=20", "--concurrency=10"),
+    "peers.drain": ("--peers", "pgconductor", "unkept", "bare", "--jobs=300", "--processes", "1", "2"),
+    "peers.latency": ("--peers", "pgconductor", "--fast=5", "--slow=2", "--slow-gap=0.1"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "notify_tax": ("--producers=2", "--seconds=0.05", "--pause=0.01"),
     "rescue": ("--count=400", "--concurrency=5"),
@@ -26,7 +28,7 @@ _TINY: dict[str, tuple[str, ...]] = {
 }
 
 _ELSEWHERE = {"failover", "chaos"}  # the code of tests/failover; below
-_FOLDERS = {"peers.steps"}
+_FOLDERS = {"peers.drain", "peers.latency", "peers.steps"}
 
 
 def _run(name: str, *arguments: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
