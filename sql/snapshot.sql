@@ -3,6 +3,8 @@
 
 type _private_invoke_options as (max_attempts integer, timeout interval, deadline_at timestamp with time zone, tags text[], backoff jsonb)
 
+type _private_load as (at timestamp with time zone, claims bigint, empty_claims bigint, short_claims bigint, locked_claims bigint, claimed bigint, ended bigint, busy_seconds double precision, claim_seconds double precision, flush_seconds double precision, cpu_seconds double precision, machine_load double precision, inserted bigint, deleted bigint)
+
 type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'completed', 'failed', 'cancelled')
 
 sequence _private_events_id_seq as bigint
@@ -462,6 +464,9 @@ table _private_workers
     queue text not null
     tasks text[] not null
     concurrency integer not null
+    load _private_load
+    next_load _private_load
+    former_load _private_load
     constraint _private_workers_orchestrator_id_fkey FOREIGN KEY (orchestrator_id) REFERENCES _private_orchestrators(id) ON DELETE CASCADE
     constraint _private_workers_pkey PRIMARY KEY (orchestrator_id, queue)
 
@@ -481,6 +486,16 @@ view _private_records
     event_id bigint
     value jsonb
     error jsonb
+
+view autoscaling
+    queue text
+    ready bigint
+    oldest_ready double precision
+    running bigint
+    workers bigint
+    capacity bigint
+    busy double precision
+    wanted_capacity bigint
 
 view execution_status
     id uuid
@@ -542,11 +557,13 @@ function _private_check_version(p_schema_version integer) returns void language 
 function _private_clock() returns timestamp with time zone language sql parallel safe
 function _private_control_channel(p_owner uuid) returns text language sql immutable parallel safe strict
 function _private_define_partition(p_no integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_depth(p_no integer, p_queue text, p_tasks text[], p_limit integer, p_now timestamp with time zone) returns TABLE(ready bigint, oldest timestamp with time zone, running bigint, looked bigint, unserved bigint, unserved_tasks text[]) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set enable_bitmapscan=off set jit=off
 function _private_doctor() returns jsonb language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_empty_slot(p_no integer, p_must_check boolean, p_now timestamp with time zone, p_wait boolean) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set lock_timeout=100ms
 function _private_end(p_no integer, p_ids uuid[], p_state text, p_reason text, p_now timestamp with time zone) returns TABLE(id uuid, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_errands_channel() returns text language sql immutable parallel safe
 function _private_expiry_slot(p_keep double precision, p_now timestamp with time zone) returns integer language sql stable set search_path=pg_catalog, pg_temp
+function _private_finish_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_keeps double precision[]) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_first_id(p_at timestamp with time zone) returns uuid language sql immutable parallel safe strict
 function _private_flush_0(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp set plan_cache_mode=force_generic_plan set enable_seqscan=off set jit=off set enable_hashjoin=off set enable_mergejoin=off
 function _private_flush_partition(p_queue_no integer, p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_delays double precision[], p_keeps double precision[], p_crashes integer) returns TABLE(id uuid, is_ended boolean, requeued_queue text, parent_id uuid) language plpgsql set search_path=pg_catalog, pg_temp
@@ -576,12 +593,14 @@ function _private_kind_operator() returns text language sql immutable
 function _private_kind_producer() returns text language sql immutable
 function _private_kind_viewer() returns text language sql immutable
 function _private_kind_worker() returns text language sql immutable
+function _private_loaded_queues() returns SETOF text language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_lock_executions(p_ids uuid[], p_wait boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
 function _private_may_cancel_all() returns boolean language sql stable
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function _private_note_loads(p_id uuid, p_loads jsonb, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
@@ -624,7 +643,7 @@ function flush(p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text
 function fork(p_id uuid, p_from_step text) returns TABLE(id uuid, task text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function grant_role(p_kind text, p_role text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function granted_roles() returns TABLE(kind text, role text) language sql stable set search_path=pg_catalog, pg_temp
-function heartbeat(p_id uuid, p_lease double precision) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
+function heartbeat(p_id uuid, p_lease double precision, p_loads jsonb DEFAULT NULL::jsonb) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function hold_session(p_id uuid) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke(task text, payload jsonb DEFAULT '{}'::jsonb, queue text DEFAULT NULL::text, priority integer DEFAULT 0, run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, delay interval DEFAULT NULL::interval, dedupe_key text DEFAULT NULL::text, timeout interval DEFAULT NULL::interval, deadline timestamp with time zone DEFAULT NULL::timestamp with time zone, max_attempts integer DEFAULT NULL::integer, tags text[] DEFAULT NULL::text[], backoff jsonb DEFAULT NULL::jsonb) returns uuid language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function invoke_many(p_tasks text[], p_payloads jsonb[], p_queues text[] DEFAULT NULL::text[], p_priorities integer[] DEFAULT NULL::integer[], p_run_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], p_delays double precision[] DEFAULT NULL::double precision[], p_dedupe_keys text[] DEFAULT NULL::text[], p_options jsonb[] DEFAULT NULL::jsonb[]) returns TABLE("position" integer, id uuid, created boolean) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
@@ -637,6 +656,7 @@ function open_channel(p_owner uuid, p_id uuid, p_claim_no bigint, p_name text, p
 function orchestrator_status() returns TABLE(id uuid, name text, program_version text, alive boolean, started_at timestamp with time zone, heartbeat_age double precision, queues text[], stop_requested boolean) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function progress(p_ids uuid[]) returns TABLE(id uuid, progress text) language plpgsql stable SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function publish_queues() returns integer language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set lock_timeout=1s
+function queue_load(p_queue text DEFAULT NULL::text, p_limit integer DEFAULT 10000) returns TABLE(queue text, registered boolean, at timestamp with time zone, ready bigint, ready_is_capped boolean, oldest_ready double precision, running bigint, unserved bigint, looked bigint, tasks_without_worker text[], workers bigint, capacity bigint, reporting bigint, reporting_capacity bigint, seconds double precision, busy double precision, claims bigint, empty_claims bigint, short_claims bigint, locked_claims bigint, claimed bigint, claim_seconds double precision, claim_share double precision, flush_share double precision, cpu double precision, machine_load double precision, claimed_rate double precision, ended_rate double precision, arrivals double precision, departures double precision, inserted bigint, deleted bigint, wanted_capacity bigint) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function queue_status() returns TABLE(queue text, registered boolean, scheduled bigint, ready bigint, running bigint, waiting bigint, completed bigint, failed bigint, cancelled bigint, workers bigint, oldest_ready double precision, tasks_without_worker text[]) language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function raise_sleep_flag(p_queue text, p_raise boolean) returns boolean language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp
 function read_channel(p_id uuid, p_name text, p_after bigint DEFAULT 0, p_limit integer DEFAULT 100) returns TABLE(state text, seq bigint, value text) language plpgsql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

@@ -23,7 +23,7 @@ begin
             or (p.proname, p.pronargs) = ('flush', 8)
             or p.proname ~ '^(_private_flush_\d+|_private_flush_partition)$' and pg_get_function_result(p.oid) !~ 'parent_id'
             or p.proname ~ '^(claim|claim_suspect|_private_claim_\d+)$' and pg_get_function_result(p.oid) !~ 'version'
-            or (p.proname, p.pronargs) = ('drain_wait', 3)
+            or (p.proname, p.pronargs) in (('drain_wait', 3), ('heartbeat', 2))
             or p.proname = 'signals' and pg_get_function_result(p.oid) !~ 'errands'
             or p.proname = '_private_end' and pg_get_function_result(p.oid) !~ 'parent_id'
             or p.proname = 'orchestrator_status' and pg_get_function_result(p.oid) !~ 'stop_requested')

@@ -84,6 +84,14 @@ begin
     -- An id that was made up may name a partition that is not there.
     v_nos := array(select n.no from (select distinct @schema@._private_queue_no(i) as no from unnest(p_ids) as i) n
         where n.no = 0 or exists (select from @schema@._private_queues q where q.no = n.no) order by 1);
+    if not p_family and cardinality(v_nos) = 1 then
+        execute format('select @schema@.%I($1, $2, $3, $4, $5, $6, $7)', '_private_finish_' || v_nos[1])
+            into v_ended using p_owner, p_ids, p_claim_nos, p_outcomes, p_results, p_errors, p_keeps;
+        v_written := v_ended;
+        if cardinality(v_written) = cardinality(p_ids) then
+            v_nos := '{}';
+        end if;
+    end if;
     foreach v_no in array v_nos loop
         if cardinality(v_nos) = 1 then
             select coalesce(array_agg(f.id) filter (where f.id is not null), '{}'), coalesce(array_agg(f.id) filter (where f.is_ended), '{}'),

@@ -25,8 +25,9 @@ end $$;
 
 -- Renew a lease by p_lease seconds. False: declared dead, or expired (which nobody revives), or the server was
 -- restarted or another one promoted since registration, so that claims committed asynchronously may be lost. The
--- caller must stop what it holds and register anew.
-create or replace function @schema@.heartbeat(p_id uuid, p_lease double precision) returns boolean
+-- caller must stop what it holds and register anew. p_loads: what its workers have done so far (18_load.sql). Locks: the
+-- orchestrator's row, then its workers'.
+create or replace function @schema@.heartbeat(p_id uuid, p_lease double precision, p_loads jsonb default null) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $$
@@ -36,7 +37,13 @@ begin
     perform set_config('synchronous_commit', 'off', true);
     update @schema@._private_orchestrators set heartbeat_at = v_now, expires_at = v_now + make_interval(secs => p_lease)
     where id = p_id and died_at is null and expires_at > v_now and server_epoch = @schema@._private_server_epoch();
-    return found;
+    if not found then
+        return false;
+    end if;
+    if p_loads is not null then
+        perform @schema@._private_note_loads(p_id, p_loads, v_now);
+    end if;
+    return true;
 end $$;
 
 -- Hold the session lock of an orchestrator for as long as the calling session lives, and say so in its row: others may
@@ -133,8 +140,8 @@ begin
     select p_new, name, program_version, schema_version, @schema@._private_server_epoch(), v_now, v_now,
         v_now + make_interval(secs => p_lease), stop_requested_at
     from @schema@._private_orchestrators where id = p_old;
-    insert into @schema@._private_workers (orchestrator_id, queue, tasks, concurrency)
-    select p_new, queue, tasks, concurrency from @schema@._private_workers where orchestrator_id = p_old;
+    insert into @schema@._private_workers (orchestrator_id, queue, tasks, concurrency, load, next_load, former_load)
+    select p_new, queue, tasks, concurrency, load, next_load, former_load from @schema@._private_workers where orchestrator_id = p_old;
     for v_no in select no from @schema@._private_queues where name = any (v_queues) union all select 0 order by 1 loop
         -- First the locks, in the order of ids, then a new look: somebody may be asking for a cancellation.
         execute format('select from @schema@.%I where id = any ($1) and owner = $2 order by id for update', '_private_queue_' || v_no)

@@ -158,6 +158,61 @@ begin
 end $body$
     $template$, '{no}', p_no::text);
     execute replace($template$
+-- What most outcomes need, and less than the half of what flush does: of these claims, end those that have no history and no
+-- parent and were not asked to be cancelled. Returns their ids; the rest is left to flush. Tokens, arrays and locks as there
+-- (benchmarks/throughput.py).
+create or replace function @schema@._private_finish_{no}(
+    p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_keeps double precision[]
+) returns uuid[]
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+    set jit = off
+    set enable_hashjoin = off
+    set enable_mergejoin = off
+as $body$
+#variable_conflict use_column
+declare
+    v_now constant timestamptz := @schema@._private_clock();
+    v_ids uuid[];
+begin
+    with o as materialized (
+        select * from unnest(p_ids, p_claim_nos, p_outcomes, p_results, p_errors, p_keeps) as o (id, claim_no, outcome, result, error, keep)
+        where o.outcome in ('completed', 'failed', 'cancelled')
+        order by o.id
+    ), slots as materialized (
+        select k.keep, @schema@._private_expiry_slot(k.keep, v_now) as slot from (select distinct keep from o offset 0) k
+    ), gone as (
+        delete from @schema@._private_queue_{no} e using o
+        -- In a form that only the index of ids answers.
+        where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running')
+            and not e.is_durable and e.parent_id is null and e.cancel_requested_at is null
+        returning e.*, o.outcome as new_state, o.result, o.error, o.keep
+    ), kept as (
+        insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
+            claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
+            progress, cancel_reason, root_id, limit_key, version, tags, headers, timeout, backoff)
+        select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
+            g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
+            v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
+            case when g.new_state <> 'cancelled' then g.result end,
+            @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
+            g.progress, g.cancel_reason, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
+        from gone g
+            join slots s on s.keep is not distinct from g.keep
+        where s.slot is not null
+    ), keys as (
+        delete from @schema@._private_dedupe_keys d using gone g
+        where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+    ), payloads as (
+        delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
+    )
+    select coalesce(array_agg(g.id), '{}') into v_ids from gone g;
+    return v_ids;
+end $body$
+    $template$, '{no}', p_no::text);
+    execute replace($template$
 -- Of these claims those that hold: locked, in the order of ids, and marked as having a history.
 create or replace function @schema@._private_hold_{no}(p_owner uuid, p_ids uuid[], p_claim_nos bigint[])
     returns table (id uuid, attempt int, depth int, root_id uuid, deadline_at timestamptz)

@@ -42,9 +42,9 @@ begin
                 where c.relnamespace = v_schema and c.relname = '_private_queue_' || q.no
                     and h.inhparent = v_live and not h.inhdetachpending
                     and pg_get_expr(c.relpartbound, c.oid) ~ ('\m' || q.no || '\M')),
-            'has_functions', 2 <= (
+            'has_functions', 3 <= (
                 select count(*) from pg_proc p where p.pronamespace = v_schema
-                    and p.proname in ('_private_claim_' || q.no, '_private_flush_' || q.no))
+                    and p.proname in ('_private_claim_' || q.no, '_private_flush_' || q.no, '_private_finish_' || q.no))
             ) order by q.no)
         from @schema@._private_queues q), '[]');
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .advice import Advice, Recommendation
     from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         OpenWait,
         OrchestratorStatus,
         PromiseAnswer,
+        QueueLoad,
         QueueStatus,
         ReplayReport,
         Retry,
@@ -129,6 +131,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "SyncTaskCall",
     "TaskCall",
     # Reading
+    "Advice",
     "CancelCounts",
     "Cancellation",
     "DeadLetter",
@@ -142,7 +145,9 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "OrchestratorStatistics",
     "OrchestratorStatus",
     "PromiseAnswer",
+    "QueueLoad",
     "QueueStatus",
+    "Recommendation",
     "ReplayReport",
     "Retry",
     "RetryCounts",
@@ -195,6 +200,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
 ]
 
 _MODULES = {
+    "Advice": "advice",
     "AttemptError": "errors",
     "Backoff": "retry",
     "CancelCounts": "model",
@@ -253,7 +259,9 @@ _MODULES = {
     "Promise": "events",
     "PromiseAnswer": "model",
     "PromiseRejected": "errors",
+    "QueueLoad": "model",
     "QueueStatus": "model",
+    "Recommendation": "advice",
     "Refused": "errors",
     "ReplayReport": "model",
     "ResultNotKept": "errors",

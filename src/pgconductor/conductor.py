@@ -22,6 +22,7 @@ from uuid import UUID
 
 import trio
 
+from .advice import Advice, judge_all
 from .codec import Limits
 from .db.address import Database, client_conninfo
 from .db.calls import Calls
@@ -46,6 +47,7 @@ from .model import (
     OrchestratorStatus,
     Page,
     PromiseAnswer,
+    QueueLoad,
     QueueStatus,
     ReplayReport,
     Retry,
@@ -685,6 +687,24 @@ class Conductor(Tasks):
     async def queue_status(self) -> list[QueueStatus]:
         """Return counts per queue, by name. Raises `NotOpen`, `Unavailable`, `SchemaMissing`."""
         return await self._ask(self._verbs.queue_status())
+
+    async def queue_load(self, queue: str | None = None) -> list[QueueLoad]:
+        """Return how loaded a queue is, or each one, by name; an unknown queue has none. Counts to 10,000.
+
+        Raises `InvalidOption`, and as `queue_status`.
+        """
+        return await self._ask(self._verbs.queue_load(queue))
+
+    async def advise(self, queue: str | None = None, *, seconds: float | timedelta = 0.0) -> list[Advice]:
+        """Judge whether a queue, or each one, needs more processes, or to be split, or is fine.
+
+        `seconds`: 0 to 3,600; wait so long between two looks, and go by what came and went between them, instead of by
+        what the workers told with their last heartbeats. Raises as `queue_load`.
+        """
+        pause = checked_seconds("advise(seconds=)", seconds, maximum=3_600.0)
+        earlier = await self.queue_load(queue) if pause else None
+        await trio.sleep(pause)
+        return judge_all(await self.queue_load(queue), earlier)
 
     async def orchestrator_status(self) -> list[OrchestratorStatus]:
         """Return the orchestrators that are registered, oldest first; raises as `queue_status`."""

@@ -179,6 +179,57 @@ class QueueStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """How loaded one queue is, as the database tells it. Ages and times are in seconds, rates per second.
+
+    `ready`: due executions that nobody runs; with `is_ready_capped` there may be more. Of the `looked` first of them,
+    `unserved` have a task that no living worker has. Of the living `workers`, with `capacity` runners, those that are
+    `reporting`, with `reporting_capacity`, have told twice what they have done, in `seconds`: that is what the
+    fields from `busy` on are of, None while there is none of them. `busy`: handlers that ran at a time.
+    `claim_share`, `flush_share`: of a worker's time for which a claim, or a flush, was under way. `claimed`:
+    executions that were not given back. `short_claims` brought less than they asked for, `locked_claims` nothing
+    but what others had locked. `cpu`: of one core, the busiest process. `machine_load`: runnable processes per
+    core, the busiest machine. `arrivals`, `departures`: executions that came into the queue or left it. `inserted`
+    and `deleted` count those since the server's statistics were reset; both, like the rates, are None for a queue
+    that nobody has registered.
+    """
+
+    queue: str
+    registered: bool
+    at: datetime
+    ready: int
+    is_ready_capped: bool
+    oldest_ready: float | None
+    running: int
+    unserved: int
+    looked: int
+    tasks_without_worker: tuple[str, ...]
+    workers: int
+    capacity: int
+    reporting: int
+    reporting_capacity: int
+    seconds: float | None
+    busy: float | None
+    claims: int | None
+    empty_claims: int | None
+    short_claims: int | None
+    locked_claims: int | None
+    claimed: int | None
+    claim_seconds: float | None
+    claim_share: float | None
+    flush_share: float | None
+    cpu: float | None
+    machine_load: float | None
+    claimed_rate: float | None
+    ended_rate: float | None
+    arrivals: float | None
+    departures: float | None
+    inserted: int | None
+    deleted: int | None
+    wanted_capacity: int
+
+
+@dataclass(frozen=True, slots=True)
 class OrchestratorStatus:
     """One incarnation of an orchestrator, as the database knows it."""
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
 from uuid import UUID
 
+from .advice import Advice, judge_all
 from .db.address import Database
 from .db.calls import Calls
 from .db.result_listener import SyncResultListener, bucket_of
@@ -40,6 +41,7 @@ from .model import (
     OrchestratorStatus,
     Page,
     PromiseAnswer,
+    QueueLoad,
     QueueStatus,
     Retry,
     RetryCounts,
@@ -47,6 +49,7 @@ from .model import (
     State,
     StepRecord,
 )
+from .options import checked_seconds
 from .outcomes import FINISHED, not_kept, outcome
 from .polling import PollSchedule, Reconnecting
 from .readers import SyncChannelReader, is_news, open_sync_reader
@@ -485,6 +488,17 @@ class SyncClient:
     def queue_status(self) -> list[QueueStatus]:
         """As `Conductor.queue_status`."""
         return self._ask(self._verbs.queue_status())
+
+    def queue_load(self, queue: str | None = None) -> list[QueueLoad]:
+        """As `Conductor.queue_load`."""
+        return self._ask(self._verbs.queue_load(queue))
+
+    def advise(self, queue: str | None = None, *, seconds: float | timedelta = 0.0) -> list[Advice]:
+        """As `Conductor.advise`."""
+        pause = checked_seconds("advise(seconds=)", seconds, maximum=3_600.0)
+        earlier = self.queue_load(queue) if pause else None
+        time.sleep(pause)
+        return judge_all(self.queue_load(queue), earlier)
 
     def orchestrator_status(self) -> list[OrchestratorStatus]:
         """As `Conductor.orchestrator_status`."""

@@ -36,6 +36,7 @@ from .model import (
     OrchestratorStatus,
     Page,
     PromiseAnswer,
+    QueueLoad,
     QueueStatus,
     Retry,
     RetryCounts,
@@ -139,6 +140,10 @@ class Verbs:
 
     def queue_status(self) -> Request[list[QueueStatus]]:
         return Request(self._calls.queue_status(), "reading the queues")
+
+    def queue_load(self, queue: str | None) -> Request[list[QueueLoad]]:
+        """Raises `InvalidOption`."""
+        return Request(self._calls.queue_load(self._name("queue", queue)), "looking at the load")
 
     def orchestrator_status(self) -> Request[list[OrchestratorStatus]]:
         return Request(self._calls.orchestrator_status(), "reading the orchestrators")

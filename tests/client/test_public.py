@@ -30,6 +30,7 @@ from pgconductor.testing import Databases, DatabaseServer
 def test_exported_names_are_these() -> None:
     """A name added or lost by accident: they are the contract."""
     assert set(pgconductor.__all__) == {
+        "Advice",
         "AttemptError",
         "Backoff",
         "CancelCounts",
@@ -88,7 +89,9 @@ def test_exported_names_are_these() -> None:
         "Promise",
         "PromiseAnswer",
         "PromiseRejected",
+        "QueueLoad",
         "QueueStatus",
+        "Recommendation",
         "Refused",
         "ReplayReport",
         "ResultNotKept",

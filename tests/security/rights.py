@@ -65,6 +65,8 @@ CALLS: dict[str, set[str]] = {
     "_private_control_channel": {W},
     "queue_status": {V, O},
     "orchestrator_status": {V, O},
+    "queue_load": {V, O},
+    "_private_loaded_queues": {V, O},
     "dead_letters": {V, O},
     "list_executions": {V, O},
     "_private_doctor": {V, O},
@@ -83,6 +85,7 @@ CALLS: dict[str, set[str]] = {
 # Tables and views that may be read. Nothing may be written by anybody but the owner.
 READS: dict[str, set[str]] = {
     "execution_status": {V, O},
+    "autoscaling": {V, O},
     "_private_migrations": {P, W, V, O},
     "_private_schema": {P, W, V, O},
 }

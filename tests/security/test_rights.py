@@ -81,7 +81,10 @@ def test_tables_are_read_by_those_who_are_listed_and_written_by_nobody(site: Sit
                 if site.admin.value("select has_any_column_privilege(%s, %s::oid, %s)", site.role(kind), oid, right):
                     wrong.append(f"{kind} has {right} on a column of {name}")
     assert wrong == []
-    assert {name for _, name, relkind in relations if relkind == "v"} == set(READS) & {"execution_status"} | OWNER_READS
+    assert {name for _, name, relkind in relations if relkind == "v"} == set(READS) & {
+        "autoscaling",
+        "execution_status",
+    } | OWNER_READS
 
 
 def test_types_and_the_schema_are_for_those_who_have_a_kind(site: Site) -> None:

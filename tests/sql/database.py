@@ -65,6 +65,8 @@ end $$
 class Session:
     """One connection. In a query, ``{s}`` stands for the schema."""
 
+    has_family = True  # what `flush` says of executions of which nothing else is said
+
     def __init__(self, dsn: str, schema: str, *, autocommit: bool) -> None:
         # A wait that never ends fails, with a name, before the test's own time limit. A deadlock is told at once.
         options = "-c statement_timeout=30s -c deadlock_timeout=50ms"
@@ -144,7 +146,8 @@ class Session:
         versions: list[str | None] = [version] * len(tasks)
         return self.run(self.calls.claim(queue, owner, list(tasks), limit, versions=versions)).claimed
 
-    def flush(self, owner: UUID, *outcomes: Outcome, has_family: bool = True) -> dict[UUID, str]:
+    def flush(self, owner: UUID, *outcomes: Outcome, has_family: bool | None = None) -> dict[UUID, str]:
+        has_family = self.has_family if has_family is None else has_family
         return self.run(self.calls.flush(owner, outcomes, has_family=has_family))
 
     def recover(self, queue: str = "q") -> tuple[int, int]:

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sql.database import Database, done
+from sql.database import Database, Session, done
 
 from pgconductor.db.calls import NewExecution
 from pgconductor.model import Claimed, Outcome
@@ -23,6 +23,13 @@ EXTRA: dict[str, dict[str, Any]] = {
     "retried": {"error": ERROR, "delay": 60.0},
     "released": {},
 }
+
+
+@pytest.fixture(params=[True, False], ids=["family", "plain"], autouse=True)
+def has_family(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
+    """Each test is for both ways through flush: executions that may have a family, and those that have none."""
+    monkeypatch.setattr(Session, "has_family", request.param)
+    return bool(request.param)
 
 
 @dataclass
@@ -240,8 +247,7 @@ def test_row_that_cannot_be_stored_aborts_the_whole_batch(db: Database, bad: dic
     assert db.flush(owner, outcomes[0], outcomes[2]) == {}
 
 
-@pytest.mark.parametrize("has_family", [False, True])  # with a family all rows are locked before
-def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Database, has_family: bool) -> None:
+def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Database) -> None:
     """A flush is sent again while the server still works on the first one: two lock orders would be a deadlock."""
     db.register_queue()
     for _ in range(3):
@@ -250,9 +256,9 @@ def test_two_flushes_of_the_same_claims_in_other_orders_do_not_deadlock(db: Data
     outcomes = [done(c) for c in db.claim(owner)]
     gate, first, second = db.session(), db.session(autocommit=True), db.session(autocommit=True)
     gate.rows("select from {s}._private_executions where id = %s for update", outcomes[1].id)
-    one = db.start(lambda: first.flush(owner, *outcomes, has_family=has_family))
+    one = db.start(lambda: first.flush(owner, *outcomes))
     db.wait_blocked(first, one)  # has the first row, waits for the second
-    two = db.start(lambda: second.flush(owner, outcomes[2], outcomes[0], has_family=has_family))
+    two = db.start(lambda: second.flush(owner, outcomes[2], outcomes[0]))
     db.wait_blocked(second, two)
     gate.rollback()
     assert one.result(20) == {}
@@ -337,8 +343,9 @@ def test_of_many_errors_the_first_and_the_latest_are_kept(db: Database) -> None:
 
 
 @pytest.mark.parametrize("kind", ["completed", "failed"])
-def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str) -> None:
+def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str, has_family: bool) -> None:
     """A column forgotten when the row moves."""
+    null = ["errors"] if has_family else ["errors", "parent_id"]  # who has a parent has a family
     db.register_queue()
     owner = db.register_orchestrator()
     shared_columns = [
@@ -352,14 +359,14 @@ def test_finished_row_has_all_that_the_live_one_had(db: Database, kind: str) -> 
     id_ = db.invoke(priority=7, payload={"a": 1}, key="k")
     db.rows(
         "update {s}._private_executions set generation = 2, max_attempts = 9, depth = 3, cancel_reason = 'r',"
-        " parent_id = id, root_id = id, limit_key = 'l', version = 'v', tags = '{x}',"
+        f" parent_id = {'id' if has_family else 'null'}, root_id = id, limit_key = 'l', version = 'v', tags = '{{x}}',"
         " headers = '{\"h\": 1}', crashes = 1, timeout = '7 s', backoff = '1', progress = '2'"
     )
     (claimed,) = db.claim(owner, version="v")
     columns = ", ".join(shared_columns)
     before = db.live(id_, columns)
     assert before is not None
-    assert None not in [v for name, v in zip(shared_columns, before, strict=True) if name != "errors"]
+    assert None not in [v for name, v in zip(shared_columns, before, strict=True) if name not in null]
     db.flush(owner, done(claimed, kind, **({"result": '{"r": null}'} if kind == "completed" else {})))
     assert db.live(id_) is None
     assert db.finished(id_, columns) == [before]
@@ -465,17 +472,28 @@ def test_without_other_slots_whatever_expires_goes_to_the_far_one(db: Database) 
     assert db.finished(one.id, "slot, expires_at is not null") == [(1, True)]
 
 
-@pytest.mark.parametrize("has_family", [False, True])  # with a family all rows are locked before
 @pytest.mark.parametrize("kind", KINDS)
-def test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written(
-    db: Database, kind: str, has_family: bool
-) -> None:
+def test_flush_that_meets_a_change_which_leaves_the_claim_alone_is_written(db: Database, kind: str) -> None:
     """A cancellation requested at the same instant: the row moves to another place, and the outcome finds nothing."""
     one = run_one(db)
     rival, flusher = db.session(), db.session(autocommit=True)
     rival.rows("update {s}._private_executions set cancel_requested_at = now() where id = %s", one.id)
-    flush = db.start(lambda: flusher.flush(one.owner, one.ended(kind), has_family=has_family))
+    flush = db.start(lambda: flusher.flush(one.owner, one.ended(kind)))
     db.wait_blocked(flusher, flush)
     rival.commit()
     assert flush.result(20) == {}
     assert db.finished(one.id, "state::text") == [(kind if kind in ("completed", "failed") else "cancelled",)]
+
+
+def test_who_has_a_family_ends_with_it_though_the_caller_knew_of_none(db: Database) -> None:
+    """A caller that is mistaken leaves the steps of a finished execution behind, and its parent waiting."""
+    one = run_one(db)
+    db.rows("update {s}._private_executions set is_durable = true")
+    db.rows(
+        "insert into {s}._private_steps (execution_id, name, kind, position, claim_no, created_at, value)"
+        " values (%s, 's', 'step', 1, 1, now(), '1')",
+        one.id,
+    )
+    assert db.flush(one.owner, one.ended("completed")) == {}
+    assert db.value("select count(*) from {s}._private_steps") == 0
+    assert db.finished(one.id, "state::text, steps is not null") == [("completed", True)]

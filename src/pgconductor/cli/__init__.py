@@ -23,6 +23,7 @@ import typer
 from ..errors import ExecutionError, InvalidPayload
 from ..version import VERSION
 from . import report
+from .advise import advise
 from .cancelling import cancel
 from .dead_letters import dead_letters, retry
 from .doctor import doctor
@@ -200,6 +201,7 @@ app.command()(executions)
 app.command()(fork)
 app.command()(restart)
 app.command("replay-check")(replay_check)
+app.command()(advise)
 app.command()(doctor)
 app.command()(grant)
 

@@ -25,6 +25,7 @@ from ..model import (
     FailedAttempt,
     OpenWait,
     OrchestratorStatus,
+    QueueLoad,
     QueueStatus,
     State,
     StepRecord,
@@ -82,6 +83,30 @@ def queue_table(queues: Sequence[QueueStatus]) -> Table:
         counts = [f"{getattr(queue, name):,}" for name in numbers]
         table.add_row(Text(plain(queue.queue)), *counts, age(queue.oldest_ready))
     return table
+
+
+def load_table(loads: Sequence[QueueLoad]) -> Table:
+    """One row per queue: what waits, who works, and what comes and goes; a dash where nobody has told."""
+    table = Table(title="Load", title_justify="left")
+    table.add_column("queue")
+    for column in ("ready", "oldest", "arrive /s", "leave /s", "workers", "runners", "busy", "claims", "locked", "CPU"):
+        table.add_column(column, justify="right")
+    for load in loads:
+        table.add_row(
+            Text(plain(load.queue)), f"{load.ready:,}{'+' if load.is_ready_capped else ''}", age(load.oldest_ready),
+            _number(load.arrivals), _number(load.departures), f"{load.workers:,}", f"{load.capacity:,}",
+            _share(load.busy, load.reporting_capacity), _share(load.claim_share, 1),
+            _share(load.locked_claims, load.claims), _share(load.cpu, 1),
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return "-" if part is None or not whole else f"{part / whole:.0%}"
 
 
 def orchestrator_table(orchestrators: Sequence[OrchestratorStatus]) -> Table:

@@ -49,10 +49,10 @@ class Array:
 class _ArrayDumper(Dumper):
     format = Format.BINARY
 
-    def get_key(self, obj: Array, format: PyFormat) -> DumperKey:  # noqa: A002  # psycopg's name
+    def get_key(self, obj: Array, format: PyFormat) -> DumperKey:  # psycopg's name
         return Array, obj.oid  # type: ignore[return-value]  # any tuple of what can be hashed will do
 
-    def upgrade(self, obj: Array, format: PyFormat) -> _ArrayDumper:  # noqa: A002
+    def upgrade(self, obj: Array, format: PyFormat) -> _ArrayDumper:
         dumper = _ArrayDumper(Array, self.connection)
         dumper.oid = obj.oid
         return dumper

@@ -31,6 +31,7 @@ from ..model import (
     Outcome,
     Page,
     PromiseAnswer,
+    QueueLoad,
     QueueStatus,
     Record,
     Retry,
@@ -184,6 +185,28 @@ class ExecutionFilter(NamedTuple):
     root: UUID | None = None
 
 
+class WorkerLoad(NamedTuple):
+    """What one worker has done, as its heartbeats tell it: counts and seconds since its process began.
+
+    `claimed`: executions that were not given back. `short_claims` brought less than they asked for, `locked_claims`
+    nothing but what others had locked; both are among others of `claims`. `cpu_seconds` and `machine_load`
+    (runnable processes per core, now) are of the process.
+    """
+
+    queue: str
+    claims: int
+    empty_claims: int
+    short_claims: int
+    locked_claims: int
+    claimed: int
+    ended: int
+    busy_seconds: float
+    claim_seconds: float
+    flush_seconds: float
+    cpu_seconds: float
+    machine_load: float | None
+
+
 class WorkerRow(NamedTuple):
     """A worker as its orchestrator registers it."""
 
@@ -200,6 +223,12 @@ def _claim(rows: list[Row]) -> Claim:
 
 def _last_as_tuple(row: Row) -> list[Any]:
     return [*row[:-1], tuple(row[-1])]
+
+
+def _queue_load(row: Row) -> QueueLoad:
+    columns = list(row)
+    columns[9] = tuple(row[9])
+    return QueueLoad(*columns)
 
 
 def _suspect(rows: list[Row]) -> Claimed | None:
@@ -394,7 +423,8 @@ _QUERIES = {
     # The lease first, then the rescue of others' work and what we are asked to do, in one statement: an idle process
     # sends no other.
     "heartbeat": "select h.alive, r.recovered, r.failed, r.cancelled, g.stop_requested, g.cancelled_ids,"
-    " g.cancelled_claim_nos, g.reasons, g.suspects, g.errands from (select {s}.heartbeat(%s, %s) as alive offset 0) h"
+    " g.cancelled_claim_nos, g.reasons, g.suspects, g.errands from (select {s}.heartbeat(%s, %s, %s::jsonb) as alive"
+    " offset 0) h"
     " cross join lateral (select coalesce(sum(r.recovered), 0)::int8 as recovered,"
     " coalesce(sum(r.failed), 0)::int8 as failed, coalesce(sum(r.cancelled), 0)::int8 as cancelled"
     " from unnest(%s::text[]) as q cross join lateral {s}.recover(q) r where h.alive) r"
@@ -429,6 +459,11 @@ _QUERIES = {
     " from {s}.stored_histories(%s, %s, %s, %s::uuid, %s)",
     "queue_status": "select queue, registered, scheduled, ready, running, waiting, completed, failed, cancelled,"
     " workers, oldest_ready, tasks_without_worker from {s}.queue_status()",
+    "queue_load": "select queue, registered, at, ready, ready_is_capped, oldest_ready, running, unserved, looked,"
+    " tasks_without_worker, workers, capacity, reporting, reporting_capacity, seconds, busy, claims,"
+    " empty_claims, short_claims, locked_claims, claimed, claim_seconds, claim_share,"
+    " flush_share, cpu, machine_load, claimed_rate, ended_rate, arrivals, departures, inserted, deleted,"
+    " wanted_capacity from {s}.queue_load(%s, %s)",
     "orchestrator_status": "select id, name, program_version, alive, started_at, heartbeat_age, stop_requested,"
     " queues"
     " from {s}.orchestrator_status()",
@@ -664,9 +699,14 @@ class Calls:
             self._query["register_orchestrator"], (owner, name, lease, program_version, schema_version, *arrays), ignore
         )
 
-    def heartbeat(self, owner: UUID, lease: float, queues: list[str]) -> Call[Heartbeat]:
-        """Renew a lease, give back what dead orchestrators held on these queues, and read our signals."""
-        return Call(self._query["heartbeat"], (owner, lease, queues, owner, queues), _heartbeat)
+    def heartbeat(
+        self, owner: UUID, lease: float, queues: list[str], loads: Sequence[WorkerLoad] = ()
+    ) -> Call[Heartbeat]:
+        """Renew a lease, tell what our workers have done, give back what dead orchestrators held on these queues, and
+        read our signals.
+        """
+        told = json.dumps([load._asdict() for load in loads]) if loads else None
+        return Call(self._query["heartbeat"], (owner, lease, told, queues, owner, queues), _heartbeat)
 
     def signals(self, owner: UUID, queues: list[str]) -> Call[Signals]:
         return Call(self._query["signals"], (owner, queues), lambda rows: _signals(rows[0]))
@@ -768,6 +808,10 @@ class Calls:
             (),
             lambda rows: [QueueStatus(*_last_as_tuple(row)) for row in rows],
         )
+
+    def queue_load(self, queue: str | None = None, limit: int = 10_000) -> Call[list[QueueLoad]]:
+        """Of one queue, or of each; counts to `limit`."""
+        return Call(self._query["queue_load"], (queue, limit), lambda rows: [_queue_load(row) for row in rows])
 
     def orchestrator_status(self) -> Call[list[OrchestratorStatus]]:
         return Call(

@@ -5,10 +5,11 @@ Three things are not: `KeyboardInterrupt` and `GeneratorExit` propagate (the exe
 and so does the `trio.Cancelled` of a scope outside. `SystemExit` is recorded as a failure, since a handler must not
 stop its worker, and so is a `trio.Cancelled` that belongs to no cancelled scope, which would otherwise end the process.
 
-Cancellation: an attempt runs in one scope, its `Berth`'s. Timeout, deadline, a requested cancellation and the worker's
-stop are that scope for an async handler. It serves one attempt after the other, until one is cancelled. A plain ``def`` runs in a thread, which nobody can stop: it
-is asked, by `Context.is_cancelled` and `Context.check_cancelled`, and the attempt waits until it has ended, so that no
-second body ever runs beside it. Only `Interruption.abandon` and a scope outside leave the thread behind.
+Cancellation: an attempt runs in one scope, its `Berth`'s, which serves one attempt after the other until one is
+cancelled. Timeout, deadline, a requested cancellation and the worker's stop are that scope for an async handler. A
+plain ``def`` runs in a thread, which nobody can stop: it is asked, by `Context.is_cancelled` and
+`Context.check_cancelled`, and the attempt waits until it has ended, so that no second body ever runs beside it. Only
+`Interruption.abandon` and a scope outside leave the thread behind.
 
 The durable operations of a plain ``def`` are tasks in a nursery beside its thread, which waits for them (`call`). They
 are cancelled when the handler is to end, and the thread is then told by `Unwinding`; what they call runs in the thread.
@@ -92,7 +93,9 @@ class Berth:
         """
         scope = self.scope
         try:
-            return self.__exit__(None if error is None else type(error), error, error and error.__traceback__)
+            if error is None:
+                return self.__exit__(None, None, None)
+            return self.__exit__(type(error), error, error.__traceback__)
         finally:
             if self.scope is scope:
                 self._open()
@@ -134,7 +137,7 @@ class Interruption:
     def end(self) -> None:
         """The attempt has ended: from now on nothing is cancelled."""
         scope, berth = self._scope, self._berth
-        if scope is not berth.scope:
+        if scope is None or scope is not berth.scope:
             return  # cancelled, and left
         if scope.cancel_called:
             berth.renew()
@@ -389,8 +392,8 @@ async def attempt(
     """Run the handler once and return how it ended; None if its thread was abandoned and may run on.
 
     `payload`: JSON text, or a function that loads it, and answers None if the execution is no longer ours. `inner`: by
-    which the worker reaches the handler, used for this attempt only. `berth`: in which the caller's task is. `received_at`:
-    Trio's time at which the claim's answer came, from which ``claimed.deadline_in`` counts.
+    which the worker reaches the handler, used for this attempt only. `berth`: in which the caller's task is.
+    `received_at`: Trio's time at which the claim's answer came, from which ``claimed.deadline_in`` counts.
 
     Raises `trio.Cancelled` if a scope outside is cancelled, alone or in a group, `KeyboardInterrupt`, and what the
     loading raises.

@@ -70,9 +70,12 @@ class Held:
 
 @dataclass(slots=True)
 class FlushCounts:
-    """`fenced` were refused, `dropped` not sent, because the claim was no longer ours."""
+    """`fenced` were refused, `dropped` not sent, because the claim was no longer ours. `seconds`: for which one that
+    was answered was under way.
+    """
 
     flushes: int = 0
+    seconds: float = 0.0
     fenced: int = 0
     dropped: int = 0
     outcomes: dict[str, int] = field(default_factory=dict[str, int])
@@ -256,6 +259,7 @@ class Flusher:
     async def _send(self, link: Link, batch: list[Outcome], former: UUID | None) -> dict[UUID, str] | None:
         """Send once; return what the database did not write now, and None if it has to be sent again, later then."""
         failpoint("flush.before")
+        began = trio.current_time()
         try:
             has_family = former is not None or any(map(self._has_family, batch))
             lives = [o for o in batch if o.kind == "continued"] if former is None else []
@@ -284,6 +288,7 @@ class Flusher:
             await trio.sleep(backoff(self._failures, self._rng))
             return None
         failpoint("flush.answered")
+        self._counts.seconds += trio.current_time() - began
         self._failures = 0
         return refused
 

@@ -40,6 +40,7 @@ from .errands import Errands
 from .housekeeping import keep_house
 from .lease import Lease, heartbeat_interval, trusted
 from .listener import Listener
+from .load import look_at_machine
 from .suspects import Suspects
 from .worker import Pipeline, Starts, Surroundings, WorkerCounts
 
@@ -183,9 +184,11 @@ class Incarnation:
             sent_at = lease.clock()
             beat: Heartbeat | None = None
             failpoint("heartbeat.before")
+            machine = look_at_machine()
+            loads = [pipeline.load(machine) for pipeline in self.pipelines]
             try:
                 with trio.move_on_after(timeout):
-                    beat = await link.attempt(self._calls.heartbeat(lease.owner, lease.seconds, self._queues))
+                    beat = await link.attempt(self._calls.heartbeat(lease.owner, lease.seconds, self._queues, loads))
             except (Unavailable, SchemaMissing) as error:
                 self._outages.warn("the lease could not be renewed: %s", error)
             if beat is None:

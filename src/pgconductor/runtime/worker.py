@@ -35,7 +35,7 @@ from uuid import UUID
 import trio
 
 from ..context import Context, Resources
-from ..db.calls import Calls, Claim
+from ..db.calls import Calls, Claim, WorkerLoad
 from ..db.link import Link, OutageLog, Target, backoff, open_link
 from ..db.transactions import Transactions
 from ..durable import Durable
@@ -50,6 +50,7 @@ from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
 from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
+from .load import Machine, Occupancy, describe
 from .pace import Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
 
@@ -89,10 +90,14 @@ class WorkerStatistics:
 
 @dataclass(slots=True)
 class WorkerCounts:
-    """Counts of one worker over all incarnations."""
+    """Counts of one worker over all incarnations; `short_claims` and `locked_claims` as `WorkerLoad` has them."""
 
     claims: int = 0
     empty_claims: int = 0
+    short_claims: int = 0
+    locked_claims: int = 0
+    claim_seconds: float = 0.0
+    occupancy: Occupancy = field(default_factory=Occupancy)
     claimed: int = 0
     flushed: FlushCounts = field(default_factory=FlushCounts)
     pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
@@ -211,6 +216,15 @@ class Pipeline:
             self.worker.queue, self._running, len(self._stock), len(self._flusher.outcomes), counts.claims,
             counts.empty_claims, counts.claimed, flushed.flushes, dict(flushed.outcomes), flushed.fenced,
             flushed.dropped, tuple(counts.pickups), self.reactor.statistics(),
+        )  # fmt: skip
+
+    def load(self, machine: Machine) -> WorkerLoad:
+        """What the next heartbeat tells of it."""
+        counts = self._counts
+        return describe(
+            self.worker.queue, machine, counts.flushed, claims=counts.claims, empty_claims=counts.empty_claims,
+            short_claims=counts.short_claims, locked_claims=counts.locked_claims, claimed=counts.claimed,
+            busy_seconds=counts.occupancy.seconds(trio.current_time()), claim_seconds=counts.claim_seconds,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -387,6 +401,7 @@ class Pipeline:
                         closing.deadline = trio.current_time() + shared.last_words
             finally:
                 self._claims = None
+                self._counts.occupancy.clear(trio.current_time())
                 if not closing.cancelled_caught:
                     with trio.move_on_after(shared.last_words, shield=True):
                         await flusher.write_all(flushes)
@@ -467,6 +482,7 @@ class Pipeline:
         limit = max(1, min(room, self._max_claim))
         self.reactor.clear()
         failpoint("claim.before")
+        began = trio.current_time()
         # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
         answer: Claim = await self._lease.attempt(
             link,
@@ -480,14 +496,19 @@ class Pipeline:
         claimed, due_in = answer
         now = trio.current_time()
         self._counts.claims += 1
+        self._counts.claim_seconds += now - began
         notified = self.reactor.notifications - self._noted_notifications
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
         self._prefetch.note_claim(asked=limit, got=len(claimed), ran_dry=len(self._idle_runners) > 0)
         if not claimed:
             self._counts.empty_claims += 1
+            if due_in is not None and due_in <= _LOCKED:
+                self._counts.locked_claims += 1
             return True, due_in
         self._counts.claimed += len(claimed)
+        if len(claimed) < limit:
+            self._counts.short_claims += 1
         for item in claimed:
             held = Held(item, now)
             self._held[item.id] = held
@@ -571,12 +592,16 @@ class Pipeline:
         with Berth() as berth:
             context = _PristineContext()
             slice_ends = trio.current_time() + _SLICE
+            occupancy, is_busy = self._counts.occupancy, False
             while True:
                 if (
                     not self._stock
                     or self._is_stopping  # a claim that was in flight then goes back
                     or (self._starts.is_held and self._stock[0].suspected is None)
                 ):
+                    if is_busy:
+                        is_busy = False
+                        occupancy.leave(trio.current_time())
                     self._note_idle()
                     self._note_room()
                     if self._is_stopping and not self._stock:
@@ -596,11 +621,14 @@ class Pipeline:
                 if not self._room.is_set():
                     self._note_room()
                 now = trio.current_time()
+                if not is_busy:
+                    is_busy = True
+                    occupancy.enter(now)
                 self._prefetch.note_start(now - held.received_at)
                 self._counts.pickups.append(held.claimed.waited + now - held.received_at)
                 self._running += 1
                 try:
-                    # A switch of tasks costs as much as a short handler: not between any two (benchmarks/throughput.py).
+                    # A switch of tasks costs as much as a short handler: not one for each (benchmarks/throughput.py).
                     if now >= slice_ends or context.was_changed():
                         context.restore()
                         await trio.lowlevel.cancel_shielded_checkpoint()
