@@ -4,7 +4,7 @@
 #   make test    the test suite: PostgreSQL 18, the part that meets the database again on 16 and 15, a part on the newest Python
 #   make check   format, lint, types, import directions
 #   make bench   the benchmarks, each with its settings; BENCH=name runs one, BENCH_ARGS='--json FILE --plot FOLDER' is passed on
-#   make bench-peers   durable steps beside public packages, which it installs in .venv-peers; BENCH_ARGS as above
+#   make bench-peers   durable steps, drain and latency beside public packages, which it installs; BENCH=steps, drain or latency runs one
 #   make clean   remove environments and caches
 #
 # PYTHON=python3.12 chooses the interpreter, WORKERS=2 the number of processes for tests (4), PYTEST_ARGS='-k claim' what pytest gets.
@@ -88,11 +88,11 @@ bench:
 # What cannot be installed is left out of the comparison.
 bench-peers:
 	@sh .ci/setup $(VENV) dev
-	@[ -x .venv-peers/bin/python ] || $(VENV)/bin/python -m venv .venv-peers
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r benchmarks/peers/requirements.txt \
-		|| echo "make bench-peers: not every peer could be installed, see above: check the network and the package index"
-	@$(VENV)/bin/python -m benchmarks.peers.steps $(BENCH_ARGS)
+	@sh benchmarks/peers/install $(VENV)/bin/python
+	@for name in $(or $(BENCH),steps drain latency); do \
+		echo "== peers.$$name"; $(VENV)/bin/python -m benchmarks.peers.$$name $(BENCH_ARGS) || exit 1; \
+	done
 
 clean:
-	rm -rf .venv .venv-newest .venv-peers .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-peers .venv-peers-oban benchmarks/peers/node/node_modules .venv*-setup.log build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -443,12 +443,19 @@ class Process:
     Of the lines that begin with ``completed`` only the latest is kept, as `last_report`.
     """
 
-    def __init__(self, module: str, *arguments: object, python: Path | str = sys.executable) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: object,
+        python: Path | str = sys.executable,
+        command: Sequence[Path | str] | None = None,
+    ) -> None:
+        """Start `module` with `python`, or `command` under the name `module`."""
         self.name = module
+        program = [python, "-m", f"benchmarks.{module}"] if command is None else command
         self._process = subprocess.Popen(
-            [python, "-m", f"benchmarks.{module}", *map(str, arguments)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [*program, *map(str, arguments)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.last_report: list[str] = []  # the words of the latest line that began with "completed"
         self._reader = threading.Thread(target=self._read, name=f"output of {module}", daemon=True)
@@ -473,6 +480,17 @@ class Process:
             words = self._lines.get(timeout=timeout).split()
         except queue.Empty:
             raise BenchmarkError(f"{self.name} said nothing for {timeout:g} s") from None
+        return self._checked(words)
+
+    def lines_nowait(self) -> list[list[str]]:
+        """Return the words of the lines that are there and were not read yet."""
+        lines: list[list[str]] = []
+        with suppress(queue.Empty):
+            while True:
+                lines.append(self._checked(self._lines.get_nowait().split()))
+        return lines
+
+    def _checked(self, words: list[str]) -> list[str]:
         if not words:
             raise BenchmarkError(f"{self.name} ended, exit status {self._process.wait()}")
         return words

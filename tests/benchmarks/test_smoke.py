@@ -29,6 +29,8 @@ _TINY: dict[str, tuple[str, ...]] = {
     ),
     "contention": ("--workers", "2", "--queues", "1", "3", "--count=300", "--seconds=0.05", "--concurrency=4"),
     "fanout": ("--children=20", "--concurrency=10"),
+    "peers.drain": ("--peers", "pgconductor", "unkept", "bare", "--jobs=300", "--processes", "1", "2"),
+    "peers.latency": ("--peers", "pgconductor", "--fast=5", "--slow=2", "--slow-gap=0.1"),
     "peers.steps": ("--peers", "pgconductor", "bare", "--steps", "0", "2", "--executions=300"),
     "herd": ("--workers", "1", "3", "--inserts=3", "--gap=0.1"),
     "latency": ("--fast=5", "--slow=1", "--slow-gap=0.1", "--raw=5", "--idle=0.1", "--loads=50", "--seconds=0.2"),
@@ -47,7 +49,7 @@ _TINY: dict[str, tuple[str, ...]] = {
 }
 
 _ELSEWHERE = {"failover", "chaos"}  # the code of tests/failover; below
-_FOLDERS = {"peers.steps"}
+_FOLDERS = {"peers.drain", "peers.latency", "peers.steps"}
 
 
 def _run(name: str, *arguments: str, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:

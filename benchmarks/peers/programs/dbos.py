@@ -1,6 +1,7 @@
 """DBOS: ``prepare|enqueue|work URL SETTINGS [COUNT STEPS]``; `work` prints ``ready`` and ends with its input.
 
 Asynchronous workflows and steps on one registered queue, as in the maker's own benchmark of its queues.
+``work URL SETTINGS STARTS`` and ``produce URL SETTINGS`` as in `_program`.
 """
 
 import json
@@ -9,7 +10,10 @@ import sys
 
 from dbos import DBOS, DBOSClient
 
+from ..marks import Starts, pace
+
 APP, QUEUE = "bench-app", "bench-queue"
+starts: Starts | None = None
 
 
 @DBOS.step()
@@ -19,6 +23,8 @@ async def noop(number: int) -> dict[str, int]:
 
 @DBOS.workflow(name="flow")
 async def flow(n: int, steps: int) -> dict[str, int]:
+    if starts is not None:
+        starts.add(n)
     done = 0
     for number in range(1, steps + 1):
         done = (await noop(number))["step"]
@@ -31,7 +37,7 @@ def launch(url: str, settings: dict) -> None:
     DBOS.launch()
 
 
-def enqueue(url: str, count: int, steps: int) -> None:
+def enqueue(url: str, count: int, steps: int = 0) -> None:
     client = DBOSClient(system_database_url=url, application_name=APP)
     with client._sys_db.engine.begin() as conn:  # one commit, so that preparing does not take longer than measuring
         for n in range(count):
@@ -39,8 +45,18 @@ def enqueue(url: str, count: int, steps: int) -> None:
     client.destroy()
 
 
+def produce(url: str) -> None:
+    client = DBOSClient(system_database_url=url, application_name=APP)
+    pace(lambda n: client.enqueue({"queue_name": QUEUE, "workflow_name": "flow"}, n, 0))
+    client.destroy()
+
+
 def main() -> None:
+    global starts
     command, url, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if command == "produce":
+        produce(url)
+        return
     if command == "enqueue":
         enqueue(url, *map(int, sys.argv[4:]))
         return
@@ -49,9 +65,12 @@ def main() -> None:
     if command == "prepare":
         DBOS.register_queue(QUEUE, **queue_settings)
     else:
+        starts = Starts(sys.argv[4]) if sys.argv[4:] else None
         print("ready", flush=True)
         sys.stdin.read()
     DBOS.destroy()
+    if starts is not None:
+        starts.close()
 
 
 if __name__ == "__main__":
