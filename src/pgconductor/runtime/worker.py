@@ -180,7 +180,7 @@ class Pipeline:
         self._rng = shared.rng
         self._handlers = Handlers(worker)
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
-        self._prefetch = Prefetch(maximum=max(2000, 2 * worker.concurrency))
+        self._prefetch = Prefetch(maximum=max(4000, 2 * worker.concurrency))
         self._linger = Linger()
         self._deference = Deference()
         self._is_rival = False  # others were notified as well, and the next claim tells who was first
@@ -200,6 +200,8 @@ class Pipeline:
         # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
         self._stock: deque[Held] = deque()
         self._idle_runners = trio.lowlevel.ParkingLot()
+        self._is_waking = False  # a runner has been woken, and has not come yet
+        self._yielding = 0  # runners between two executions, that only let others have a turn
         self._room = trio.Event()
         self._running = 0
         self._requested: Mapping[UUID, tuple[int, str | None]] = {}
@@ -511,7 +513,9 @@ class Pipeline:
         notified = self.reactor.notifications - self._noted_notifications
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
-        self._prefetch.note_claim(asked=limit, got=len(claimed), ran_dry=len(self._idle_runners) > 0)
+        self._prefetch.note_claim(
+            asked=limit, got=len(claimed), ran_dry=not self._stock and len(self._idle_runners) > 0
+        )
         if self._is_rival:
             self._is_rival = False
             self._deference.note_claim(len(claimed))
@@ -528,7 +532,7 @@ class Pipeline:
             self._stock.append(held)
         if self._requested:
             self.cancel(self._requested)
-        self._idle_runners.unpark(count=len(claimed))
+        self._wake_runner()
         return len(claimed) < limit, None
 
     async def _doze(self, link: Link, due_in: float | None) -> None:
@@ -630,12 +634,17 @@ class Pipeline:
                         if self._runners == 0:
                             self._watching.cancel()
                         return
-                    await self._idle_runners.park()
+                    await self._park()
+                    slice_ends = trio.current_time() + _SLICE
+                    continue
+                if self._yielding:
+                    await self._park()  # somebody goes on, whose handlers do not wait
                     slice_ends = trio.current_time() + _SLICE
                     continue
                 if not self._lease.is_held():
                     await trio.sleep_forever()  # the lease's scope ends us
                 held = self._stock.popleft()
+                self._wake_runner()
                 interruption = held.interruption = Interruption()
                 held.has_begun = held.is_running = True
                 outcome: Outcome | None = None
@@ -652,7 +661,9 @@ class Pipeline:
                     # A switch of tasks costs as much as a short handler: not one for each (benchmarks/throughput.py).
                     if now >= slice_ends or context.was_changed():
                         context.restore()
+                        self._yielding += 1
                         await trio.lowlevel.cancel_shielded_checkpoint()
+                        self._yielding -= 1
                         slice_ends = trio.current_time() + _SLICE
                     failpoint("handler.before")
                     outcome = await self._run_one(held, link, interruption, berth)
@@ -753,6 +764,20 @@ class Pipeline:
                 if not self._lease.is_lost:
                     self._end_unstarted(held)
             failpoint("stock.given_back")
+
+    async def _park(self) -> None:
+        await self._idle_runners.park()
+        self._is_waking = False
+
+    def _wake_runner(self) -> None:
+        """Have a runner on its way for what is in stock: it is needed as soon as a handler waits for something.
+
+        Not all at once: while handlers wait for nothing one runner does it all, and each switch to another costs as much
+        as an execution. Where they wait the number of those that run doubles with each turn.
+        """
+        if self._stock and not self._is_waking and self._idle_runners:
+            self._is_waking = True
+            self._idle_runners.unpark(count=max(1, self._running))
 
     def _note_idle(self) -> None:
         """A runner found nothing to do: what has ended need not wait for company."""
