@@ -25,7 +25,7 @@ from typing import Any
 
 import trio
 
-from pgconductor import Conductor, Orchestrator, Task
+from pgconductor import Conductor, Orchestrator, Task, tune_garbage_collector
 
 
 def main() -> None:
@@ -97,6 +97,7 @@ def declare_tasks(
 async def _serve(orchestrator: Orchestrator, report_interval: float) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(orchestrator.run)
+        tune_garbage_collector()  # as `pgconductor run` does
         print("ready", flush=True)
         async with trio.open_nursery() as reporting:
             if report_interval:

@@ -7,7 +7,7 @@ import sys
 
 import trio
 
-from pgconductor import Conductor, Context, Orchestrator
+from pgconductor import Conductor, Context, Orchestrator, tune_garbage_collector
 
 
 async def noop(number: int) -> dict[str, int]:
@@ -28,6 +28,7 @@ async def work(dsn: str, concurrency: int) -> None:
     orchestrator = Orchestrator(conductor, workers=[worker], handle_signals=False, migrate=False)
     async with trio.open_nursery() as nursery:
         await nursery.start(orchestrator.run)
+        tune_garbage_collector()  # as `pgconductor run` does
         print("ready", flush=True)
         async with trio.lowlevel.FdStream(os.dup(0)) as standard_input:
             async for _ in standard_input:

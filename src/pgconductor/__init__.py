@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
+    from .collector import tune_garbage_collector
     from .conductor import Conductor
     from .context import Context
     from .db.connection import TrioConnection
@@ -105,6 +106,7 @@ __all__ = [  # noqa: RUF022 - grouped by what one does with them
     "Orchestrator",
     "Task",
     "Worker",
+    "tune_garbage_collector",
     # What a handler raises
     "NoRetry",
     "RetryAfter",
@@ -297,6 +299,7 @@ _MODULES = {
     "Worker": "tasks",
     "WorkerStatistics": "runtime.worker",
     "open_pool": "db.pool",
+    "tune_garbage_collector": "collector",
 }
 
 

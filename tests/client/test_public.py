@@ -127,6 +127,7 @@ def test_exported_names_are_these() -> None:
         "Worker",
         "WorkerStatistics",
         "open_pool",
+        "tune_garbage_collector",
     }
     assert len(set(pgconductor.__all__)) == len(pgconductor.__all__)
     for name in pgconductor.__all__:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from ..collector import tune_garbage_collector
 from ..conductor import Conductor
 from ..errors import Misuse
 from ..runtime.orchestrator import Orchestrator
@@ -28,6 +29,7 @@ class Life:
     def started(self, value: None = None) -> None:
         """Called by `run` when all workers claim."""
         self._has_started = True
+        tune_garbage_collector()  # the process is this worker's
 
     def has_started(self) -> bool:
         """Whether it was called."""

@@ -772,8 +772,8 @@ class Pipeline:
     def _wake_runner(self) -> None:
         """Have a runner on its way for what is in stock: it is needed as soon as a handler waits for something.
 
-        Not all at once: while handlers wait for nothing one runner does it all, and each switch to another costs as much
-        as an execution. Where they wait the number of those that run doubles with each turn.
+        Not all at once: while handlers wait for nothing one runner does it all, and each switch to another costs as
+        much as an execution. Where they wait the number of those that run doubles with each turn.
         """
         if self._stock and not self._is_waking and self._idle_runners:
             self._is_waking = True
