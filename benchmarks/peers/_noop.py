@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from pgconductor import Conductor, Orchestrator
+from pgconductor import Conductor, Orchestrator, tune_garbage_collector
 
 from .marks import Starts
 
@@ -26,6 +26,7 @@ async def work(dsn: str, settings: dict[str, Any], starts: Starts) -> None:
     orchestrator = Orchestrator(conductor, workers=[worker], handle_signals=False, migrate=False)
     async with trio.open_nursery() as nursery:
         await nursery.start(orchestrator.run)
+        tune_garbage_collector()  # as `pgconductor run` does
         print("ready", flush=True)
         async with trio.lowlevel.FdStream(os.dup(0)) as standard_input:
             async for _ in standard_input:
