@@ -240,6 +240,7 @@ class Database(Session):
     def reset(self) -> None:
         """Make it as after a fresh install: no rows, no queues, the true time."""
         self.rows(_RESET)
+        self.rows("reset all")  # what claims note in the session
 
     def close_sessions(self) -> None:
         """Close all sessions but this one, and wait for their threads."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from hashlib import md5
 from uuid import UUID, uuid4
 
 import pytest
@@ -267,3 +269,111 @@ def test_payload_arrives_as_text_that_nobody_has_read(db: Database, owner: UUID)
         db.rows("select {s}.invoke('t', %s::jsonb, 'q')", text)
     payloads = [c.payload or db.run(db.calls.load_payload(c.id, c.claim_no, owner)) for c in db.claim(owner)]
     assert [p is not None and p.replace(" ", "") for p in payloads] == [t.replace(" ", "") for t in (deep, digits)]
+
+
+# --- where a claim begins to look ---
+
+
+def index_entries_read(db: Database) -> int:
+    """Of the index that claims use: those of rows that are no more count too."""
+    db.rows("select pg_stat_force_next_flush()")
+    look = db.session(autocommit=True)
+    return int(
+        look.value(
+            "select idx_tup_read from pg_stat_user_indexes i join pg_index x using (indexrelid)"
+            " where i.relname = '_private_queue_1' and pg_get_indexdef(i.indexrelid) like"
+            " '%%(priority DESC, run_at, id) WHERE (state = ''ready''%%' and i.schemaname = %s",
+            db.calls.schema,
+        )
+    )
+
+
+def mark(db: Database, **changes: str) -> None:
+    """Change what the session has noted of its claims."""
+    name = f"pgconductor.c{md5(db.calls.schema.encode()).hexdigest()[:12]}_1"
+    noted = json.loads(db.value("select current_setting(%s)", name))
+    assert noted.keys() >= changes.keys() | {"who", "priority", "run_at", "id"}
+    db.rows("select set_config(%s, %s, false)", name, json.dumps({**noted, **changes}))
+
+
+LATER, EARLIER = "9000-01-01T00:00:00+00:00", "2000-01-01T00:00:00+00:00"
+
+
+def test_claims_do_not_step_over_all_that_was_claimed_before(db: Database, owner: UUID) -> None:
+    """With one long transaction anywhere in the database, each claim reads the entries of all rows since its begin."""
+    old = db.session()
+    old.rows("set transaction isolation level repeatable read")
+    old.rows("select 1")
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 500)
+    for _ in range(40):
+        db.flush(owner, *map(done, db.claim(owner, limit=10)))
+    mark(db, look_at=LATER)  # however slow this machine is
+    before = index_entries_read(db)
+    assert len(db.claim(owner, limit=10)) == 10
+    assert 10 <= index_entries_read(db) - before <= 40
+    mark(db, look_at=EARLIER, rest_until=EARLIER)
+    before = index_entries_read(db)
+    assert len(db.claim(owner, limit=10)) == 10
+    assert index_entries_read(db) - before > 400  # or this test could not fail
+
+
+def test_what_lies_before_the_last_claimed_row_is_found(db: Database, owner: UUID) -> None:
+    """What a transaction that began early commits late, or a retry brings back, would never be claimed."""
+    late = db.session()
+    early = late.invoke()
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    (first,) = db.claim(owner, limit=1)
+    mark(db, look_at=LATER)
+    late.commit()
+    db.flush(owner, done(first, "released"))
+    claimed = [c.id for _ in range(6) for c in db.claim(owner, limit=1)]
+    assert len(claimed) == 6
+    assert set(claimed[-2:]) == {early, first.id}  # when nothing else was left
+    assert db.look(owner) == ([], None)
+
+
+def test_claim_of_as_many_as_there_are_gets_them_all(db: Database, owner: UUID) -> None:
+    """A worker with room would take a few and go to sleep beside the rest."""
+    late = db.session()
+    early = late.invoke()
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    db.claim(owner, limit=1)
+    mark(db, look_at=LATER)
+    late.commit()
+    assert early in [c.id for c in db.claim(owner, limit=100)]
+    assert db.look(owner) == ([], None)
+
+
+def test_higher_priority_is_claimed_wherever_the_last_claim_was(db: Database, owner: UUID) -> None:
+    """Urgent work waits until somebody looks from the front again."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    db.claim(owner, limit=1)
+    mark(db, look_at=LATER, rest_until=LATER)
+    urgent = db.invoke(priority=1)
+    assert [c.id for c in db.claim(owner, limit=1)] == [urgent]
+
+
+def test_where_looks_are_long_nobody_is_told_that_there_is_nothing_without_one(db: Database, owner: UUID) -> None:
+    """A worker sleeps beside rows that nobody has looked for."""
+    late = db.session()
+    early = late.invoke()
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 2)
+    db.claim(owner, limit=2)
+    mark(db, look_at=LATER, rest_until=LATER)
+    late.commit()
+    new = db.invoke()
+    assert [c.id for c in db.claim(owner, limit=9)] == [new]
+    claimed, due_in = db.look(owner)
+    assert claimed == []
+    assert due_in is not None  # when to come again
+    assert due_in > 1
+    mark(db, rest_until=EARLIER)
+    assert [c.id for c in db.claim(owner, limit=9)] == [early]
+
+
+def test_mark_of_one_set_of_tasks_says_nothing_of_another(db: Database, owner: UUID) -> None:
+    """Behind a pooler sessions are shared: rows that the one could not take are not behind the other."""
+    db.invoke_many(*[NewExecution("a", "{}", "q"), NewExecution("b", "{}", "q")] * 2)
+    assert len(db.claim(owner, tasks=["b"], limit=2)) == 2
+    mark(db, look_at=LATER, rest_until=LATER)
+    assert len(db.claim(owner, tasks=["a"], limit=2)) == 2
