@@ -266,14 +266,16 @@ declare
     v_due timestamptz;
     v_due_0 timestamptz;
     v_found boolean := false;
+    v_is_alive boolean;
+    v_overflows boolean;
     v_keys text[];  -- the versions it has; null: none
     v_tids tid[];
     v_began timestamptz;
     v_took interval;
     v_mark jsonb;  -- what this session has claimed last, see below
     v_who text;
-    v_is_urgent boolean := false;
-    v_rests boolean;
+    v_noted text;
+    v_rests boolean := false;
     v_priority int;
     v_run_at timestamptz;
     v_id uuid;
@@ -284,20 +286,27 @@ begin
         v_keys := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version) where t.version is not null);
     end if;
     v_now := @schema@._private_clock();
-    perform @schema@._private_require_alive(p_owner, v_now);
-
-    -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
-    select run_at into v_due from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1;
+    -- In one statement, since each takes 10 µs to begin (benchmarks/latency.py).
+    select
+        exists (select from @schema@._private_orchestrators o
+            where o.id = p_owner and o.died_at is null and o.expires_at > v_now and o.server_epoch = @schema@._private_server_epoch()),
+        -- Not min(): where statistics say that next to nothing is scheduled, the planner may read all that is.
+        (select run_at from @schema@._private_queue_{no} where state in ('scheduled', 'waiting') order by run_at limit 1),
+        (select run_at from @schema@._private_queue_0 where queue = p_queue and state in ('scheduled', 'waiting') order by run_at limit 1),
+        exists (select from @schema@._private_queue_0 where queue = p_queue and state = 'ready')
+    into v_is_alive, v_due, v_due_0, v_overflows;
+    if not v_is_alive then
+        perform @schema@._private_require_alive(p_owner, v_now);
+    end if;
     if v_due <= v_now then
         perform @schema@._private_promote(p_queue, {no}, v_now, greatest(1000, p_limit));
     end if;
-    select run_at into v_due_0 from @schema@._private_queue_0 where queue = p_queue and state in ('scheduled', 'waiting')
-    order by run_at limit 1;
     if v_due_0 <= v_now then
         perform @schema@._private_promote(p_queue, 0, v_now, greatest(1000, p_limit));
+        v_overflows := true;
     end if;
 
-    if exists (select from @schema@._private_queue_0 where queue = p_queue and state = 'ready') then
+    if v_overflows then
         -- Some were produced before the queue was registered: pick from both partitions by one order. What is locked
         -- beyond the limit stays ready.
         return query
@@ -327,49 +336,54 @@ begin
         from (table claimed_own union all table claimed_overflow) x order by priority desc, run_at, id;
         v_found := found;
     else
-        -- The front of the index is full of entries of rows that were claimed before, for as long as any snapshot in the
-        -- database might still see them; to step over them takes longer than all the rest, with ten workers as with one long
-        -- transaction (benchmarks/contention.py, benchmarks/backlog.py). So a claim goes on behind the last row that this
-        -- session has claimed, if it finds enough there and no higher priority has something. What else lies before that row,
-        -- of transactions that committed late, retried or promoted, a look from the front finds: every 0.1 s, or in a tenth of
-        -- the time if looks take long; and always before anybody hears that there is nothing.
-        v_who := md5(p_tasks::text || coalesce(p_versions::text, ''));
-        v_mark := nullif(current_setting('{mark}', true), '')::jsonb;
+        -- The front of the index may be full of entries of rows that were claimed before, for as long as any snapshot in the
+        -- database might still see them: to step over them takes longer than all the rest, with ten workers as with one long
+        -- transaction (benchmarks/contention.py, benchmarks/backlog.py). Where a look from the front has taken long, the
+        -- session notes the last row that it claimed, and later claims go on behind it, if they find enough there and no
+        -- higher priority has something. What else lies before that row, of transactions that committed late, retried or
+        -- promoted, a look from the front finds: after 0.1 s, or in a tenth of the time if looks take still longer; and always
+        -- before anybody hears that there is nothing.
         v_began := clock_timestamp();
-        if v_mark ->> 'who' is distinct from v_who then
-            v_mark := null;
-        elsif v_began < (v_mark ->> 'look_at')::timestamptz then
-            v_priority := (v_mark ->> 'priority')::int;
-            v_run_at := (v_mark ->> 'run_at')::timestamptz;
-            v_id := (v_mark ->> 'id')::uuid;
-            v_is_urgent := exists (select from @schema@._private_queue_{no} where state = 'ready' and priority > v_priority);
-            if not v_is_urgent then
-                v_tids := array(
-                    select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
-                        and priority = v_priority and (run_at, id) > (v_run_at, v_id)
-                    order by run_at, id limit p_limit for update skip locked);
+        v_noted := current_setting('{mark}', true);
+        if v_noted <> '' then
+            v_mark := v_noted::jsonb;
+            v_who := md5(p_tasks::text || coalesce(p_versions::text, ''));
+            if v_mark ->> 'who' = v_who and v_began < (v_mark ->> 'look_at')::timestamptz then
+                v_priority := (v_mark ->> 'priority')::int;
+                v_run_at := (v_mark ->> 'run_at')::timestamptz;
+                v_id := (v_mark ->> 'id')::uuid;
+                if not exists (select from @schema@._private_queue_{no} where state = 'ready' and priority > v_priority) then
+                    v_rests := coalesce(v_began < (v_mark ->> 'rest_until')::timestamptz, false);
+                    v_tids := array(
+                        select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
+                            and priority = v_priority and (run_at, id) > (v_run_at, v_id)
+                        order by run_at, id limit p_limit for update skip locked);
+                end if;
             end if;
         end if;
-        v_rests := v_began < (v_mark ->> 'rest_until')::timestamptz and not v_is_urgent;
-        if cardinality(v_tids) = p_limit or cardinality(v_tids) > 0 and v_rests then
-            null;
-        elsif v_rests then
+        if v_rests and v_tids = '{}' then
             return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
                 null::float8, null::float8, null::text, date_part('epoch', (v_mark ->> 'rest_until')::timestamptz - v_began), null::uuid, null::text;
             return;
-        else
+        elsif not v_rests and (v_tids is null or cardinality(v_tids) < p_limit) then
+            v_mark := null;
             v_tids := array(
                 select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
                 order by priority desc, run_at, id limit p_limit for update skip locked);
             v_took := clock_timestamp() - v_began;
-            v_mark := coalesce(v_mark, '{}') || jsonb_build_object('who', v_who, 'look_at', v_began + greatest(10 * v_took, interval '0.1 s'),
-                'rest_until', case when v_took > interval '5 ms' then v_began + 10 * v_took end);
+            if v_took > interval '2 ms' and v_tids <> '{}' then
+                v_mark := jsonb_build_object('who', md5(p_tasks::text || coalesce(p_versions::text, '')),
+                    'look_at', v_began + greatest(10 * v_took, interval '0.1 s'),
+                    'rest_until', case when v_took > interval '5 ms' then v_began + 10 * v_took end);
+            end if;
         end if;
-        if cardinality(v_tids) > 0 then
+        if v_mark is not null then
             select priority, run_at, id into v_priority, v_run_at, v_id from @schema@._private_queue_{no} where ctid = v_tids[cardinality(v_tids)];
             v_mark := v_mark || jsonb_build_object('priority', v_priority, 'run_at', v_run_at, 'id', v_id);
         end if;
-        perform set_config('{mark}', v_mark::text, false);
+        if v_mark is not null or v_noted <> '' then
+            perform set_config('{mark}', coalesce(v_mark::text, ''), false);
+        end if;
         -- Rows come in the order in which they were picked, since each is looked up by its place, one after the other. Sorted
         -- once more, with all their columns, they took 1 µs longer each (benchmarks/throughput.py).
         return query
