@@ -159,7 +159,7 @@ end $body$
     $template$, '{no}', p_no::text);
     execute replace($template$
 -- What most outcomes need, and less than the half of what flush does: of these claims, end those that have no history and no
--- parent and were not asked to be cancelled. Returns their ids; the rest is left to flush. Tokens, arrays and locks as there
+-- parent. Returns their ids; the rest is left to flush. Tokens, arrays and locks as there
 -- (benchmarks/throughput.py).
 create or replace function @schema@._private_finish_{no}(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[], p_keeps double precision[]
@@ -187,7 +187,7 @@ begin
         delete from @schema@._private_queue_{no} e using o
         -- In a form that only the index of ids answers.
         where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running')
-            and not e.is_durable and e.parent_id is null and e.cancel_requested_at is null
+            and not e.is_durable and e.parent_id is null
         returning e.*, o.outcome as new_state, o.result, o.error, o.keep
     ), kept as (
         insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,

@@ -49,6 +49,62 @@ _LOOK_AGAIN = "where (row.claim_no, row.owner, row.state) = (o.claim_no, p_owner
 
 BUGS = (
     Bug(
+        "finish-with-a-family",
+        "what has a history or a parent is not ended by the statement for those that have none",
+        _PARTITIONS,
+        "            and not e.is_durable and e.parent_id is null\n",
+        "",
+        ("tests/sql/test_flush.py::test_who_has_a_family_ends_with_it_though_the_caller_knew_of_none",),
+    ),
+    Bug(
+        "claim-empty-without-a-look",
+        "a claim that finds too little behind its mark looks from the front",
+        _PARTITIONS,
+        "elsif not v_rests and (v_tids is null or cardinality(v_tids) < p_limit) then",
+        "elsif not v_rests and v_tids is null then",
+        ("tests/sql/test_claim.py",),
+    ),
+    Bug(
+        "claim-behind-a-lower-priority",
+        "a claim does not go on behind its mark if a higher priority has something",
+        _PARTITIONS,
+        "if not exists (select from @schema@._private_queue_{no} where state = 'ready' and priority > v_priority) then",
+        "if true then",
+        ("tests/sql/test_claim.py::test_higher_priority_is_claimed_wherever_the_last_claim_was",),
+    ),
+    Bug(
+        "claim-mark-of-other-tasks",
+        "the mark of claims of other tasks is not used",
+        _PARTITIONS,
+        "if v_mark ->> 'who' = v_who and ",
+        "if ",
+        ("tests/sql/test_claim.py::test_mark_of_one_set_of_tasks_says_nothing_of_another",),
+    ),
+    Bug(
+        "scope-kept-after-the-end",
+        "what is asked of an execution that has ended does not reach the next one in its scope",
+        "src/pgconductor/runtime/execution.py",
+        "                scope.deadline = math.inf\n            self._scope = None\n",
+        "                scope.deadline = math.inf\n",
+        ("tests/unit/test_execution.py",),
+    ),
+    Bug(
+        "context-leaks",
+        "context variables do not pass from one execution to the next",
+        _WORKER,
+        "if now >= slice_ends or context.was_changed():",
+        "if now >= slice_ends:",
+        ("tests/runtime/test_worker.py",),
+    ),
+    Bug(
+        "sleep-after-a-short-claim",
+        "a worker looks again before it sleeps, unless its claim brought nothing at all",
+        _WORKER,
+        "if drained and self.reactor.is_watched and self._counts.claimed == before:",
+        "if drained and self.reactor.is_watched:",
+        ("tests/runtime/test_wakeup_random.py", "tests/runtime/test_reactor.py"),
+    ),
+    Bug(
         "flush-without-claim-no",
         "a flush tests the number of the claim",
         _PARTITIONS,
@@ -105,6 +161,7 @@ BUGS = (
         "where g.dedupe_key is not null and d.queue",
         "where false and g.dedupe_key is not null and d.queue",
         ("tests/sql/test_dedupe.py::test_key_is_free_again_after_the_end",),
+        times=2,
     ),
     Bug(
         "key-of-another-freed",
@@ -113,6 +170,7 @@ BUGS = (
         "and d.key = g.dedupe_key and d.execution_id = g.id",
         "and d.key = g.dedupe_key",
         ("tests/sql/test_flush.py::test_end_of_one_execution_leaves_the_key_of_another",),
+        times=2,
     ),
     Bug(
         "crash-charged-to-the-attempts",
@@ -135,8 +193,8 @@ BUGS = (
         "claim-by-anybody",
         "only a living, registered orchestrator may claim",
         _PARTITIONS,
-        "    perform @schema@._private_require_alive(p_owner, v_now);\n\n    -- Not min()",
-        "    -- Not min()",
+        "if not v_is_alive then",
+        "if false then",
         ("tests/sql/test_claim.py::test_only_a_living_registered_orchestrator_may_claim",),
     ),
     Bug(
@@ -146,6 +204,7 @@ BUGS = (
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2",
         ("tests/sql/test_claim.py::test_claim_takes_only_tasks_the_worker_has",),
+        times=2,
     ),
     Bug(
         "suspects-beside-innocents",
@@ -154,6 +213,7 @@ BUGS = (
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks)",
         "select ctid from @schema@._private_queue_{no} where state = 'ready' and task = any (p_tasks)",
         ("tests/sql/test_lives.py::test_execution_on_its_last_life_is_claimed_by_itself_only",),
+        times=2,
     ),
     Bug(
         "suspects-beside-innocents-of-two-partitions",
@@ -167,8 +227,8 @@ BUGS = (
         "claim-waits-for-rivals",
         "a claim skips what another claim has locked",
         _PARTITIONS,
-        "order by priority desc, run_at, id limit p_limit for update skip locked\n        ), claimed as (",
-        "order by priority desc, run_at, id limit p_limit for update\n        ), claimed as (",
+        "order by priority desc, run_at, id limit p_limit for update skip locked);",
+        "order by priority desc, run_at, id limit p_limit for update);",
         ("tests/sql/test_claim.py::test_claimers_skip_what_a_rival_has_locked",),
     ),
     Bug(

@@ -982,3 +982,88 @@ def test_an_error_is_bounded_by_the_limits_of_its_task() -> None:
     outcome = failed(task, a_claim(), ValueError("x" * 100_000))
     assert outcome.error is not None
     assert len(outcome.error.encode()) <= 512
+
+
+# --- one scope for many attempts ---
+
+
+async def in_berth(
+    berth: Berth, handler: Callable[..., Any] | Task[..., Any], interruption: Interruption
+) -> Outcome | None:
+    task: Task[..., Any] = cast("Task[..., Any]", handler) if isinstance(handler, Task) else a_task(handler)
+    ctx = Context(ID, 1, task=task.name, queue="default", resources={})
+    return await attempt(
+        task, a_claim(), "{}", ctx, trio.CapacityLimiter(2), random.Random(0), interruption, berth
+    )  # fmt: skip
+
+
+async def waits() -> str:
+    await trio.sleep(5)
+    return "done"
+
+
+@pytest.mark.parametrize("how", [Interruption.cancel, Interruption.stop, Interruption.abandon])
+async def test_what_is_asked_of_an_execution_that_has_ended_does_not_reach_the_next(
+    autojump_clock: Clock, how: Callable[[Interruption], None]
+) -> None:
+    """The flush of an outcome takes a while: a cancellation that comes meanwhile would end some other execution."""
+    former = Interruption()
+    with Berth() as berth:
+        assert summary(await in_berth(berth, waits, former))[0] == "completed"
+        scope = berth.scope
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.testing.wait_all_tasks_blocked)
+            how(former)
+            assert summary(await in_berth(berth, waits, Interruption()))[0] == "completed"
+        assert berth.scope is scope
+        return
+    raise AssertionError("the berth was cancelled")
+
+
+@pytest.mark.parametrize("how", [Interruption.cancel, Interruption.stop, Interruption.abandon])
+async def test_an_interrupted_execution_leaves_a_scope_in_which_the_next_can_run(
+    autojump_clock: Clock, how: Callable[[Interruption], None]
+) -> None:
+    """A runner would cancel whatever it begins, for ever."""
+    former = Interruption()
+    with Berth() as berth:
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def interrupts() -> None:
+                await trio.sleep(1)
+                how(former)
+
+            assert summary(await in_berth(berth, waits, former))[0] in ("cancelled", "released")
+        assert summary(await in_berth(berth, waits, Interruption()))[0] == "completed"
+        assert former.is_cancelled  # and stays so, for whoever asks late
+        return
+    raise AssertionError("the berth was cancelled")
+
+
+async def test_a_handler_that_returns_although_it_was_cancelled_cancels_no_other(autojump_clock: Clock) -> None:
+    """Its scope would still be cancelled when the next begins."""
+    former = Interruption()
+
+    async def stubborn() -> str:
+        former.cancel()
+        return "done all the same"
+
+    with Berth() as berth:
+        assert summary(await in_berth(berth, stubborn, former))[0] == "completed"
+        assert summary(await in_berth(berth, waits, Interruption()))[0] == "completed"
+        return
+    raise AssertionError("the berth was cancelled")
+
+
+async def test_the_time_limit_of_one_execution_is_not_that_of_the_next(autojump_clock: Clock) -> None:
+    """Executions without a timeout would be cancelled at the moment at which an earlier one would have been."""
+
+    async def quick() -> None:
+        await trio.sleep(1)
+
+    with Berth() as berth:
+        assert summary(await in_berth(berth, a_task(quick, timeout=3), Interruption()))[0] == "completed"
+        assert summary(await in_berth(berth, waits, Interruption()))[0] == "completed"
+        return
+    raise AssertionError("the berth was cancelled")
