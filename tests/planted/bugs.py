@@ -102,7 +102,9 @@ BUGS = (
         _WORKER,
         "if drained and self.reactor.is_watched and self._counts.claimed == before:",
         "if drained and self.reactor.is_watched:",
-        ("tests/runtime/test_wakeup_random.py", "tests/runtime/test_reactor.py"),
+        (
+            "tests/runtime/test_reactor.py::test_rows_that_a_rival_has_beside_one_that_the_worker_gets_come_back_when_it_dies",
+        ),
     ),
     Bug(
         "flush-without-claim-no",

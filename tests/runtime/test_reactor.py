@@ -219,6 +219,30 @@ async def test_rows_claimed_by_a_rival_just_before_the_woken_worker_come_back_wh
             await place.until_started(1)
 
 
+async def test_rows_that_a_rival_has_beside_one_that_the_worker_gets_come_back_when_it_dies(
+    pgconductor_dsn: str,
+) -> None:
+    """A claim that brings something does not tell of rows that others have locked: it is no reason to sleep on."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn, autocommit=False) as rival:
+        async with place.open():
+            await worker.until_asleep()
+            stop = worker.stop_at("after sleep")
+            notified = worker.reactor.notifications
+            insert(admin, 1)
+            await stop.until_reached()
+            assert len(claim(rival, place)) == 1
+            insert(admin, 2)
+            await until(lambda: worker.reactor.notifications == notified + 2)  # before its claim, which forgets them
+            seen = len(worker.answers)
+            stop.resume.set()
+            await place.until_started(2)
+            await until(lambda: len(worker.answers) >= seen + 2 or worker.is_asleep)
+            admin.execute("select pg_terminate_backend(%s)", [rival.info.backend_pid])
+            await place.until_started(1)
+
+
 async def test_woken_worker_that_finds_nothing_claims_once_and_sleeps_on(pgconductor_dsn: str) -> None:
     """Of ten that are woken by one insert, nine would claim twice and look at K in between."""
     place = Workplace(pgconductor_dsn)
