@@ -78,7 +78,9 @@ def test_metadata_names_licence_python_and_extras(wheel: Path) -> None:
     assert metadata["Name"] == "pgconductor"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"embedded", "dashboard", "metrics", "tracing", "dev"} == set(metadata.get_all("Provides-Extra") or [])
+    assert {"bench", "embedded", "dashboard", "metrics", "tracing", "dev"} == set(
+        metadata.get_all("Provides-Extra") or []
+    )
     needed = [line for line in metadata.get_all("Requires-Dist") or [] if "extra ==" not in line]
     assert sorted(line.partition(">")[0] for line in needed) == [
         "msgspec",

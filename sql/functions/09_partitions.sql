@@ -342,18 +342,19 @@ begin
         -- session notes the last row that it claimed, and later claims go on behind it, if they find enough there and no
         -- higher priority has something. What else lies before that row, of transactions that committed late, retried or
         -- promoted, a look from the front finds: after 0.1 s, or in a tenth of the time if looks take still longer; and always
-        -- before anybody hears that there is nothing.
+        -- before anybody hears that there is nothing. Whoever shares the session, behind a pooler, could note something else:
+        -- it is believed for a minute at most.
         v_began := clock_timestamp();
         v_noted := current_setting('{mark}', true);
         if v_noted <> '' then
             v_mark := v_noted::jsonb;
             v_who := md5(p_tasks::text || coalesce(p_versions::text, ''));
-            if v_mark ->> 'who' = v_who and v_began < (v_mark ->> 'look_at')::timestamptz then
+            if v_mark ->> 'who' = v_who and (v_mark ->> 'look_at')::timestamptz between v_began and v_began + interval '1 minute' then
                 v_priority := (v_mark ->> 'priority')::int;
                 v_run_at := (v_mark ->> 'run_at')::timestamptz;
                 v_id := (v_mark ->> 'id')::uuid;
                 if not exists (select from @schema@._private_queue_{no} where state = 'ready' and priority > v_priority) then
-                    v_rests := coalesce(v_began < (v_mark ->> 'rest_until')::timestamptz, false);
+                    v_rests := coalesce((v_mark ->> 'rest_until')::timestamptz between v_began and v_began + interval '1 minute', false);
                     v_tids := array(
                         select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
                             and priority = v_priority and (run_at, id) > (v_run_at, v_id)
@@ -373,8 +374,8 @@ begin
             v_took := clock_timestamp() - v_began;
             if v_took > interval '2 ms' and v_tids <> '{}' then
                 v_mark := jsonb_build_object('who', md5(p_tasks::text || coalesce(p_versions::text, '')),
-                    'look_at', v_began + greatest(10 * v_took, interval '0.1 s'),
-                    'rest_until', case when v_took > interval '5 ms' then v_began + 10 * v_took end);
+                    'look_at', v_began + least(greatest(10 * v_took, interval '0.1 s'), interval '1 minute'),
+                    'rest_until', case when v_took > interval '5 ms' then v_began + least(10 * v_took, interval '1 minute') end);
             end if;
         end if;
         if v_mark is not null then
@@ -409,7 +410,7 @@ begin
                 then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid, null::text;
     end if;
 end $body$
-    $template$, '{no}', p_no::text), '{mark}', 'pgconductor.c' || left(md5(@schema_literal@), 12) || '_' || p_no);
+    $template$, '{no}', p_no::text), '{mark}', 'pgconductor_claims.c' || left(md5(@schema_literal@), 12) || '_' || p_no);
 end $define$;
 
 -- After a change of the above: for the partitions that are there.

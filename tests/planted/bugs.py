@@ -76,8 +76,8 @@ BUGS = (
         "claim-mark-of-other-tasks",
         "the mark of claims of other tasks is not used",
         _PARTITIONS,
-        "if v_mark ->> 'who' = v_who and ",
-        "if ",
+        "if v_mark ->> 'who' = v_who and (v_mark",
+        "if (v_mark",
         ("tests/sql/test_claim.py::test_mark_of_one_set_of_tasks_says_nothing_of_another",),
     ),
     Bug(

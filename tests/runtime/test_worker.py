@@ -128,6 +128,33 @@ async def test_a_plain_function_runs_in_a_thread(conductor: Conductor) -> None:
     assert threading.current_thread().name not in names
 
 
+async def test_a_runner_that_lets_others_have_a_turn_leaves_nobody_asleep(conductor: Conductor) -> None:
+    """It goes on by itself, so another one that was woken sleeps on; but its handler may wait, and the rest with it."""
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("another", default=0)
+    met = trio.Event()
+    waiting = 0
+
+    @conductor.task(queue="q")
+    async def meet(n: int) -> None:
+        nonlocal waiting
+        variable.set(n)  # before its next execution the runner lets others have a turn
+        if n > 2:
+            waiting += 1
+            if waiting == 2:
+                met.set()
+            await met.wait()
+
+    worker = conductor.create_worker(queue="q", tasks=[meet], concurrency=2)
+    orchestrator = Orchestrator(conductor, workers=[worker])
+    async with conductor, trio.open_nursery() as nursery:
+        await nursery.start(orchestrator.run)
+        for n in (1, 2):  # one for each runner
+            await (await meet.invoke(n)).result(timeout=20)
+        for handle in await meet.invoke_many([meet.bind(3), meet.bind(4)]):
+            await handle.result(timeout=20)
+        orchestrator.stop()
+
+
 async def test_context_variables_do_not_leak_between_executions(conductor: Conductor) -> None:
     """A runner task serves many executions; each must start in a context of its own."""
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)

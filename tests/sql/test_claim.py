@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import UTC, datetime, timedelta
 from hashlib import md5
 from uuid import UUID, uuid4
 
@@ -289,21 +290,24 @@ def index_entries_read(db: Database) -> int:
     )
 
 
-def mark(db: Database, last: Claimed, *, look_at: str, rest_until: str | None = None, task: str = "t") -> None:
+def mark(
+    db: Database, last: Claimed, *, look_at: timedelta, rest_until: timedelta | None = None, task: str = "t"
+) -> None:
     """Let the session have noted that `last` is what it claimed last, when a look from the front took long."""
     (run_at,) = db.live_row(last.id, "to_jsonb(run_at)")
     noted = {
-        "who": md5(f"{{{task}}}".encode()).hexdigest(), "look_at": look_at, "rest_until": rest_until, "priority": 0,
+        "who": md5(f"{{{task}}}".encode()).hexdigest(), "look_at": str(datetime.now(UTC) + look_at),
+        "rest_until": None if rest_until is None else str(datetime.now(UTC) + rest_until), "priority": 0,
         "run_at": run_at, "id": str(last.id),
     }  # fmt: skip
     db.rows("select set_config(%s, %s, false)", mark_name(db), json.dumps(noted))
 
 
 def mark_name(db: Database) -> str:
-    return f"pgconductor.c{md5(db.calls.schema.encode()).hexdigest()[:12]}_1"
+    return f"pgconductor_claims.c{md5(db.calls.schema.encode()).hexdigest()[:12]}_1"
 
 
-LATER, EARLIER = "9000-01-01T00:00:00+00:00", "2000-01-01T00:00:00+00:00"
+LATER, EARLIER = timedelta(seconds=50), timedelta(days=-1)  # a minute is the most
 
 
 def test_claims_do_not_step_over_all_that_was_claimed_before(db: Database, owner: UUID) -> None:
@@ -389,3 +393,12 @@ def test_mark_of_one_set_of_tasks_says_nothing_of_another(db: Database, owner: U
     _, last = db.claim(owner, tasks=["b"], limit=2)
     mark(db, last, look_at=LATER, rest_until=LATER, task="b")
     assert len(db.claim(owner, tasks=["a"], limit=2)) == 2
+
+
+def test_what_others_note_in_a_shared_session_holds_up_nothing_for_long(db: Database, owner: UUID) -> None:
+    """Behind a pooler another program of the same role could tell a worker that there is nothing, for years."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 3)
+    (last,) = db.claim(owner, limit=1)
+    mark(db, last, look_at=timedelta(days=9), rest_until=timedelta(days=9))
+    db.rows("update {s}._private_executions set priority = -1 where state = 'ready'")  # behind no mark of priority 0
+    assert len(db.claim(owner, limit=9)) == 2

@@ -664,6 +664,7 @@ class Pipeline:
                         self._yielding += 1
                         await trio.lowlevel.cancel_shielded_checkpoint()
                         self._yielding -= 1
+                        self._wake_runner()  # who came meanwhile has left the rest to us
                         slice_ends = trio.current_time() + _SLICE
                     failpoint("handler.before")
                     outcome = await self._run_one(held, link, interruption, berth)
