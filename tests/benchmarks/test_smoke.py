@@ -43,6 +43,7 @@ _TINY: dict[str, tuple[str, ...]] = {
         "--seconds=0.05",
         "--pause=0.01",
     ),
+    "produce": ("--single=5", "--many=20"),
     "rescue": ("--count=400", "--concurrency=5"),
     "throughput": ("--count=300", "--batch=100", "--profile=1", "--processes", "1", "2", "--batches=50"),
     "unsaturated": ("--workers", "1", "2", "--producers=2", "--seconds=0.1"),

@@ -17,6 +17,7 @@ from psycopg import postgres
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.rows import tuple_row
 
+from pgconductor.db.arrays import Array
 from pgconductor.db.call import Call
 from pgconductor.db.calls import Calls, NewExecution, WorkerRow
 from pgconductor.db.schema import latest_version, migrate_sync
@@ -37,12 +38,13 @@ class Recorder:
 
     def do(self, verb: str, call: Call[Any]) -> Any:
         dumped = Transformer(self._conn)
-        values = dumped.dump_sequence(list(call.params), [PyFormat.TEXT] * len(call.params))
+        params = [list(param.values) if isinstance(param, Array) else param for param in call.params]
+        values = dumped.dump_sequence(params, [PyFormat.TEXT] * len(params))
         statement = call.query.decode()
         for number in range(1, len(values) + 1):
             statement = statement.replace("%s", f"${number}", 1)
         cursor = psycopg.Cursor(self._conn, row_factory=tuple_row)
-        cursor.execute(call.query, call.params)
+        cursor.execute(call.query, params)
         rows = cursor.fetchall() if cursor.description else []
         self.entries.append(
             {
