@@ -94,9 +94,15 @@ def bars(path: Path, *, title: str, y: str, groups: Mapping[str, Mapping[str, fl
                 if name in group
             ]
             drawn = axes.bar([at for at, _ in places], [value for _, value in places], width, label=name, color=colour)
-            axes.bar_label(drawn, [_number(value) for _, value in places], fontsize=9, padding=2)
-        room = max(8, 80 // max(1, len(groups)))  # characters
+            size = 9 if len(groups) * len(names) <= 16 else 6
+            axes.bar_label(drawn, [_number(value) for _, value in places], fontsize=size, padding=2)
+        is_crowded = len(groups) > 8
+        room = 18 if is_crowded else max(8, 80 // max(1, len(groups)))  # characters
         axes.set_xticks(range(len(groups)), [fill(name, room, break_long_words=False) for name in groups], fontsize=10)
+        if is_crowded:
+            axes.tick_params(axis="x", labelrotation=40)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
         _finish(path, figure, axes, len(names))
 
 
@@ -110,7 +116,9 @@ def _page(title: str, y: str) -> tuple[Figure, Axes]:
 
 def _finish(path: Path, figure: Figure, axes: Axes, series: int) -> None:
     if series > 1:
-        axes.legend(frameon=False)
+        _, labels = axes.get_legend_handles_labels()
+        columns = max(1, min(3, 70 // (max(map(len, labels)) + 6)))  # as many as fit
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)  # never on what is drawn
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
 
 

@@ -168,7 +168,7 @@ def _report(bench: Bench, sides: list[Side], processes: list[int]) -> None:
         title="Drain of no-op jobs",
         y="jobs/s",
         groups={
-            _label("", number)[2:]: {name: bench.median(_label(name, number)) for name in names} for number in processes
+            name: {_label("", number)[2:]: bench.median(_label(name, number)) for number in processes} for name in names
         },
     )
 

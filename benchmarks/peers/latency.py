@@ -47,10 +47,10 @@ def main() -> None:
                 title=f"An idle worker starts a job, p50 of {event}",
                 y="ms",
                 groups={
-                    f"every {gap:g} s": {
-                        side.name: bench.median(f"{_label(side, gap)}: {event}, p50") for side in sides
+                    side.name: {
+                        f"every {gap:g} s": bench.median(f"{_label(side, gap)}: {event}, p50") for _, gap in rounds
                     }
-                    for _, gap in rounds
+                    for side in sides
                 },
             )
 
