@@ -364,7 +364,8 @@ begin
         end if;
         if v_rests and v_tids = '{}' then
             return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-                null::float8, null::float8, null::text, date_part('epoch', (v_mark ->> 'rest_until')::timestamptz - v_began), null::uuid, null::text;
+                null::float8, null::float8, null::text, greatest(0, date_part('epoch',
+                    least(v_due, v_due_0, v_now + ((v_mark ->> 'rest_until')::timestamptz - v_began)) - v_now)), null::uuid, null::text;
             return;
         elsif not v_rests and (v_tids is null or cardinality(v_tids) < p_limit) then
             v_mark := null;

@@ -402,3 +402,15 @@ def test_what_others_note_in_a_shared_session_holds_up_nothing_for_long(db: Data
     mark(db, last, look_at=timedelta(days=9), rest_until=timedelta(days=9))
     db.rows("update {s}._private_executions set priority = -1 where state = 'ready'")  # behind no mark of priority 0
     assert len(db.claim(owner, limit=9)) == 2
+
+
+def test_where_looks_are_long_a_due_time_before_the_next_look_is_told(db: Database, owner: UUID) -> None:
+    """What was delayed by some seconds would start when the next look from the front is due, up to a minute later."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 2)
+    _, last = db.claim(owner, limit=2)
+    db.invoke(delay=5.0)
+    mark(db, last, look_at=LATER, rest_until=LATER)
+    claimed, due_in = db.look(owner)
+    assert claimed == []
+    assert due_in is not None
+    assert 0 < due_in <= 5

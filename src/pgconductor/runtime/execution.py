@@ -91,14 +91,12 @@ class Berth:
         """Leave the scope, by `error` if something was raised, and enter a new one. Returns whether all of it was the
         scope's cancellation; raises what is left of a group without that.
         """
-        scope = self.scope
         try:
             if error is None:
                 return self.__exit__(None, None, None)
             return self.__exit__(type(error), error, error.__traceback__)
         finally:
-            if self.scope is scope:
-                self._open()
+            self._open()
 
 
 class Interruption:
