@@ -262,6 +262,22 @@ async def test_woken_worker_that_finds_nothing_claims_once_and_sleeps_on(pgcondu
             await place.until_started(1)
 
 
+async def test_who_came_too_late_the_last_time_lets_others_go_first(pgconductor_dsn: str) -> None:
+    """All that one insert wakes would claim at the same instant, and compete for the rows and the CPU."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn) as rival:
+        async with place.open():
+            await worker.until_asleep()
+            notified, claims = worker.reactor.notifications, worker.pipeline.statistics().claims
+            worker.pipeline._deference.delay = 3600.0
+            insert(admin, 1)
+            await until(lambda: worker.reactor.notifications == notified + 1 and not worker.is_asleep)
+            await trio.testing.wait_all_tasks_blocked(0.05)  # whoever was to claim has sent it
+            assert worker.pipeline.statistics().claims == claims
+            assert len(claim(rival, place)) == 1
+
+
 async def test_released_executions_wake_another_sleeping_worker(pgconductor_dsn: str) -> None:
     """A worker that stops gives back what it has not begun; nobody else would look for it."""
     place = Workplace(pgconductor_dsn)

@@ -25,3 +25,17 @@ kept = [Cycle() for _ in range(200_000)]
 assert gone() is None, "garbage in cycles is never collected"
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_pgconductor_run_does_it_once_it_has_started() -> None:
+    """The program that is made for it would be a fifth slower than one that asks for it."""
+    program = """
+import gc
+from pgconductor.cli.target import Life
+
+life = Life()
+assert gc.get_freeze_count() == 0 and not life.has_started()
+life.started()
+assert gc.get_freeze_count() > 1000 and life.has_started()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
