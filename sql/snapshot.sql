@@ -596,6 +596,7 @@ function _private_kind_worker() returns text language sql immutable
 function _private_loaded_queues() returns SETOF text language sql SECURITY DEFINER set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_lock_executions(p_ids uuid[], p_wait boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
+function _private_long_look() returns interval language sql immutable parallel safe
 function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
 function _private_may_cancel_all() returns boolean language sql stable
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe

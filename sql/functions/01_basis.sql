@@ -6,6 +6,12 @@ create or replace function @schema@._private_clock() returns timestamptz
     language sql volatile parallel safe
     return pg_catalog.clock_timestamp();
 
+-- A look for ready rows that takes longer than this is not repeated at each claim, see 09_partitions.sql. Tests replace
+-- this one too: what they see must not depend on how busy the machine is.
+create or replace function @schema@._private_long_look() returns interval
+    language sql immutable parallel safe
+    return interval '2 ms';
+
 -- A new id, UUIDv8: 48 bits of Unix milliseconds, the queue's number (4 + 8 bits in bytes 6 and 7 behind the version,
 -- 8 bits in byte 9), 58 random bits. It sorts by time and tells its partition.
 create or replace function @schema@._private_new_id(p_queue_no int, p_now timestamptz) returns uuid

@@ -373,10 +373,10 @@ begin
                 select ctid from @schema@._private_queue_{no} where state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))
                 order by priority desc, run_at, id limit p_limit for update skip locked);
             v_took := clock_timestamp() - v_began;
-            if v_took > interval '2 ms' and v_tids <> '{}' then
+            if v_took > @schema@._private_long_look() and v_tids <> '{}' then
                 v_mark := jsonb_build_object('who', md5(p_tasks::text || coalesce(p_versions::text, '')),
                     'look_at', v_began + least(greatest(10 * v_took, interval '0.1 s'), interval '1 minute'),
-                    'rest_until', case when v_took > interval '5 ms' then v_began + least(10 * v_took, interval '1 minute') end);
+                    'rest_until', case when v_took > 2.5 * @schema@._private_long_look() then v_began + least(10 * v_took, interval '1 minute') end);
             end if;
         end if;
         if v_mark is not null then

@@ -33,4 +33,5 @@ class Audited:
 def open_audited(databases: Databases, schema: str = "pgconductor") -> Iterator[Audited]:
     """An `Audited` on a database of its own, in which `databases` has installed `schema`."""
     with databases.installed() as dsn, open_database(dsn, schema) as db:
+        db.take_looks_for("short")
         yield Audited(db, DatabaseClock(dsn, schema))

@@ -14,6 +14,7 @@ from pgconductor.testing import DatabaseClock, Databases
 def sql_database(pgconductor_databases: Databases) -> Iterator[tuple[Database, DatabaseClock]]:
     """The database and its clock."""
     with pgconductor_databases.installed() as dsn, open_database(dsn) as database:
+        database.take_looks_for("short")
         yield database, DatabaseClock(dsn)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
@@ -197,6 +197,14 @@ class Database(Session):
         self.schema_name = schema
         self._sessions: list[Session] = []
         self._threads = ThreadPoolExecutor(max_workers=100)
+
+    def take_looks_for(self, kind: Literal["short", "long"]) -> None:
+        """Let claims take each look from the front for a short one, however busy the machine is, or for a long one."""
+        span = "1 hour" if kind == "short" else "0"
+        self.rows(
+            "create or replace function {s}._private_long_look() returns interval language sql immutable parallel safe"
+            f" return interval '{span}'"
+        )
 
     def session(self, *, autocommit: bool = False) -> Session:
         """One more session; without `autocommit`, its first statement opens a transaction."""

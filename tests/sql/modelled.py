@@ -64,13 +64,15 @@ R = TypeVar("R", bound=Step)
 
 START = datetime(2030, 1, 1, tzinfo=UTC)  # the model's time 0
 
-# In test schemas only: a clock that stands still, an epoch and ids that are counted.
+# In test schemas only: a clock that stands still, an epoch and ids that are counted, looks that are never long.
 _INSTALL = """
 create table {s}._test_world (moment timestamptz not null, epoch int not null);
 insert into {s}._test_world values (now(), 0);
 create sequence {s}._test_ids;
 create or replace function {s}._private_clock() returns timestamptz language sql volatile parallel safe
     begin atomic select moment from {s}._test_world; end;
+create or replace function {s}._private_long_look() returns interval language sql immutable parallel safe
+    return interval '1 hour';
 create or replace function {s}._private_server_epoch() returns text language sql stable
     begin atomic select epoch::text from {s}._test_world; end;
 create or replace function {s}._private_new_id(p_queue_no int, p_now timestamptz) returns uuid

@@ -332,6 +332,22 @@ def test_claims_do_not_step_over_all_that_was_claimed_before(db: Database, owner
     assert index_entries_read(db) - before > 400  # or this test could not fail
 
 
+def test_only_a_long_look_from_the_front_is_noted(db: Database, owner: UUID) -> None:
+    """A claim that goes on behind the last row for no reason takes late what belongs before it."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 5)
+    db.claim(owner, limit=1)
+    assert not db.value("select current_setting(%s, true)", mark_name(db))
+    db.take_looks_for("long")
+    try:
+        (claimed,) = db.claim(owner, limit=1)
+    finally:
+        db.take_looks_for("short")
+    noted = json.loads(db.value("select current_setting(%s)", mark_name(db)))
+    assert noted["id"] == str(claimed.id)
+    assert noted["rest_until"] is not None
+    assert len(db.claim(owner, limit=2)) == 2
+
+
 def test_what_lies_before_the_last_claimed_row_is_found(db: Database, owner: UUID) -> None:
     """What a transaction that began early commits late, or a retry brings back, would never be claimed."""
     late = db.session()
