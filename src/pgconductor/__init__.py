@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .advice import Advice, Recommendation
+    from .batch_context import BatchContext, BatchItem
     from .channels import Channel
     from .children import ChildHandle, DurableNursery, StepHandle
     from .codec import Limits
@@ -96,6 +97,8 @@ if TYPE_CHECKING:
 __all__ = [  # noqa: RUF022 - grouped by what one does with them
     # Declaring and running
     "Backoff",
+    "BatchContext",
+    "BatchItem",
     "Conductor",
     "Context",
     "Delays",
@@ -205,6 +208,8 @@ _MODULES = {
     "Advice": "advice",
     "AttemptError": "errors",
     "Backoff": "retry",
+    "BatchContext": "batch_context",
+    "BatchItem": "batch_context",
     "CancelCounts": "model",
     "Cancellation": "model",
     "Channel": "channels",

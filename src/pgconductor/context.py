@@ -59,6 +59,11 @@ class _BoundLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
+def bound_logger(extra: Mapping[str, object]) -> logging.LoggerAdapter[logging.Logger]:
+    """A handler's logger, whose records carry `extra`."""
+    return _BoundLogger(logging.getLogger(_LOGGER), extra)
+
+
 class Watch(Protocol):
     """What knows whether a handler should end; the engine implements it. Both may be asked from any thread."""
 
@@ -446,14 +451,13 @@ class Context:
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger named ``pgconductor.task`` whose records carry `execution_id`, `task`, `queue` and `attempt`."""
         if self._logger is None:
-            self._logger = _BoundLogger(
-                logging.getLogger(_LOGGER),
+            self._logger = bound_logger(
                 {
                     "execution_id": str(self.execution_id),
                     "task": self.task,
                     "queue": self.queue,
                     "attempt": self.attempt,
-                },
+                }
             )
         return self._logger
 
@@ -462,21 +466,7 @@ class Context:
 
         Does not wait. Raises `Misuse` if there is none, or several of which none is exactly of that type.
         """
-        found = self._resources.get(kind)
-        if found is not None:
-            return cast(T, found)
-        matches = {id(value): value for value in self._resources.values() if isinstance(value, kind)}
-        if len(matches) == 1:
-            return next(iter(matches.values()))
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if matches:
-            kinds = ", ".join(sorted(type(value).__qualname__ for value in matches.values()))
-            raise Misuse(f"ctx.resource({name}) is ambiguous: {kinds} all fit; ask for one of these types")
-        known = ", ".join(sorted(kind.__qualname__ for kind in self._resources)) or "no resources"
-        raise Misuse(
-            f"ctx.resource({name}): there is no such resource here (the orchestrator has: {known}); "
-            f"yield one from the lifespan given as Orchestrator(resources=...)"
-        )
+        return find_resource(self._resources, kind)
 
     def __repr__(self) -> str:
         return f"<Context of task {self.task!r}, execution {self.execution_id}, attempt {self.attempt}>"
@@ -484,6 +474,25 @@ class Context:
 
 def _refuse() -> Durable:
     raise DurableMisuse("the handler of this context has ended")
+
+
+def find_resource(resources: Resources, kind: type[T]) -> T:
+    """What `Context.resource` returns; raises what it raises."""
+    found = resources.get(kind)
+    if found is not None:
+        return cast(T, found)
+    matches = {id(value): value for value in resources.values() if isinstance(value, kind)}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if matches:
+        kinds = ", ".join(sorted(type(value).__qualname__ for value in matches.values()))
+        raise Misuse(f"ctx.resource({name}) is ambiguous: {kinds} all fit; ask for one of these types")
+    known = ", ".join(sorted(kind.__qualname__ for kind in resources)) or "no resources"
+    raise Misuse(
+        f"ctx.resource({name}): there is no such resource here (the orchestrator has: {known}); "
+        f"yield one from the lifespan given as Orchestrator(resources=...)"
+    )
 
 
 def resources_by_type(yielded: object) -> dict[type[Any], object]:

@@ -273,6 +273,10 @@ async def replayed(registry: Registry, stored: StoredHistory, patience: float = 
         return diverged(Trouble.PAYLOAD, str(error))
     except (Exception, SystemExit) as error:  # noqa: BLE001  # what the payload's own classes raise
         return diverged(Trouble.PAYLOAD, _described(error))
+    if task.batch is not None:
+        if not stored.records:
+            return None
+        return diverged(Trouble.UNASKED, "its handler is one of batches now, which asks for nothing that was recorded")
     if not task.is_async:
         return diverged(Trouble.UNDECIDED, "it is a plain def, whose thread could not be ended here")
     run = _Run(task, stored)

@@ -11,13 +11,10 @@ Invariants: a task belongs to one conductor and keeps its name, queue and option
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-import types
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import (
@@ -33,16 +30,17 @@ from typing import (
     TypeAlias,
     TypeVar,
     cast,
-    get_args,
-    get_origin,
     overload,
 )
 
+from .batch_context import BatchContext
+from .batches import BatchOptions, BatchTaskDecorator, batch_shape_of, checked_batch
 from .codec import Limits, PayloadCodec, ResultCodec, printable
 from .context import Context
 from .errors import InvalidOption, InvalidTask, Misuse
 from .options import INT4_MAX, INT4_MIN, checked_instant, checked_int, checked_seconds, checked_text
 from .retry import DEFAULT_BACKOFF, Backoff, BackoffLike, backoff_as_data, checked_backoff
+from .signatures import Shape, check_parameters, require_function, shape_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -223,13 +221,15 @@ class Task(Invocable[P, R]):
     `keep_completed`, `keep_failed`: seconds for which finished executions are kept, None for ever, 0 not at all.
     `version`: of the code, None without; `versions`: this one and those of former code, which workers run as well.
     `handler`: the function itself, to be called in tests. `is_async`: whether it is a coroutine function (a plain
-    ``def`` runs in a thread).
+    ``def`` runs in a thread). `batch`: how the executions are gathered of which its handler gets many at once, None for
+    a handler of one (`Conductor.batch_task` makes the former).
     """
 
     __slots__ = (
         "_former",
         "_shape",
         "backoff",
+        "batch",
         "deadline",
         "handler",
         "invoker",
@@ -260,10 +260,13 @@ class Task(Invocable[P, R]):
         keep_failed: float | timedelta | None = KEEP_FAILED,
         version: str | None = None,
         limits: Limits | None = None,
+        batch: BatchOptions | None = None,
     ) -> None:
-        """As `Tasks.task` describes, which registers it too."""
+        """As `Tasks.task` and `Tasks.batch_task` describe, which register it too."""
         self.limits = limits or Limits()
-        function = _require_function(handler)
+        if isinstance(handler, Task):
+            raise InvalidTask(f"{handler!r} is a task already; one function is one task")
+        function = require_function(handler)
         self.name = checked_text(
             "a task's name", function.__name__ if name is None else name, max_bytes=self.limits.name_bytes
         )
@@ -282,8 +285,9 @@ class Task(Invocable[P, R]):
         self.handler = handler
         self.invoker = invoker
         self.is_async = inspect.iscoroutinefunction(function)
-        self._shape: _Shape[R] | None = None
-        _check_parameters(self.name, function)
+        self.batch = batch
+        self._shape: Shape[R] | None = None
+        check_parameters(self.name, function, "Context" if batch is None else "BatchContext")
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """Always raises `Misuse`: calling a task could mean running it here or elsewhere."""
@@ -299,7 +303,8 @@ class Task(Invocable[P, R]):
         Raises `InvalidTask` if one cannot be resolved, if JSON cannot hold it, or if the context is misplaced.
         """
         if self._shape is None:
-            self._shape = _shape_of(self.name, self.handler, self.limits)
+            find = shape_of if self.batch is None else batch_shape_of
+            self._shape = find(self.name, self.handler, self.limits)
 
     @property
     def versions(self) -> tuple[Task[..., Any], ...]:
@@ -310,10 +315,10 @@ class Task(Invocable[P, R]):
         """Make a function the handler of executions of a former version, as ``@greet.former("1")``.
 
         They are run by whatever worker has the current task; what is invoked from now on is of the current version. It
-        has this task's name, queue and options, and parameters and a result of its own. `version`: 1 to 64 bytes
-        without "@". Returns the version as a `Task`, whose `invoke` makes an execution of it. Raises `InvalidTask` for
-        what cannot be a task, for a version that is there already, and on a task that is a former version itself;
-        `InvalidOption` for what is no version.
+        has this task's name, queue and options, those of batches too, and parameters and a result of its own.
+        `version`: 1 to 64 bytes without "@". Returns the version as a `Task`, whose `invoke` makes an execution of it.
+        Raises `InvalidTask` for what cannot be a task, for a version that is there already, and on a task that is a
+        former version itself; `InvalidOption` for what is no version.
         """
         if self.replaced_by is not None:
             raise InvalidTask(
@@ -335,6 +340,7 @@ class Task(Invocable[P, R]):
                 keep_failed=self.keep_failed,
                 version=version,
                 limits=self.limits,
+                batch=self.batch,
             )
             for other in self.versions:
                 if other.version == task.version:
@@ -351,15 +357,15 @@ class Task(Invocable[P, R]):
         return cast("TaskDecorator", register)
 
     @property
-    def shape(self) -> _Shape[R]:
+    def shape(self) -> Shape[R]:
         """What the annotations say; resolved at first use."""
         if self._shape is None:
             self.resolve()
-        return cast("_Shape[R]", self._shape)
+        return cast("Shape[R]", self._shape)
 
     @property
     def wants_context(self) -> bool:
-        """Whether the handler's first parameter is annotated `Context`."""
+        """Whether the handler's first parameter is annotated `Context`, or `BatchContext` if it is one of batches."""
         return self.shape.wants_context
 
     @property
@@ -393,6 +399,10 @@ class Task(Invocable[P, R]):
         if (self._shape or self.shape).wants_context:
             return self.handler(ctx, **kwargs)
         return self.handler(**kwargs)
+
+    def call_batch(self, ctx: BatchContext, items: list[Any]) -> Any:
+        """As `call`, of a handler of batches."""
+        return self.handler(ctx, items) if self.shape.wants_context else self.handler(items)
 
     def _target(self) -> tuple[Task[P, R], InvokeOptions, psycopg.AsyncConnection[Any] | None]:
         return self, DEFAULT_OPTIONS, None
@@ -595,145 +605,6 @@ def _checked_queue(queue: object, limits: Limits) -> str:
     return checked_text("a queue's name", queue, max_bytes=limits.name_bytes)
 
 
-# --- what a handler's signature says ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape(Generic[R]):
-    wants_context: bool
-    payload: PayloadCodec
-    result: ResultCodec[R]
-
-
-def _require_function(handler: object) -> types.FunctionType:
-    """Return `handler` if it is a kind of function that can be a task; the cases below are refused, each by name."""
-    if isinstance(handler, Task):
-        raise InvalidTask(f"{handler!r} is a task already; one function is one task")
-    if isinstance(handler, functools.partial):
-        raise InvalidTask("a functools.partial cannot be a task: it has no name; write a function around it")
-    if isinstance(handler, type):
-        raise InvalidTask(f"class {handler.__qualname__} cannot be a task; write a function")
-    if isinstance(handler, types.MethodType):
-        raise InvalidTask(f"method {handler.__qualname__} cannot be a task; write a function at module level")
-    if not isinstance(handler, types.FunctionType):
-        raise InvalidTask(f"an object of type {type(handler).__qualname__} cannot be a task; write a function with def")
-    name = handler.__qualname__
-    if handler.__name__ == "<lambda>":
-        raise InvalidTask("a lambda cannot be a task: it has no name and no annotations; write a function with def")
-    if inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
-        raise InvalidTask(f"{name} is a generator function (it has a yield) and cannot be a task; return a list")
-    if inspect.iscoroutinefunction(inspect.unwrap(handler)) and not inspect.iscoroutinefunction(handler):
-        raise InvalidTask(f"{name} is a coroutine function behind a decorator that is not; make its wrapper async def")
-    return handler
-
-
-def _check_parameters(task: str, function: types.FunctionType) -> None:
-    """The checks that need no resolved annotation, made at declaration."""
-    parameters = list(inspect.signature(function).parameters.values())
-    for position, parameter in enumerate(parameters):
-        bare = parameter.annotation is inspect.Parameter.empty
-        if bare and parameter.name in ("ctx", "context"):
-            raise InvalidTask(
-                f"parameter {parameter.name!r} of task {task!r} has no annotation; "
-                f"write `{parameter.name}: Context` (from pgconductor import Context), or rename it"
-            )
-        if bare and position == 0 and parameter.name in ("self", "cls"):
-            raise InvalidTask(
-                f"task {task!r} is a method (its first parameter is {parameter.name!r}); write a function"
-            )
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            raise InvalidTask(
-                f"task {task!r} takes *{parameter.name}, but a payload is an object of named parameters; take a list"
-            )
-        if parameter.kind is parameter.POSITIONAL_ONLY and position > 0:
-            raise InvalidTask(
-                f"parameter {parameter.name!r} of task {task!r} is positional-only, but arguments are passed by name; "
-                f"move it behind the `/`"
-            )
-
-
-def _shape_of(task: str, handler: Callable[..., Any], limits: Limits) -> _Shape[Any]:
-    hints = _resolved_hints(task, handler)
-    parameters = list(inspect.signature(handler).parameters.values())
-    first = parameters[0] if parameters else None
-    wants_context = first is not None and _is_context(hints.get(first.name))
-    reserved: tuple[str, ...] = ()
-    if first is not None:
-        if wants_context:
-            if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-                raise InvalidTask(
-                    f"parameter {first.name!r} of task {task!r} is the context and must be an ordinary first parameter"
-                )
-            parameters = parameters[1:]
-            reserved = (first.name,)
-        elif first.kind is first.POSITIONAL_ONLY:
-            raise InvalidTask(
-                f"parameter {first.name!r} of task {task!r} is positional-only, but arguments are passed by name; "
-                f"move it behind the `/`"
-            )
-        elif first.kind is first.POSITIONAL_OR_KEYWORD and hints.get(first.name) in (Any, object):
-            raise InvalidTask(
-                f"the first parameter {first.name!r} of task {task!r} is annotated Any or object, which type checkers "
-                f"take for the context; make it keyword-only: `*, {first.name}: ...`"
-            )
-    kinds: dict[str, Any] = {}
-    extra: Any = None
-    for parameter in parameters:
-        kind = hints.get(parameter.name, Any)
-        if _mentions_context(kind):
-            raise InvalidTask(
-                f"parameter {parameter.name!r} of task {task!r} is annotated with Context; "
-                f"the context must be the first parameter, annotated `Context` and nothing else"
-            )
-        if parameter.kind is parameter.VAR_KEYWORD:
-            extra = kind
-            if get_origin(kind) is typing.Unpack:
-                raise InvalidTask(f"task {task!r} takes **{parameter.name}: Unpack[...]; name the parameters instead")
-        else:
-            kinds[parameter.name] = kind
-    returns = hints.get("return", Any)
-    if not inspect.iscoroutinefunction(handler) and get_origin(returns) in _AWAITABLES:
-        raise InvalidTask(f"task {task!r} is a plain def that returns an awaitable; write it as async def")
-    return _Shape(
-        wants_context=wants_context,
-        payload=PayloadCodec(
-            task,
-            kinds,
-            optional=[p.name for p in parameters if p.name in kinds and p.default is not p.empty],
-            positional=[p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD],
-            extra=extra,
-            reserved=reserved,
-            limits=limits,
-        ),
-        result=ResultCodec(task, Any if returns in (NoReturn, typing.Never) else returns, limits=limits),
-    )
-
-
-_AWAITABLES = (Coroutine, Awaitable)
-
-
-def _resolved_hints(task: str, handler: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(handler, include_extras=True)
-    except NameError as error:
-        raise InvalidTask(
-            f"an annotation of task {task!r} cannot be resolved: {error}; the name must exist at run time in the "
-            f"module of {handler.__qualname__} (not only under `if TYPE_CHECKING`, and not inside a function)"
-        ) from error
-    except (TypeError, SyntaxError, AttributeError) as error:
-        raise InvalidTask(f"an annotation of task {task!r} cannot be resolved: {error}") from error
-
-
-def _is_context(hint: Any) -> bool:
-    if get_origin(hint) is typing.Annotated:
-        hint = get_args(hint)[0]
-    return hint is Context
-
-
-def _mentions_context(hint: Any) -> bool:
-    return hint is Context or any(_mentions_context(part) for part in get_args(hint))
-
-
 # --- workers and the registry ----------------------------------------------------------------------------------------
 
 
@@ -913,6 +784,61 @@ class Tasks(Invoker):
 
         return register if handler is None else register(handler)
 
+    def batch_task(
+        self,
+        /,
+        *,
+        size: int,
+        max_wait: float | timedelta = 0.0,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        max_attempts: int = 3,
+        backoff: BackoffLike = DEFAULT_BACKOFF,
+        timeout: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
+        keep_completed: float | timedelta | None = KEEP_COMPLETED,
+        keep_failed: float | timedelta | None = KEEP_FAILED,
+        version: str | None = None,
+    ) -> BatchTaskDecorator:
+        """Make a function a task whose handler gets many executions at once, as ``@conductor.batch_task(size=100)``.
+
+        The handler is an ``async def``, or a plain ``def`` that then runs in a thread. After an optional first
+        parameter annotated `BatchContext` it has one, a ``list[T]`` or ``Sequence[T]``: an item of each execution,
+        which ``task.invoke(item)`` made; the payload is the object ``{"item": ...}``. It is annotated to return None,
+        and then all have completed, or a list or sequence with one entry per item, in their order: a value is that
+        execution's result, an exception instance fails it or has it tried again, as if its own handler had raised it.
+        If the handler raises, all are tried again or fail, each by its own attempts; an execution's last attempt of
+        several is a batch of its own. There is no history: no steps, sleeps, events, children.
+
+        `size`: executions per call at most, 1 to 1,000. `max_wait`: seconds (or a `timedelta`), 0 to 60, for which the
+        first of them waits for company; 0: what is there is taken. The other options are those of `task`; `timeout` is
+        for the call, and of several the least counts. Of a worker's `concurrency` a call takes one.
+
+        Returns and raises as `task`.
+        """
+        options = checked_batch(size, max_wait)
+
+        def register(handler: Callable[..., Any]) -> Task[..., Any]:
+            task: Task[..., Any] = Task(
+                handler,
+                self,
+                name=name,
+                queue=queue,
+                max_attempts=max_attempts,
+                backoff=backoff,
+                timeout=timeout,
+                deadline=deadline,
+                keep_completed=keep_completed,
+                keep_failed=keep_failed,
+                version=version,
+                limits=self.limits,
+                batch=options,
+            )
+            self.registry.add(task)
+            return task
+
+        return cast("BatchTaskDecorator", register)
+
     def create_worker(
         self,
         *,
@@ -928,11 +854,11 @@ class Tasks(Invoker):
         """Declare a worker: which tasks of one queue run, and how many executions at once. Starts nothing.
 
         `queue`: 1 to 128 bytes of UTF-8. `tasks`: at least one, all declared on that queue by this conductor.
-        `concurrency`: executions at once, 1 to 10,000. `sweep_interval`: seconds between looks at the queue that no
-        notification asked for, 0.05 to 60. `flush_interval`: seconds an outcome may wait for others, 0 to 5. `notify`:
-        ``adaptive`` (NOTIFY only to a sleeping worker), ``always``, or ``off`` (the sweep alone). `claim_batch`,
-        `flush_batch`: rows per statement, 1 to 10,000; None lets the worker adapt them. Returns the declaration for
-        ``Orchestrator(workers=[...])``. Raises `InvalidOption` or `InvalidTask`.
+        `concurrency`: handlers at once, 1 to 10,000, a batch being one. `sweep_interval`: seconds between looks at the
+        queue that no notification asked for, 0.05 to 60. `flush_interval`: seconds an outcome may wait for others, 0 to
+        5. `notify`: ``adaptive`` (NOTIFY only to a sleeping worker), ``always``, or ``off`` (the sweep alone).
+        `claim_batch`, `flush_batch`: rows per statement, 1 to 10,000; None lets the worker adapt them. Returns the
+        declaration for ``Orchestrator(workers=[...])``. Raises `InvalidOption` or `InvalidTask`.
         """
         queue = _checked_queue(queue, self.limits)
         where = f"the worker of queue {queue!r}"

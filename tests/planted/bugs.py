@@ -528,7 +528,7 @@ BUGS = (
         "stock-kept-at-a-stop",
         "what was claimed and has not begun goes back at once",
         _WORKER,
-        "                                self._is_stopping = True\n                                self._give_back_stock()",
+        "                                self._give_back(self._stock.take_all())",
         "                                self._is_stopping = False",
         ("tests/faults/test_processes.py::test_terminated_process_gives_back_what_it_has_not_begun",),
     ),

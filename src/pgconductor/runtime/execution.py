@@ -31,7 +31,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 import trio
@@ -57,7 +57,7 @@ from .thread_desk import ThreadDesk
 logger = logging.getLogger("pgconductor.worker")
 
 _encode = msgspec.json.Encoder().encode
-_NOTHING: Final = object()  # no value was returned
+NOTHING: Final = object()  # what `run` answers if no value was returned
 
 
 T = TypeVar("T")
@@ -97,6 +97,49 @@ class Berth:
             return self.__exit__(type(error), error, error.__traceback__)
         finally:
             self._open()
+
+
+class Interruptible(Protocol):
+    """What the worker asks of a running execution, from Trio's thread; `Interruption` says what each means."""
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether its cancellation was requested."""
+        ...
+
+    @property
+    def is_body_running(self) -> bool:
+        """Whether its handler runs in a thread, and is not known to have ended."""
+        ...
+
+    def cancel(self, reason: str | None = None) -> None:
+        """As `Interruption.cancel`, and so are the others."""
+        ...
+
+    def stop(self) -> None: ...
+
+    def note_end(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+class Told(Protocol):
+    """What decides, of an attempt that has ended, how."""
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether its cancellation was requested."""
+        ...
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was asked to end so that it can be given back."""
+        ...
+
+    @property
+    def was_told(self) -> bool:
+        """Whether the handler asked, and was told to end."""
+        ...
 
 
 class Interruption:
@@ -311,7 +354,7 @@ class Interruption:
         self._nurseries = len(self._task.child_nurseries)
 
     async def run(self, handler: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
-        """Return what an async handler returns, `_NOTHING` if the scope cancelled it; raises what it raises."""
+        """Return what an async handler returns, `NOTHING` if the scope cancelled it; raises what it raises."""
         berth = self._berth
         if timeout is not None:
             berth.scope.deadline = trio.current_time() + timeout
@@ -322,7 +365,7 @@ class Interruption:
             self.unwound = raised
             if not self._leave(raised):
                 raise
-        return _NOTHING
+        return NOTHING
 
     async def run_in_thread(
         self, handler: Callable[[], Any], timeout: float | None, limiter: trio.CapacityLimiter
@@ -330,7 +373,7 @@ class Interruption:
         """The same for a plain ``def``, in a thread. After `timeout` seconds it is asked to end."""
         self._has_thread = True
         body = functools.partial(self._body, handler)
-        value: Any = _NOTHING
+        value: Any = NOTHING
         error: BaseException | None = None
         is_over = False
         try:
@@ -363,10 +406,10 @@ class Interruption:
         self._desk.thread = threading.get_ident()
         try:
             if self.is_abandoned:
-                return _NOTHING, None
+                return NOTHING, None
             return handler(), None
         except BaseException as error:  # noqa: BLE001  # sorted out by whoever waits for the thread
-            return _NOTHING, error
+            return NOTHING, error
         finally:
             self.is_body_running = False
 
@@ -404,33 +447,31 @@ async def attempt(
         if not isinstance(payload, str):
             loaded = await inner.load(payload)
             if loaded is None:
-                return _unstarted(task, claimed, inner) or released(task, claimed)
+                return unstarted(task, claimed, inner) or released(task, claimed)
             payload = loaded
-        if (inner.is_requested or inner.is_stopping) and (outcome := _unstarted(task, claimed, inner)):
+        if (inner.is_requested or inner.is_stopping) and (outcome := unstarted(task, claimed, inner)):
             return outcome
         timeout = task.timeout if claimed.timeout is None else claimed.timeout
         remaining: float | None = None
         if deadline_at is not None:
             remaining = deadline_at - trio.current_time()
             if remaining <= 0.0:
-                return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
+                return too_late(task, claimed)
         try:
             kwargs = task.decode(payload)
-        except (InvalidPayload, InvalidTask) as misfit:
-            return failed(task, claimed, misfit)  # what does not fit now will not fit later
-        except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise
-            return retried_or_failed(task, claimed, raised, rng, remaining)
+        except (Exception, SystemExit) as raised:  # noqa: BLE001  # what the payload's own classes raise too
+            return undecodable(task, claimed, raised, rng, remaining)
 
         is_by_deadline = remaining is not None and (timeout is None or remaining <= timeout)
         limit = remaining if is_by_deadline else timeout
         ctx.watch(inner)
         call = functools.partial(task.call, ctx, kwargs)
-        value: Any = _NOTHING
+        value: Any = NOTHING
         error: BaseException | None = None
         try:
             value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
         except BaseException as raised:
-            error = _as_data(raised)
+            error = as_data(raised)
             if error is None:
                 raise
             if trio.current_effective_deadline() == -math.inf:
@@ -442,14 +483,14 @@ async def attempt(
             if inner.is_suspended:
                 _log_ignored(task, claimed, value, error, "was to wait")
                 return waiting(task, claimed, inner.awaited)
-            if value is not _NOTHING:
-                return _completed(task, claimed, value, inner)
+            if value is not NOTHING:
+                return completed(task, claimed, value, inner)
             if inner.is_body_running:
                 return None
             remaining = None if deadline_at is None else deadline_at - trio.current_time()
             if inner.is_expired and not inner.is_requested and not inner.is_stopping:
-                error = _out_of_time(error or inner.unwound, limit, is_by_deadline)
-            return _not_completed(task, claimed, error, inner, rng, remaining)
+                error = out_of_time(error or inner.unwound, limit, is_by_deadline)
+            return not_completed(task, claimed, error, inner, rng, remaining)
         finally:
             # They hold this frame, and it them.
             del error
@@ -459,7 +500,22 @@ async def attempt(
         inner.end()
 
 
-def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Interruption) -> Outcome:
+def too_late(task: Task[..., Any], claimed: Claimed) -> Outcome:
+    """The outcome of an attempt that would begin after the deadline."""
+    return failed(task, claimed, DeadlineExceeded("the deadline passed before the attempt began"))
+
+
+def undecodable(
+    task: Task[..., Any], claimed: Claimed, error: BaseException, rng: random.Random, remaining: float | None
+) -> Outcome:
+    """The outcome of an attempt whose arguments could not be read. `remaining`: as in `not_completed`."""
+    if isinstance(error, (InvalidPayload, InvalidTask)):
+        return failed(task, claimed, error)  # what does not fit now will not fit later
+    return retried_or_failed(task, claimed, error, rng, remaining)
+
+
+def completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Told) -> Outcome:
+    """The outcome of a handler that returned `value`, even if that cannot be stored."""
     try:
         result = task.result.encode(value)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # InvalidPayload, or what the value's own classes raise
@@ -467,19 +523,23 @@ def _completed(task: Task[..., Any], claimed: Claimed, value: object, inner: Int
     return Outcome(claimed.id, claimed.claim_no, "completed", result, keep=task.keep_completed)
 
 
-def _not_completed(
+def not_completed(
     task: Task[..., Any],
     claimed: Claimed,
     error: BaseException | None,
-    inner: Interruption,
+    inner: Told,
     rng: random.Random,
     remaining: float | None,
 ) -> Outcome:
+    """The outcome of a handler that returned nothing. `error`: None if the engine ended it, and it raised nothing.
+
+    `remaining`: seconds until the execution's deadline.
+    """
     if inner.is_requested:
-        return cancelled(task, claimed, None if error is None or _is_answer(error) else error)
+        return cancelled(task, claimed, None if error is None or is_answer(error) else error)
     if inner.is_stopping and (task.is_async or inner.was_told or error is None):
         # An unwinding that the engine began is no failure of the handler, whatever it raised on the way.
-        if error is not None and not _is_answer(error):
+        if error is not None and not is_answer(error):
             logger.warning(
                 "execution %s of task %r raised when it was interrupted, and is given back: %s",
                 claimed.id, printable(task.name), described_type(error),
@@ -493,27 +553,27 @@ def _not_completed(
 
 def _log_ignored(task: Task[..., Any], claimed: Claimed, value: object, error: BaseException | None, what: str) -> None:
     """What a handler returned or raised when its execution was given up to wait, or to begin anew."""
-    if value is not _NOTHING:
+    if value is not NOTHING:
         logger.warning(
             "execution %s of task %r swallowed its cancellation when it %s, and returned; that is ignored: it runs "
             "again when there is something to go on with",
             claimed.id, printable(task.name), what,
         )  # fmt: skip
-    elif error is not None and not _is_answer(error):
+    elif error is not None and not is_answer(error):
         logger.warning(
             "execution %s of task %r raised when it %s, and does all the same: %s",
             claimed.id, printable(task.name), what, described_type(error),
         )  # fmt: skip
 
 
-def _unstarted(task: Task[..., Any], claimed: Claimed, inner: Interruption) -> Outcome | None:
+def unstarted(task: Task[..., Any], claimed: Claimed, inner: Told) -> Outcome | None:
     """The outcome of an attempt that is not to begin."""
     if inner.is_requested:
         return cancelled(task, claimed)
     return released(task, claimed) if inner.is_stopping else None
 
 
-def _out_of_time(raised: BaseException | None, limit: float | None, is_by_deadline: bool) -> BaseException:
+def out_of_time(raised: BaseException | None, limit: float | None, is_by_deadline: bool) -> BaseException:
     """The error of an attempt whose time was up. What it raised then is the cause, which tells where it was."""
     if raised is not None and verdict_in(raised) is not None:
         return raised
@@ -526,7 +586,7 @@ def _out_of_time(raised: BaseException | None, limit: float | None, is_by_deadli
     return what
 
 
-def _as_data(raised: BaseException) -> BaseException | None:
+def as_data(raised: BaseException) -> BaseException | None:
     """The error to record; None if in it is what must propagate: Ctrl-C, or the `Cancelled` of a scope outside."""
     try:
         for leaf in leaves(raised):
@@ -539,7 +599,7 @@ def _as_data(raised: BaseException) -> BaseException | None:
     return raised
 
 
-def _is_answer(error: BaseException) -> bool:
+def is_answer(error: BaseException) -> bool:
     """Whether the handler ended because it was told to, and no more."""
     return all(isinstance(leaf, (trio.Cancelled, HandlerCancelled, Unwinding)) for leaf in leaves(error))
 

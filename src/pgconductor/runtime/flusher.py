@@ -36,7 +36,7 @@ from ..errors import DurableMisuse, LeaseLost, SchemaMissing, Unavailable, Unsto
 from ..failpoints import failpoint
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
-from .execution import Interruption, cancelled, failed
+from .execution import Interruptible, cancelled, failed
 from .lease import Lease
 
 logger = logging.getLogger("pgconductor.worker")
@@ -56,7 +56,7 @@ class Held:
 
     claimed: Claimed
     received_at: float
-    interruption: Interruption | None = None
+    interruption: Interruptible | None = None
     has_begun: bool = False
     is_running: bool = False
     suspected: trio.Event | None = None
@@ -85,7 +85,8 @@ class Handlers:
     """The tasks of one worker, by name and version.
 
     `names`, `versions`: as `claim` takes them, the current version of a task first; `versions` is None if there are
-    none.
+    none. `has_batches`: whether the handler of one is one of batches; `per_runner`: executions that a handler takes at
+    least, when there are enough.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -93,6 +94,8 @@ class Handlers:
         self._tasks = {(task.name, task.version): task for task in every}
         self.names = [task.name for task in every]
         self.versions = [task.version for task in every] if any(task.version for task in every) else None
+        self.has_batches = any(task.batch is not None for task in every)
+        self.per_runner = min(1 if task.batch is None else task.batch.size for task in every)
 
     def of(self, claimed: Claimed) -> Task[..., Any]:
         """What runs a claimed execution."""

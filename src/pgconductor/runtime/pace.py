@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Prefetch:
-    """How many executions to hold beyond those that run."""
+    """How many executions to hold beyond those that run: a multiple of `unit`, which is what one handler takes."""
 
     maximum: int = 2000
     longest_wait: float = 0.1
     size: int = 0
+    unit: int = 1
     _worst_wait: float = field(default=0.0, repr=False)
 
     def note_start(self, waited: float) -> None:
@@ -39,10 +40,13 @@ class Prefetch:
     def note_claim(self, *, asked: int, got: int, ran_dry: bool) -> None:
         """A claim came back; `ran_dry`: a runner had nothing to do when it did."""
         if self._worst_wait > self.longest_wait:
-            self.size //= 2
+            self.size = self._rounded(self.size // 2)
         elif ran_dry and got == asked:
-            self.size = min(self.maximum, max(8, self.size * 2))
+            self.size = self._rounded(min(self.maximum, max(8, self.unit, self.size * 2)))
         self._worst_wait = 0.0
+
+    def _rounded(self, size: int) -> int:
+        return size - size % self.unit
 
     def note_stuck(self) -> None:
         """What was in stock had to be given back: the executions before it take long."""

@@ -2,7 +2,8 @@
 
     claim     asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps by the reactor's protocol when
               there is none
-    execute   a fixed set of runner tasks takes from the stock in memory; no task is spawned per execution
+    execute   a fixed set of runner tasks takes from the stock in memory, a single execution or a batch (`stock.py`);
+              no task is spawned per execution
     flush     `flusher.Flusher` writes outcomes by size or age, on a connection of its own
 
 Invariants: whatever was claimed is in the flusher's `held` until the database has answered a flush of it; what is held
@@ -26,7 +27,7 @@ import contextvars
 import logging
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ from ..failpoints import failpoint
 from ..invocations import child_row
 from ..model import Claimed, Outcome
 from ..tasks import Task, Worker
+from .batch import Call
 from .errands import Errands
 from .execution import Berth, Interruption, attempt, cancelled, released
 from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
@@ -53,6 +55,7 @@ from .listener import Listener
 from .load import Machine, Occupancy, describe
 from .pace import Deference, Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
+from .stock import Lot, Stock
 
 logger = logging.getLogger("pgconductor.worker")
 
@@ -71,7 +74,8 @@ class WorkerStatistics:
     Seconds. `fenced`: outcomes that the database refused, `dropped`: outcomes that were not sent, since the claim was
     no longer ours. `pickups` are the latest, oldest first: the time from an execution's due time to the start of its
     handler. `claim_seconds` are the latest claims that were answered, oldest first: from the call to its answer.
-    `short_claims` brought something, but less than was asked for.
+    `short_claims` brought something, but less than was asked for. `running` are handlers: a batch is one. `in_stock`
+    are executions that were claimed and have not begun, those that wait for company in a batch among them.
     """
 
     queue: str
@@ -180,7 +184,9 @@ class Pipeline:
         self._rng = shared.rng
         self._handlers = Handlers(worker)
         self.reactor = Reactor(calls, worker.queue, worker.notify, worker.sweep_interval, listener, shared.rng)
-        self._prefetch = Prefetch(maximum=max(4000, 2 * worker.concurrency))
+        self._per_runner = self._handlers.per_runner
+        self._most_unflushed = worker.concurrency * self._per_runner + _MAX_UNFLUSHED
+        self._prefetch = Prefetch(maximum=max(4000, 2 * worker.concurrency), unit=self._per_runner)
         self._linger = Linger()
         self._deference = Deference()
         self._is_rival = False  # others were notified as well, and the next claim tells who was first
@@ -191,19 +197,21 @@ class Pipeline:
         self._flusher = Flusher(
             self._handlers, lease, calls, shared.outages, shared.rng, counts.flushed,
             interval=worker.flush_interval, batch=worker.flush_batch,
-            may_grow=lambda: bool(self._running or self._stock), written=self._note_room, left=errands.note,
+            may_grow=lambda: bool(self._running or self._ready), written=self._note_room, left=errands.note,
         )  # fmt: skip
         self._held = self._flusher.held
         self.errands = errands
         self._journal: Journal | None = None
         self._durables: dict[UUID, Durable] = {}  # of the running handlers that have asked for something durable
         # Sleeping runners are woken by a parking lot: no task switch when nobody sleeps.
-        self._stock: deque[Held] = deque()
+        self._stock = Stock(self._handlers)
+        self._ready = self._stock.ready
         self._idle_runners = trio.lowlevel.ParkingLot()
         self._is_waking = False  # a runner has been woken, and has not come yet
         self._yielding = 0  # runners between two executions, that only let others have a turn
         self._room = trio.Event()
         self._running = 0
+        self._surplus = 0  # executions in the batches that run, beyond one for each
         self._requested: Mapping[UUID, tuple[int, str | None]] = {}
         self._claims: Link | None = None
         self._claim_ended = trio.Event()  # of the loop's latest claim
@@ -217,11 +225,12 @@ class Pipeline:
         self._intake = trio.CancelScope()
         self._runners = self.worker.concurrency  # that have not ended
         self._watching = trio.CancelScope()
+        self._ripening = trio.CancelScope()
 
     def statistics(self) -> WorkerStatistics:
         counts, flushed = self._counts, self._counts.flushed
         return WorkerStatistics(
-            self.worker.queue, self._running, len(self._stock), len(self._flusher.outcomes), counts.claims,
+            self.worker.queue, self._running, self._in_stock, len(self._flusher.outcomes), counts.claims,
             counts.empty_claims, counts.claimed, flushed.flushes, dict(flushed.outcomes), flushed.fenced,
             flushed.dropped, tuple(counts.pickups), self.reactor.statistics(), counts.short_claims,
             tuple(counts.claim_seconds),
@@ -237,7 +246,11 @@ class Pipeline:
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"<Pipeline of queue {self.worker.queue!r}, {self._running} running, {len(self._stock)} in stock>"
+        return f"<Pipeline of queue {self.worker.queue!r}, {self._running} running, {self._in_stock} in stock>"
+
+    @property
+    def _in_stock(self) -> int:
+        return self._stock.size + self._stock.apart
 
     # Stopping and cancelling
 
@@ -277,12 +290,8 @@ class Pipeline:
                 held.interruption.cancel(reason)
                 told.append(held)
         if has_unstarted:
-            stock, self._stock = self._stock, deque[Held]()
-            for held in stock:
-                if held.claimed.id in requested:
-                    self._end_unstarted(held, is_cancelled=True)
-                else:
-                    self._stock.append(held)
+            for held in self._stock.take_out(lambda held: held.claimed.id in requested):
+                self._end_unstarted(held, is_cancelled=True)
         return told
 
     def holds(self, execution: UUID, claim_no: int) -> bool:
@@ -315,8 +324,7 @@ class Pipeline:
                 held.is_ours = False
                 if held.interruption is not None:
                     held.interruption.abandon()
-        if any(not held.is_ours for held in self._stock):
-            self._stock = deque(held for held in self._stock if held.is_ours)
+        self._stock.take_out(lambda held: not held.is_ours)
         self._reconcile_at.clear()  # what we did not know of has been given back
         self._note_room()
 
@@ -351,14 +359,13 @@ class Pipeline:
     async def clear_stock(self) -> None:
         """Give back what has not begun, with what a claim in flight brings, and wait until the database has it."""
         await self._claim_ended.wait()
-        self._give_back_stock()
+        self._give_back(self._stock.take_all())
         await self._flusher.until_empty()
 
     def return_suspect(self, held: Held) -> None:
         """Give it back, unless it has begun or is given back already."""
         if not held.has_begun and held.suspected is not None and not held.suspected.is_set():
-            if held in self._stock:
-                self._stock.remove(held)
+            self._stock.take_out(lambda other: other is held)
             self._end_unstarted(held)
 
     def start_suspect(self, held: Held) -> None:
@@ -366,7 +373,7 @@ class Pipeline:
         if self._is_stopping or not held.is_ours:
             self.return_suspect(held)
             return
-        self._stock.appendleft(held)
+        self._stock.put_first(held)
         if self._requested:
             self.cancel(self._requested)
         self._idle_runners.unpark_all()
@@ -395,6 +402,8 @@ class Pipeline:
                         outer.start_soon(flusher.run, flushes, name=f"flush {queue}")
                         async with trio.open_nursery() as runners:
                             runners.start_soon(self._watch_end, name=f"end of {queue}")
+                            if self._stock.has_lots:
+                                runners.start_soon(self._ripen_lots, name=f"batches of {queue}")
                             for number in range(self.worker.concurrency):
                                 runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
                             try:
@@ -403,7 +412,8 @@ class Pipeline:
                                     await self._claim_loop(claims)
                             finally:
                                 self._is_stopping = True
-                                self._give_back_stock()
+                                self._ripening.cancel()
+                                self._give_back(self._stock.take_all())
                                 self._idle_runners.unpark_all()
                         flusher.close()
                         # Counted from here: handlers that take their time do not take it from what has ended.
@@ -424,13 +434,12 @@ class Pipeline:
         """Free runners, or a stock that has run down; never more in hand than flushes keep up with, and nothing while
         one on its last life is about: what has been claimed would share its crash.
         """
-        if (
-            self._starts.is_held
-            or len(self._held) >= self._running + self._prefetch.size + self.worker.concurrency + _MAX_UNFLUSHED
-        ):
+        running, stock, ahead = self._running, self._stock, self._prefetch.size
+        most = running + self._surplus + stock.apart + ahead + self._most_unflushed
+        if self._starts.is_held or len(self._held) >= most:
             return False
-        free = self.worker.concurrency - self._running
-        return len(self._stock) < free or len(self._stock) * 2 < self._prefetch.size
+        in_stock = len(self._ready) + stock.surplus
+        return in_stock < (self.worker.concurrency - running) * self._per_runner or in_stock * 2 < ahead
 
     async def _claim_loop(self, link: Link) -> None:
         failures = 0
@@ -475,11 +484,25 @@ class Pipeline:
         self._room = trio.Event()
         if self._wants_more():
             return
-        with trio.move_on_after(_STUCK_AFTER if self._stock else float("inf")) as waiting:
+        with trio.move_on_after(_STUCK_AFTER if self._ready else float("inf")) as waiting:
             await self._room.wait()
-        if waiting.cancelled_caught and self._stock and trio.current_time() - self._stock[0].received_at > _STUCK_AFTER:
-            self._give_back_stock()
+        if waiting.cancelled_caught and self._ready and trio.current_time() - self._stock.ready_since() > _STUCK_AFTER:
+            self._give_back(self._stock.take_ready())
             self._prefetch.note_stuck()
+
+    async def _ripen_lots(self) -> None:
+        """Have batches begin that have waited for company long enough."""
+        stock = self._stock
+        with self._ripening:
+            while True:
+                with trio.CancelScope(deadline=stock.next_due()):
+                    await stock.sooner.wait()
+                if stock.make_due_ready(trio.current_time()):
+                    self._wake_runner()
+                    if not self._idle_runners:
+                        # All are busy, perhaps for long: whoever claims is to see that there is a stock now.
+                        self._room.set()
+                        self.reactor.wake()
 
     async def _claim(self, link: Link) -> tuple[bool, float | None]:
         """Claim once. Returns whether the queue has no more for now, and when the next is due."""
@@ -490,7 +513,8 @@ class Pipeline:
             self._claim_ended.set()
 
     async def _claim_once(self, link: Link) -> tuple[bool, float | None]:
-        room = self.worker.concurrency - self._running + self._prefetch.size - len(self._stock)
+        free = (self.worker.concurrency - self._running) * self._per_runner
+        room = free + self._prefetch.size - self._stock.size
         limit = max(1, min(room, self._max_claim))
         self.reactor.clear()
         failpoint("claim.before")
@@ -514,7 +538,7 @@ class Pipeline:
         self._noted_notifications += notified
         self._linger.note_arrivals(now, max(len(claimed), notified))
         self._prefetch.note_claim(
-            asked=limit, got=len(claimed), ran_dry=not self._stock and len(self._idle_runners) > 0
+            asked=limit, got=len(claimed), ran_dry=not self._ready and len(self._idle_runners) > 0
         )
         if self._is_rival:
             self._is_rival = False
@@ -526,10 +550,11 @@ class Pipeline:
             return True, due_in
         self._counts.claimed += len(claimed)
         self._counts.short_claims += len(claimed) < limit
+        put = self._stock.add if self._stock.has_lots else self._ready.append
         for item in claimed:
             held = Held(item, now)
             self._held[item.id] = held
-            self._stock.append(held)
+            put(held)
         if self._requested:
             self.cancel(self._requested)
         self._wake_runner()
@@ -618,18 +643,19 @@ class Pipeline:
             context = _PristineContext()
             slice_ends = trio.current_time() + _SLICE
             occupancy, is_busy = self._counts.occupancy, False
+            ready = self._ready
             while True:
                 if (
-                    not self._stock
+                    not ready
                     or self._is_stopping  # a claim that was in flight then goes back
-                    or (self._starts.is_held and self._stock[0].suspected is None)
+                    or (self._starts.is_held and ready[0].suspected is None)
                 ):
                     if is_busy:
                         is_busy = False
                         occupancy.leave(trio.current_time())
                     self._note_idle()
                     self._note_room()
-                    if self._is_stopping and not self._stock:
+                    if self._is_stopping and not ready:
                         self._runners -= 1
                         if self._runners == 0:
                             self._watching.cancel()
@@ -643,20 +669,37 @@ class Pipeline:
                     continue
                 if not self._lease.is_held():
                     await trio.sleep_forever()  # the lease's scope ends us
-                held = self._stock.popleft()
+                held = ready.popleft()
                 self._wake_runner()
+                now = trio.current_time()
+                if not is_busy:
+                    is_busy = True
+                    occupancy.enter(now)
+                self._running += 1
+                if type(held) is Lot:
+                    # As below, of many.
+                    call = self._begin_lot(held, now)
+                    try:
+                        context.restore()
+                        self._yielding += 1
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                        self._yielding -= 1
+                        self._wake_runner()
+                        slice_ends = trio.current_time() + _SLICE
+                        failpoint("handler.before")
+                        await call.attempt(partial(self._loader, link), self._limiter, berth)
+                        failpoint("handler.after")
+                    finally:
+                        self._running -= 1
+                        self._end_lot(held, call)
+                    continue
                 interruption = held.interruption = Interruption()
                 held.has_begun = held.is_running = True
                 outcome: Outcome | None = None
                 if not self._room.is_set():
                     self._note_room()
-                now = trio.current_time()
-                if not is_busy:
-                    is_busy = True
-                    occupancy.enter(now)
                 self._prefetch.note_start(now - held.received_at)
                 self._counts.pickups.append(held.claimed.waited + now - held.received_at)
-                self._running += 1
                 try:
                     # A switch of tasks costs as much as a short handler: not one for each (benchmarks/throughput.py).
                     if now >= slice_ends or context.was_changed():
@@ -680,6 +723,37 @@ class Pipeline:
                     if not interruption.is_body_running:
                         held.interruption = None  # thousands wait to be flushed: what they need not keep is not kept
                     self._end(held, outcome)
+
+    def _begin_lot(self, lot: Lot, now: float) -> Call:
+        """A runner has taken it, and will call the handler."""
+        self._stock.note_taken(lot)
+        assert lot.ready_at is not None
+        self._prefetch.note_start(now - lot.ready_at)
+        self._surplus += len(lot.members) - 1
+        call = Call(lot.task, self.worker.queue, self._shared.resources, self._rng)
+        for held in lot.members:
+            held.interruption = call.add(held.claimed, held.received_at, partial(self._end_member, held))
+            held.has_begun = held.is_running = True
+            self._counts.pickups.append(held.claimed.waited + now - held.received_at)
+        self._note_room()
+        return call
+
+    def _end_member(self, held: Held, outcome: Outcome | None) -> None:
+        held.is_running = False
+        if outcome is not None:
+            held.interruption = None
+        self._end(held, outcome)
+
+    def _end_lot(self, lot: Lot, call: Call) -> None:
+        """The call is over. Who has no outcome was interrupted by what is not data: it goes back."""
+        self._surplus -= len(lot.members) - 1
+        is_body_running = call.interruption.is_body_running
+        for member in call.members:
+            if not member.is_settled:
+                member.settle(None if is_body_running else released(lot.task, member.claimed))
+
+    def _loader(self, link: Link, claimed: Claimed) -> Callable[[], Awaitable[str | None]]:
+        return partial(self._load, link, claimed)
 
     async def _run_one(self, held: Held, link: Link, interruption: Interruption, berth: Berth) -> Outcome | None:
         claimed = held.claimed
@@ -757,11 +831,10 @@ class Pipeline:
         if held.suspected is not None:
             held.suspected.set()
 
-    def _give_back_stock(self) -> None:
-        """What was claimed and has not begun goes back, at no cost to it."""
-        if self._stock:
-            while self._stock:
-                held = self._stock.popleft()
+    def _give_back(self, unstarted: Sequence[Held]) -> None:
+        """What was claimed, has not begun and is in stock no more goes back, at no cost to it."""
+        if unstarted:
+            for held in unstarted:
                 if not self._lease.is_lost:
                     self._end_unstarted(held)
             failpoint("stock.given_back")
@@ -776,7 +849,7 @@ class Pipeline:
         Not all at once: while handlers wait for nothing one runner does it all, and each switch to another costs as
         much as an execution. Where they wait the number of those that run doubles with each turn.
         """
-        if self._stock and not self._is_waking and self._idle_runners:
+        if self._ready and not self._is_waking and self._idle_runners:
             self._is_waking = True
             self._idle_runners.unpark(count=max(1, self._running))
 
