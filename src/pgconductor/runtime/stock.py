@@ -102,13 +102,13 @@ class Stock:
             return
         lot = self._growing.get(task)
         if lot is None:
+            former_due = self.next_due()
             lot = self._growing[task] = Lot(task, held)
             if batch.max_wait <= 0:
                 self._make_ready(lot, held.received_at)
             else:
-                is_sooner = held.received_at + batch.max_wait < self.next_due()
                 self.apart += 1
-                if is_sooner:
+                if _due_at(lot) < former_due:
                     self.sooner.set()
                     self.sooner = trio.Event()
         else:
@@ -123,14 +123,14 @@ class Stock:
                 self.apart -= len(lot.members)
                 self._make_ready(lot, held.received_at)
 
-    def put_first(self, held: Held) -> None:
+    def put_first(self, held: Held, now: float) -> None:
         """It is to begin before all others, alone."""
         task = self._handlers.of(held.claimed)
         if task.batch is None:
             self.ready.appendleft(held)
             return
         lot = Lot(task, held)
-        lot.ready_at = trio.current_time()
+        lot.ready_at = now
         self.ready.appendleft(lot)
 
     def note_taken(self, lot: Lot) -> None:

@@ -373,7 +373,7 @@ class Pipeline:
         if self._is_stopping or not held.is_ours:
             self.return_suspect(held)
             return
-        self._stock.put_first(held)
+        self._stock.put_first(held, trio.current_time())
         if self._requested:
             self.cancel(self._requested)
         self._idle_runners.unpark_all()
