@@ -33,6 +33,8 @@ def test_exported_names_are_these() -> None:
         "Advice",
         "AttemptError",
         "Backoff",
+        "BatchContext",
+        "BatchItem",
         "CancelCounts",
         "Cancellation",
         "Channel",

@@ -40,6 +40,8 @@ _CHILDREN = "src/pgconductor/children.py"
 _LEASE = "src/pgconductor/runtime/lease.py"
 _FLUSHER = "src/pgconductor/runtime/flusher.py"
 _WORKER = "src/pgconductor/runtime/worker.py"
+_STOCK = "src/pgconductor/runtime/stock.py"
+_BATCH = "src/pgconductor/runtime/batch.py"
 _LISTENER = "src/pgconductor/runtime/listener.py"
 _SUSPECTS = "src/pgconductor/runtime/suspects.py"
 _LINK = "src/pgconductor/db/link.py"
@@ -812,5 +814,54 @@ BUGS = (
         "    await trio.lowlevel.checkpoint_if_cancelled()\n    raise Unwinding\n",
         "    await trio.sleep_forever()\n",
         ("tests/durable/test_shields.py::test_handler_under_a_shield_ends_when_what_it_holds_is_lost",),
+    ),
+    Bug(
+        "last-attempt-in-company",
+        "the last attempt of several is a batch of its own",
+        _STOCK,
+        "return claimed.attempt >= (claimed.max_attempts or task.max_attempts) > 1",
+        "return False",
+        ("tests/runtime/test_batches.py::test_one_bad_item_fails_no_neighbour_for_good",),
+    ),
+    Bug(
+        "batch-waits-for-ever",
+        "whoever waits for a batch that is due is told of an earlier one",
+        _STOCK,
+        "if _due_at(lot) < former_due:",
+        "if _due_at(lot) < 0:",
+        ("tests/runtime/test_batches.py::test_a_batch_that_has_waited_long_enough_begins_as_it_is",),
+    ),
+    Bug(
+        "company-kept-at-a-stop",
+        "what waits for company goes back as well",
+        _STOCK,
+        "        taken = list(self)\n",
+        "        taken = list(self)[: self.size]\n",
+        ("tests/runtime/test_batches.py::test_what_waits_for_company_goes_back_at_once",),
+    ),
+    Bug(
+        "batch-cancelled-with-one",
+        "a handler of batches is interrupted when all of its executions are to be cancelled",
+        _BATCH,
+        "        if any(not (member.is_settled or member.is_lost or member.is_requested) for member in self.members):\n"
+        "            return\n",
+        "",
+        ("tests/runtime/test_batches.py::test_one_of_a_running_batch_is_cancelled",),
+    ),
+    Bug(
+        "batch-out-of-time-together",
+        "only those whose own time is up have run out of it",
+        _BATCH,
+        "elif member.limit is not None and member.limit <= limit + _SAME:",
+        "elif member.limit is not None:",
+        ("tests/runtime/test_batches.py::test_only_those_whose_time_is_up_have_run_out_of_it",),
+    ),
+    Bug(
+        "batch-fails-together",
+        "an error among the answers is its execution's own",
+        _BATCH,
+        "            if isinstance(answer, BaseException):\n                member.settle(self._not_completed(member, answer))\n",
+        "            if isinstance(answer, BaseException):\n                return self._fail(self._unsettled(), answer)\n",
+        ("tests/runtime/test_batches.py::test_each_answer_is_its_executions_own",),
     ),
 )

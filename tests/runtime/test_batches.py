@@ -264,6 +264,27 @@ async def test_sql_and_names_send_items(conductor: Conductor, query: Any) -> Non
     assert desk.calls == [[1, 2, 3]]
 
 
+async def test_children_of_a_durable_handler_are_gathered(conductor: Conductor) -> None:
+    """What has a history of its own may use what has none, and waits without a slot."""
+    desk = Desk(conductor, size=20)
+    desk.gate.set()
+    desk.answers = {3: NoRetry("three")}
+
+    @conductor.task(queue="q", max_attempts=1)
+    async def parent(ctx: Context, n: int) -> int:
+        return await ctx.invoke("child", desk.task, n)
+
+    async with conductor:
+        handles = await parent.invoke_many([parent.bind(n) for n in range(10)])
+        await of(conductor, desk.task, parent, concurrency=3).drain()
+        with pytest.raises(ExecutionFailed, match="three"):
+            await handles[3].result(timeout=0)
+        assert [await handle.result(timeout=0) for handle in handles if handle != handles[3]] == [
+            10 * n for n in range(10) if n != 3
+        ]
+    assert sorted(n for call in desk.calls for n in call) == list(range(10))
+
+
 async def test_large_items_are_loaded_before_the_call(conductor: Conductor) -> None:
     """Large payloads do not come with a claim."""
 
@@ -606,6 +627,23 @@ async def test_stop_gives_a_running_batch_back_without_an_attempt(conductor: Con
             await until(lambda: begun.is_set() or bool(desk.calls))
     assert query(STATES) == [(n, "ready", 0) for n in range(3)]
     assert query("select count(*) from pgconductor._private_orchestrators") == [(0,)]
+
+
+async def test_what_waits_for_company_goes_back_at_once(conductor: Conductor, query: Any) -> None:
+    """Others can take it, however long the grace is for what runs; and nothing begins after the stop."""
+    desk = Desk(conductor, size=2, max_wait=60)
+    async with conductor:
+        await desk.invoke(1, 2)
+        orchestrator = of(conductor, desk.task, concurrency=2)
+        async with running(orchestrator) as pipeline:
+            await desk.until_called()
+            await desk.invoke(3)
+            await until(lambda: pipeline.statistics().in_stock == 1)
+            orchestrator.stop()
+            await until(lambda: query(STATES) == [(1, "running", 1), (2, "running", 1), (3, "ready", 0)])
+            desk.gate.set()
+    assert desk.calls == [[1, 2]]
+    assert query(STATES) == [(1, "completed", 1), (2, "completed", 1), (3, "ready", 0)]
 
 
 async def test_cancelled_run_gives_a_batch_back(conductor: Conductor, query: Any) -> None:

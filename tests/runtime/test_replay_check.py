@@ -120,6 +120,39 @@ async def test_what_is_new_is_reached_and_not_done(pgconductor_dsn: str, query: 
     assert await check(pgconductor_dsn, new) == []
 
 
+async def test_handler_of_batches_goes_on_with_no_history_only(pgconductor_dsn: str) -> None:
+    """It has no steps: what was recorded would be passed over, and what was not begun is an item or is none."""
+
+    def new(conductor: Conductor) -> None:
+        @conductor.batch_task(size=10)
+        async def order(items: list[int]) -> None:
+            raise AssertionError("a handler of batches is called")
+
+    await run_until_waiting(pgconductor_dsn, old)
+    assert await check(pgconductor_dsn, new) == [
+        (
+            Trouble.PAYLOAD,
+            "the payload of task 'order' does not fit its annotation: Object missing required field `item`",
+        )
+    ]
+
+    def with_item(conductor: Conductor) -> None:
+        @conductor.task
+        async def order(ctx: Context, item: int) -> None:
+            await ctx.step("one", one)
+            await ctx.sleep("rest", DAY)
+
+    (execution,) = await run_until_waiting(pgconductor_dsn, with_item, {"item": 1})
+    found = await check(pgconductor_dsn, new)
+    assert (Trouble.UNASKED, "its handler is one of batches now, which asks for nothing that was recorded") in found
+    conductor = Conductor(pgconductor_dsn)
+    new(conductor)
+    async with conductor:
+        await conductor.cancel(execution)
+        await conductor.invoke("order", {"item": 2})
+        assert len((await conductor.replay_check()).divergences) == 1
+
+
 @pytest.mark.parametrize(
     ("steps", "trouble", "said"),
     [
