@@ -3,6 +3,7 @@
 Its tasks: `noop`, and `plain`, the same as a plain function, which runs in a thread; `pause` sleeps 10 ms; `stamp`
 writes its number and the time at which its handler started, then sleeps; `hold` occupies a runner until a file exists.
 Each start is one `write` to a file opened for appending, so that it is there even if the process is killed right after.
+With ``--batch-size`` there is only `batch` instead, a no-op that takes so many at once.
 With ``--named-by-queue`` they are `noop.QUEUE` and so on, as a process of several queues needs.
 
 With ``--report-interval`` it looks that often at what it has done, and prints when more executions were flushed as
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--report-interval", type=float, default=0.0)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--batch", type=int, help="rows of a claim and of a flush at most; else the engine's sizes")
+    parser.add_argument("--batch-size", type=int, help="have only the task `batch`, of so many executions at most")
     parser.add_argument("--keep-no-rows", action="store_true")
     parser.add_argument("--named-by-queue", action="store_true")
     options = parser.parse_args()
@@ -48,7 +50,9 @@ def main() -> None:
     workers = [
         conductor.create_worker(
             queue=queue,
-            tasks=declare_tasks(conductor, queue, f".{queue}" if options.named_by_queue else "", keep, starts),
+            tasks=declare_tasks(
+                conductor, queue, f".{queue}" if options.named_by_queue else "", keep, starts, options.batch_size
+            ),
             concurrency=options.concurrency, sweep_interval=options.sweep, notify=options.notify,
             claim_batch=options.batch, flush_batch=options.batch,
         )
@@ -64,9 +68,16 @@ def main() -> None:
 
 
 def declare_tasks(
-    conductor: Conductor, queue: str, suffix: str, keep: float | None, starts: int
+    conductor: Conductor, queue: str, suffix: str, keep: float | None, starts: int, batch_size: int | None
 ) -> list[Task[..., Any]]:
     """Declare this process's tasks on a queue. `keep`: seconds for finished rows; `starts`: the file for `stamp`."""
+    if batch_size is not None:
+
+        @conductor.batch_task(name=f"batch{suffix}", queue=queue, keep_completed=keep, size=batch_size)
+        async def batch(items: list[int]) -> None:
+            pass
+
+        return [batch]
 
     @conductor.task(name=f"noop{suffix}", queue=queue, keep_completed=keep)
     async def noop(n: int = 0) -> None:

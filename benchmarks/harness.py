@@ -557,17 +557,20 @@ def worker(
     batch: int | None = None,
     keeps_rows: bool = True,
     named_by_queue: bool = False,
+    batch_size: int | None = None,
     is_awaited: bool = True,
 ) -> Process:
     """Start a process with an orchestrator, a worker per queue, and wait until it claims. See `_worker` for its tasks.
 
-    `concurrency` is of each queue; `batch` is the most that a claim or a flush takes, else they adapt. With a
+    `concurrency` is of each queue; `batch` is the most that a claim or a flush takes, else they adapt; with a
+    `batch_size` there is only the task `batch`, whose handler takes so many executions at once. With a
     `report_interval`, in seconds, `wait_completed` can wait for what it does. Without `is_awaited`, call `wait_ready`:
     so that several can start at the same time.
     """
     options: dict[str, object] = {
         "queues": queues if isinstance(queues, str) else ",".join(queues), "concurrency": concurrency, "sweep": sweep,
         "notify": notify, "starts": starts, "report-interval": report_interval, "profile": profile, "batch": batch,
+        "batch-size": batch_size,
     }  # fmt: skip
     switches = [*["--keep-no-rows"] * (not keeps_rows), *["--named-by-queue"] * named_by_queue]
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]

@@ -31,7 +31,10 @@ from .harness import Bench, CpuMeter, Database
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What is measured. `processes`: 0 for the bare loop; `batch`: of a claim and of a flush, None: they adapt."""
+    """What is measured. `processes`: 0 for the bare loop; `batch`: of a claim and of a flush, None: they adapt.
+
+    `handler`: "async", "plain" (a def, in a thread), or "batch" (one that takes up to `_BATCH_SIZE` executions).
+    """
 
     processes: int = 1
     batch: int | None = None
@@ -45,13 +48,25 @@ class Side:
             name += f", batches of {self.batch}"
         if not self.keeps_rows:
             name += ", no rows kept"
-        return name if self.handler == "async" else f"{name}, {self.handler} handlers"
+        match self.handler:
+            case "async":
+                return name
+            case "batch":
+                return f"{name}, batch handler of {_BATCH_SIZE}"
+            case handler:
+                return f"{name}, {handler} handlers"
 
     @property
     def task(self) -> str:
-        return "plain" if self.handler == "plain" else "noop"
+        return "noop" if self.handler == "async" else self.handler
+
+    @property
+    def payload(self) -> str:
+        """SQL for the payload of one execution."""
+        return "jsonb_build_object('item', n)" if self.handler == "batch" else "jsonb_build_object()"
 
 
+_BATCH_SIZE = 100
 _BASE = Side()
 
 
@@ -64,8 +79,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=["kept", "not-kept"], default=["kept", "not-kept"])
     parser.add_argument(
-        "--handlers", nargs="+", choices=["async", "plain"], default=["async", "plain"], help="plain: def, in a thread"
-    )
+        "--handlers", nargs="+", choices=["async", "plain", "batch"], default=["async", "plain", "batch"],
+        help="plain: def, in a thread; batch: one that takes 100 executions at once",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1000, help="rows per statement of the bare loop")
     parser.add_argument("--concurrency", type=int, default=100, help="of each process")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print a worker's N costliest functions")
@@ -92,8 +108,7 @@ def _sides(
 ) -> Iterable[Side]:
     sides = [Side(processes=number) for number in processes] if "kept" in rows else []
     sides += [Side(batch=batch) for batch in batches]
-    if "plain" in handlers:
-        sides.append(Side(handler="plain"))
+    sides += [Side(handler=handler) for handler in ("plain", "batch") if handler in handlers]
     if "async" not in handlers:
         sides = [side for side in sides if side.handler != "async"]
     for kept in rows:
@@ -129,16 +144,17 @@ def _measure_workers(
                 harness.worker(
                     database.dsn, "q", concurrency=concurrency, sweep=60.0, report_interval=0.002, batch=side.batch,
                     keeps_rows=side.keeps_rows, profile=profile, is_awaited=False,
+                    batch_size=_BATCH_SIZE if side.handler == "batch" else None,
                 )
             )
             for _ in range(side.processes)
         ]  # fmt: skip
         for worker in workers:
             harness.wait_ready(worker)
-        database.invoke_many(side.task, warm_up, "q")
+        database.invoke_many(side.task, warm_up, "q", side.payload)
         before = harness.wait_completed(workers, warm_up)
         costs = _Costs(database, [worker.pid for worker in workers])
-        database.invoke_many(side.task, count, "q")
+        database.invoke_many(side.task, count, "q", side.payload)
         costs.begin()
         committed_at = time.monotonic_ns()
         done = harness.wait_completed(workers, warm_up + count)
