@@ -170,11 +170,12 @@ async def test_a_batch_that_has_waited_long_enough_begins_as_it_is(
     assert desk.calls == [[1, 2], [3]]
 
 
-async def test_what_became_due_while_all_are_busy_goes_back(conductor: Conductor, query: Any) -> None:
+@pytest.mark.parametrize("ahead", [2, 10])
+async def test_what_became_due_while_all_are_busy_goes_back(conductor: Conductor, query: Any, ahead: int) -> None:
     """It would wait behind a long handler while another process is idle."""
     desk = Desk(conductor, size=2, max_wait=0.3)
     async with conductor, running(of(conductor, desk.task)) as pipeline:
-        pipeline._prefetch.size = 2  # one is claimed ahead
+        pipeline._prefetch.size = ahead
         await desk.invoke(1, 2)
         await desk.until_called()
         await desk.invoke(3)

@@ -421,6 +421,41 @@ async def test_stock_goes_back_when_all_slots_are_taken_by_long_executions(condu
         orchestrator.stop()
 
 
+async def test_little_in_stock_goes_back_as_well(conductor: Conductor, query: Any) -> None:
+    """The worker would take more, so it does not wait for room: it sleeps, and one that is stuck must not sleep too."""
+    release = trio.Event()
+    started: list[int] = []
+
+    @conductor.task(queue="q")
+    async def work(n: int) -> None:
+        started.append(n)
+        await release.wait()
+
+    count = "select count(*) from pgconductor._private_executions where state = 'running'"
+    async with conductor, trio.open_nursery() as nursery:
+        worker = conductor.create_worker(queue="q", tasks=[work], concurrency=1, sweep_interval=60.0)
+        orchestrator = Orchestrator(conductor, workers=[worker])
+        await nursery.start(orchestrator.run)
+        (pipeline,) = orchestrator._pipelines
+        pipeline._prefetch.size = 50
+        with trio.fail_after(20):
+            await work.invoke(1)
+            while not started:
+                await trio.sleep(0.002)
+            await work.invoke(2)
+            while pipeline.statistics().claimed < 2:
+                await trio.sleep(0.002)
+            while query(count) != [(1,)]:
+                await trio.sleep(0.02)
+            assert pipeline.statistics().in_stock == 0
+            release.set()
+            while query("select count(*) from pgconductor._private_executions") != [(0,)]:
+                await trio.sleep(0.02)
+        orchestrator.stop()
+    assert started == [1, 2]
+    assert query("select max(attempt) from pgconductor.executions") == [(1,)]
+
+
 async def test_logger_and_context_carry_the_executions_ids(
     conductor: Conductor, caplog: pytest.LogCaptureFixture
 ) -> None:

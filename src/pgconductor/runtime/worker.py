@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -439,7 +440,12 @@ class Pipeline:
         if self._starts.is_held or len(self._held) >= most:
             return False
         in_stock = len(self._ready) + stock.surplus
-        return in_stock < (self.worker.concurrency - running) * self._per_runner or in_stock * 2 < ahead
+        free = self.worker.concurrency - running
+        return in_stock < free * self._per_runner or (in_stock * 2 < ahead and not (free == 0 and self._is_stuck()))
+
+    def _is_stuck(self) -> bool:
+        """Whether nobody has taken from the stock for long."""
+        return bool(self._ready) and trio.current_time() - self._stock.ready_since() > _STUCK_AFTER
 
     async def _claim_loop(self, link: Link) -> None:
         failures = 0
@@ -486,7 +492,7 @@ class Pipeline:
             return
         with trio.move_on_after(_STUCK_AFTER if self._ready else float("inf")) as waiting:
             await self._room.wait()
-        if waiting.cancelled_caught and self._ready and trio.current_time() - self._stock.ready_since() > _STUCK_AFTER:
+        if waiting.cancelled_caught and self._is_stuck():
             self._give_back(self._stock.take_ready())
             self._prefetch.note_stuck()
 
@@ -563,7 +569,7 @@ class Pipeline:
     async def _doze(self, link: Link, due_in: float | None) -> None:
         """The queue had no more. Look on for a while if it is busy, else go to sleep by the reactor's protocol."""
         if not self.reactor.can_be_woken:
-            await self.reactor.sleep(self._until_due(due_in))
+            await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
@@ -596,10 +602,14 @@ class Pipeline:
     async def _sleep(self, due_in: float | None) -> None:
         """Sleep until there is something to do. What wakes all who sleep on the queue is left to the quickest."""
         notified = self.reactor.notifications
-        await self.reactor.sleep(self._until_due(due_in))
+        await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
         self._is_rival = self.reactor.notifications > notified
         if self._is_rival and self._deference.delay > 0:
             await trio.sleep(self._deference.delay * self._rng.uniform(0.5, 1.0))
+
+    def _longest_sleep(self) -> float:
+        """A stock, however small, is looked after."""
+        return _STUCK_AFTER if self._ready else math.inf
 
     def _until_due(self, due_in: float | None) -> float | None:
         """How long to sleep. Rows that somebody has locked ask us back in 10 ms; those that stay locked, by an open
