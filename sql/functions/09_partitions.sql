@@ -262,6 +262,7 @@ create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uu
 as $body$
 #variable_conflict use_column
 declare
+    v_is_locked boolean;
     v_now timestamptz;
     v_due timestamptz;
     v_due_0 timestamptz;
@@ -280,8 +281,10 @@ declare
     v_run_at timestamptz;
     v_id uuid;
 begin
-    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
-    perform set_config('synchronous_commit', 'off', true);
+    -- Expressions, not statements, wherever that will do: an executor that is set up takes 5 µs, and more where a claim
+    -- comes after a pause (benchmarks/latency.py).
+    v_is_locked := pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue)) is not null;
+    v_noted := set_config('synchronous_commit', 'off', true);
     if p_versions is not null then
         v_keys := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version) where t.version is not null);
     end if;
@@ -363,9 +366,9 @@ begin
             end if;
         end if;
         if v_rests and v_tids = '{}' then
-            return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-                null::float8, null::float8, null::text, greatest(0, date_part('epoch',
-                    least(v_due, v_due_0, v_now + ((v_mark ->> 'rest_until')::timestamptz - v_began)) - v_now)), null::uuid, null::text;
+            due_in := greatest(0, date_part('epoch',
+                least(v_due, v_due_0, v_now + ((v_mark ->> 'rest_until')::timestamptz - v_began)) - v_now));
+            return next;
             return;
         elsif not v_rests and (v_tids is null or cardinality(v_tids) < p_limit) then
             v_mark := null;
@@ -388,14 +391,16 @@ begin
         end if;
         -- Rows come in the order in which they were picked, since each is looked up by its place, one after the other. Sorted
         -- once more, with all their columns, they took 1 µs longer each (benchmarks/throughput.py).
-        return query
-        update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
-            attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
-        from unnest(v_tids) as p (tid) where e.ctid = p.tid
-        returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', v_now - e.run_at),
-            date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - v_now), e.backoff::text, null::float8, e.parent_id,
-            e.version;
-        v_found := found;
+        if v_tids <> '{}' then
+            return query
+            update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
+                attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
+            from unnest(v_tids) as p (tid) where e.ctid = p.tid
+            returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', v_now - e.run_at),
+                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - v_now), e.backoff::text, null::float8, e.parent_id,
+                e.version;
+            v_found := found;
+        end if;
     end if;
     if not v_found then
         -- Rows that are ready, and that another claim in flight has locked: its end may make them visible again without
@@ -406,9 +411,10 @@ begin
                 where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))) then
             v_due := least(v_due, v_now + interval '10 ms');
         end if;
-        return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            null::float8, null::float8, null::text, case when least(v_due, v_due_0) is not null
-                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid, null::text;
+        if least(v_due, v_due_0) is not null then
+            due_in := greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now));
+        end if;
+        return next;
     end if;
 end $body$
     $template$, '{no}', p_no::text), '{mark}', 'pgconductor_claims.c' || left(md5(@schema_literal@), 12) || '_' || p_no);

@@ -341,9 +341,9 @@ BUGS = (
         "insert-without-k",
         "an insert raises K before it looks whether anybody sleeps",
         _WAKE,
-        "if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
-        "            then @schema@._private_nobody_sleeps(p_queue) else false end) then",
-        "if @schema@._private_nobody_sleeps(p_queue) then",
+        "return case when pg_catalog.pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))\n"
+        "        then not @schema@._private_nobody_sleeps(p_queue) else true end;",
+        "return not @schema@._private_nobody_sleeps(p_queue);",
         ("tests/sql/test_wake.py::test_worker_looking_at_this_instant_is_taken_for_asleep",),
     ),
     Bug(

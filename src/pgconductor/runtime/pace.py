@@ -63,6 +63,7 @@ class Linger:
     period: float = 0.03
     interval: float = 0.001
     longest_interval: float = 0.005
+    patience: float = 5.0
     memory: float = 0.25
     rate: float = 0.0
     is_lingering: bool = False
@@ -78,13 +79,18 @@ class Linger:
         elif self.rate < self.end:
             self.is_lingering = False
 
-    def intervals(self) -> Iterator[float]:
-        """Seconds between the looks of one spell, longer and longer, `period` in all."""
-        left, interval = self.period, self.interval
+    def intervals(self, took: float = 0.0) -> Iterator[float]:
+        """Seconds between the looks of one spell, longer and longer, `period` in all.
+
+        `took`: seconds for which the look before took. Where that is long, as behind many rows that are gone and not yet
+        vacuumed, or on a busy server, looks would keep the others from ending what they have: there are fewer
+        (benchmarks/contention.py).
+        """
+        left, interval = self.period, max(self.interval, self.patience * took)
         while left > 0:
             yield min(interval, left)
             left -= interval
-            interval = min(1.5 * interval, self.longest_interval)
+            interval = max(interval, min(1.5 * interval, self.longest_interval))
 
 
 @dataclass(slots=True)

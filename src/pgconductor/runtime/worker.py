@@ -542,7 +542,7 @@ class Pipeline:
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
-            intervals = self._linger.intervals()
+            intervals = self._linger.intervals(self._counts.claim_seconds[-1])
             while (interval := next(intervals, None)) is not None:
                 await trio.sleep(interval)
                 if not self._wants_more():
