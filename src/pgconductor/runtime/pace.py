@@ -54,8 +54,8 @@ class Linger:
     """Whether an empty claim should be followed by more looks (True) or by sleep.
 
     `begin` and `end`: arrivals per second above which lingering begins, below which it ends. `period`: how long to
-    look, in seconds; the looks are `interval` apart at first, `longest_interval` at last; if they take longer than that,
-    `patience` times as long as they take. The rate is averaged over about `memory` seconds.
+    look, in seconds; the looks are `interval` apart at first, `longest_interval` at last; where they take longer than
+    that, `patience` times as long as they take. The rate is averaged over about `memory` seconds.
     """
 
     begin: float = 100.0
