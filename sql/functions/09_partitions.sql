@@ -6,8 +6,30 @@ create or replace function @schema@._private_define_partition(p_no int) returns 
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $define$
+declare
+    -- What both ways to end an execution have in common: its finished row; its dedupe key and large payload go.
+    v_end constant text := $end$kept as (
+        insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
+            claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
+            steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
+        select s.slot, g.priority, g.attempt - {crashes}, g.crashes + {crashes}, g.generation, g.max_attempts, g.depth,
+            g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
+            v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
+            case when g.new_state <> 'cancelled' then g.result end,
+            @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
+            case when g.is_durable then @schema@._private_history(g.id) end,
+            g.progress, g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
+        from gone g
+            join slots s on s.keep is not distinct from g.keep
+        where s.slot is not null
+    ), keys as (
+        delete from @schema@._private_dedupe_keys d using gone g
+        where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+    ), payloads as (
+        delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
+    )$end$;
 begin
-    execute replace($template$
+    execute replace(replace(replace($template$
 create or replace function @schema@._private_flush_{no}(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_crashes int
@@ -55,25 +77,7 @@ begin
                         or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered', 'waiting'))
                 returning e.*, case when o.outcome in ('completed', 'failed') then o.outcome else 'cancelled' end as new_state,
                     o.result, o.error, o.keep
-            ), kept as (
-                insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
-                    claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                    steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
-                select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
-                    g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
-                    v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
-                    case when g.new_state <> 'cancelled' then g.result end,
-                    @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-                    case when g.is_durable then @schema@._private_history(g.id) end, g.progress, g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
-                from gone g
-                    join slots s on s.keep is not distinct from g.keep
-                where s.slot is not null
-            ), keys as (
-                delete from @schema@._private_dedupe_keys d using gone g
-                where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
-            ), payloads as (
-                delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
-            ), steps as (
+            ), {end}, steps as (
                 delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
             ), channels as (
                 update @schema@._private_channels c set ended_at = v_now,
@@ -156,8 +160,8 @@ begin
             where e.outcome = 'retried' and e.state <> 'running'));
     end if;
 end $body$
-    $template$, '{no}', p_no::text);
-    execute replace($template$
+    $template$, '{end}', v_end), '{crashes}', 'p_crashes'), '{no}', p_no::text);
+    execute replace(replace(replace($template$
 -- What most outcomes need, and less than the half of what flush does: of these claims, end those that have no history and no
 -- parent. Returns their ids; the rest is left to flush. Tokens, arrays and locks as there
 -- (benchmarks/throughput.py).
@@ -189,29 +193,11 @@ begin
         where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running')
             and not e.is_durable and e.parent_id is null
         returning e.*, o.outcome as new_state, o.result, o.error, o.keep
-    ), kept as (
-        insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
-            claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-            progress, cancel_reason, root_id, limit_key, version, tags, headers, timeout, backoff)
-        select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
-            g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
-            v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
-            case when g.new_state <> 'cancelled' then g.result end,
-            @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-            g.progress, g.cancel_reason, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
-        from gone g
-            join slots s on s.keep is not distinct from g.keep
-        where s.slot is not null
-    ), keys as (
-        delete from @schema@._private_dedupe_keys d using gone g
-        where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
-    ), payloads as (
-        delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
-    )
+    ), {end}
     select coalesce(array_agg(g.id), '{}') into v_ids from gone g;
     return v_ids;
 end $body$
-    $template$, '{no}', p_no::text);
+    $template$, '{end}', v_end), '{crashes}', '0'), '{no}', p_no::text);
     execute replace($template$
 -- Of these claims those that hold: locked, in the order of ids, and marked as having a history.
 create or replace function @schema@._private_hold_{no}(p_owner uuid, p_ids uuid[], p_claim_nos bigint[])
