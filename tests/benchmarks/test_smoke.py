@@ -94,6 +94,7 @@ def test_idle_statements_are_counted_from_the_log_of_a_throwaway_server(tmp_path
         "--idle=6",
         "--seconds=0.1",
         "--loads",
+        "--kinds=event-driven",
         tmp_path=tmp_path,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
