@@ -29,7 +29,7 @@ _SETTINGS = {
 }
 
 _MEMORY = Path("/dev/shm")  # Linux keeps what is written there in memory
-_ROOM = 4 << 30  # bytes: several test processes have a server each, of some hundred MB
+_ROOM = 3 << 30  # bytes: several test processes have a server each, which was seen to take 300 MB
 
 
 class DatabaseServer:
