@@ -66,7 +66,7 @@ test-newest-python:
 	@if [ -n "$(PYTHON)" ]; then echo "== Newest Python: left out, PYTHON names the interpreter"; \
 	elif [ -z "$(PYTHON_TESTS)" ]; then echo "== Newest Python: no tests"; \
 	else \
-		answer=$$(sh .ci/setup --newest $(VENV)-newest dev) || exit 1; \
+		answer=$$(sh .ci/setup --newest $(VENV)-newest test) || exit 1; \
 		if [ "$$answer" = same ]; then echo "== Newest Python: left out, only one supported version is installed"; \
 		else echo "== $$($(VENV)-newest/bin/python --version)"; $(VENV)-newest/bin/$(PYTEST) $(SEARCHES) $(PYTHON_TESTS); fi; \
 	fi
