@@ -66,17 +66,22 @@ test-newest-python:
 	@if [ -n "$(PYTHON)" ]; then echo "== Newest Python: left out, PYTHON names the interpreter"; \
 	elif [ -z "$(PYTHON_TESTS)" ]; then echo "== Newest Python: no tests"; \
 	else \
-		answer=$$(sh .ci/setup --newest $(VENV)-newest dev) || exit 1; \
+		answer=$$(sh .ci/setup --newest $(VENV)-newest test) || exit 1; \
 		if [ "$$answer" = same ]; then echo "== Newest Python: left out, only one supported version is installed"; \
 		else echo "== $$($(VENV)-newest/bin/python --version)"; $(VENV)-newest/bin/$(PYTEST) $(SEARCHES) $(PYTHON_TESTS); fi; \
 	fi
 
+# The two that read all types take as long as all else together: one of them beside the others.
 check:
 	@sh .ci/setup $(VENV) dev
-	@status=0; \
-	for tool in "ruff format --check ." "ruff check ." mypy "pyright --pythonpath $(VENV)/bin/python" lint-imports; do \
-		echo "== $$tool"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/$$tool || status=1; \
+	@log=$$(mktemp) || exit 1; trap 'rm -f "$$log"' EXIT; \
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python >"$$log" 2>&1 & pyright=$$!; \
+	status=0; \
+	for tool in "ruff format --check ." "ruff check ." lint-imports mypy; do \
+		echo "== $$tool"; $(VENV)/bin/$$tool || status=1; \
 	done; \
+	wait $$pyright || status=1; \
+	echo "== pyright"; cat "$$log"; echo; \
 	exit $$status
 
 bench:

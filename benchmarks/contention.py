@@ -10,10 +10,10 @@ the commit of all of them, in one transaction, to the last `finished_at`, by the
 Beside each rate: how long claims took, from the call to its answer; how many were empty, or partial (brought less than
 they asked for); CPUs used by the worker processes and by the server's backends, and the share of the machine's CPUs in
 which anything ran; backends waiting for a lock (heavyweight, or a lightweight one inside the server), on average over
-samples of pg_stat_activity 20 ms apart. "Skipped" is seen from outside, every 50 ms, of one queue after the other: of
-the first 1000 rows that are ready in claim order, those that an unfinished transaction has locked or is changing, which
-a claim that began then would step over. Nothing is locked to see that: such a row has an xmax. (So has one whose claim
-was rolled back.)
+samples of pg_stat_activity at least 20 ms apart. "Skipped" is seen from outside, of one queue after the other, at most
+every 50 ms: of the first 1000 rows that are ready in claim order, those that an unfinished transaction has locked or is
+changing, which a claim that began then would step over. Nothing is locked to see that: such a row has an xmax. (So has
+one whose claim was rolled back.)
 
 At the end it says in words what the medians show. What gains less than a tenth is called nothing.
 """
@@ -90,7 +90,7 @@ def _measure_side(
             each = max(1, concurrency // len(served))
             runners += each * len(served)
             process = harness.worker(
-                database.dsn, [f"q{number}" for number in served], concurrency=each, report_interval=0.02,
+                database.dsn, [f"q{number}" for number in served], concurrency=each, report_interval=0.1,
                 named_by_queue=True, is_awaited=False,
             )  # fmt: skip
             processes.append(stack.enter_context(process))

@@ -765,7 +765,13 @@ class CpuMeter:
 
 
 class Sampler:
-    """While its context is open, a thread calls `look` every `interval` seconds, with a connection for it alone."""
+    """While its context is open, a thread calls `look`, with a connection for it alone.
+
+    Looks are `interval` seconds apart, or 40 times as long as the one before took: what is measured is not to share the
+    machine with its being looked at.
+    """
+
+    _REST = 40
 
     def __init__(self, database: Database, look: Callable[[Connection], None], interval: float) -> None:
         self._look = look
@@ -777,8 +783,11 @@ class Sampler:
 
     def _watch(self) -> None:
         try:
-            while not self._ending.wait(self._interval):
+            pause = self._interval
+            while not self._ending.wait(pause):
+                began_at = time.monotonic()
                 self._look(self._conn)
+                pause = max(self._interval, self._REST * (time.monotonic() - began_at))
         except psycopg.Error as error:
             self._error = error
 
@@ -794,7 +803,7 @@ class Sampler:
 
 
 class WaitSampler:
-    """While its context is open, looks every `interval` seconds at what the backends of a database wait for.
+    """While its context is open, looks at what the backends of a database wait for, as often as a `Sampler` does.
 
     `counts`: of each wait event, as ``Lock/transactionid``, how many backends were seen in it, all samples together;
     ``CPU`` are those that wait for nothing the server knows of. Only backends that have a statement or transaction

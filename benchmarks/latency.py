@@ -64,10 +64,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load, and of finding out what 100 %% is")
     parser.add_argument("--producers", type=int, default=16, help="connections that insert under load")
     parser.add_argument("--workers", type=int, default=1, help="processes of each kind at once")
+    names = [kind.name for kind in _KINDS]
+    parser.add_argument("--kinds", nargs="+", choices=names, default=names, help="kinds of worker")
     options = parser.parse_args()
+    kinds = [kind for kind in _KINDS if kind.name in options.kinds]
 
     def measure(bench: Bench) -> None:
-        parts = 2 + len(_KINDS) * (2 + len(options.loads))
+        parts = 2 + len(kinds) * (2 + len(options.loads))
         bench.expect(parts * options.runs)
         for number in range(options.runs):
             with bench.database() as database, psycopg.connect(database.dsn, autocommit=True) as inserter:
@@ -77,7 +80,7 @@ def main() -> None:
                 site = _Site(bench, database, inserter, options.workers, options.producers)
                 bench.step("what the worker keeps up with")
                 capacity = site.measure_capacity(options.seconds)
-                for kind in _KINDS if number % 2 == 0 else _KINDS[::-1]:
+                for kind in kinds if number % 2 == 0 else kinds[::-1]:
                     with site.workers(kind):
                         bench.step(f"{kind.name}, idle queue")
                         site.measure_idle_queue(kind, options.fast, options.fast_gap)
@@ -91,12 +94,12 @@ def main() -> None:
                         if kind is _EVENT_DRIVEN:
                             _count_idle_statements(bench, database, options.idle)
                 site.check()
-        _report(bench, options.loads, options.fast_gap)
+        _report(bench, kinds, options.loads, options.fast_gap)
 
     harness.run("latency", options, measure)
 
 
-def _report(bench: Bench, loads: Sequence[int], gap: float) -> None:
+def _report(bench: Bench, kinds: Sequence[_Kind], loads: Sequence[int], gap: float) -> None:
     def figure(kind: _Kind, load: int, share: str) -> float:
         if load == 0:
             return bench.median(f"{_idle_label(kind, gap)}: sent → handler, {share}")
@@ -104,7 +107,7 @@ def _report(bench: Bench, loads: Sequence[int], gap: float) -> None:
 
     series = {
         f"{kind.name}, {share}": [(float(load), figure(kind, load, share)) for load in (0, *loads)]
-        for kind in _KINDS
+        for kind in kinds
         for share in ("p50", "p99")
     }
     bench.lines(

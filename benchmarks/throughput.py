@@ -142,8 +142,8 @@ def _measure_workers(
         workers = [
             stack.enter_context(
                 harness.worker(
-                    database.dsn, "q", concurrency=concurrency, sweep=60.0, report_interval=0.002, batch=side.batch,
-                    keeps_rows=side.keeps_rows, profile=profile, is_awaited=False,
+                    database.dsn, "q", concurrency=concurrency, sweep=60.0, report_interval=0.002 * side.processes,
+                    batch=side.batch, keeps_rows=side.keeps_rows, profile=profile, is_awaited=False,
                     batch_size=_BATCH_SIZE if side.handler == "batch" else None,
                 )
             )

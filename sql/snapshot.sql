@@ -599,8 +599,9 @@ function _private_lock_family(p_ids uuid[], p_always boolean DEFAULT false) retu
 function _private_long_look() returns interval language sql immutable parallel safe
 function _private_made_at(p_id uuid) returns timestamp with time zone language sql immutable parallel safe strict
 function _private_may_cancel_all() returns boolean language sql stable
+function _private_may_wake(p_queue text) returns boolean language sql
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
-function _private_nobody_sleeps(p_queue text) returns boolean language plpgsql set search_path=pg_catalog, pg_temp
+function _private_nobody_sleeps(p_queue text) returns boolean language sql
 function _private_note_loads(p_id uuid, p_loads jsonb, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
@@ -613,6 +614,7 @@ function _private_receipt_check(p_expires_at timestamp with time zone, p_now tim
 function _private_receive(p_ids uuid[], p_names text[], p_due timestamp with time zone, p_is_seen boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receive_due(p_ids uuid[], p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receivers(p_id bigint) returns SETOF uuid language sql stable set search_path=pg_catalog, pg_temp
+function _private_refuse_payload() returns void language plpgsql immutable set search_path=pg_catalog, pg_temp
 function _private_remove_large(p_no integer, p_now timestamp with time zone, p_limit integer, p_bytes bigint) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_require_alive(p_owner uuid, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_results_channel() returns text language sql immutable parallel safe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -12,6 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from pgconductor.errors import InvalidOption, NoDatabase
 from pgconductor.testing import DatabaseClock, Databases, DatabaseServer, missing_docker, missing_program, open_server
+from pgconductor.testing.server import folder_in_memory
 
 
 def _schemas(dsn: str) -> set[str]:
@@ -56,6 +58,13 @@ def test_server_reports_its_version(pgconductor_server: DatabaseServer) -> None:
         assert pgconductor_server.version == conn.info.server_version
         assert conn.execute("show fsync").fetchone() == (pgconductor_server.settings()["fsync"],)
     assert f"fsync={pgconductor_server.settings()['fsync']}" in pgconductor_server.describe()
+
+
+def test_throwaway_server_is_in_memory_where_there_is_room_and_on_a_disk_elsewhere(tmp_path: Path) -> None:
+    """A container's 64 MB of shared memory filled up in the middle of a run, or each database written to a disk."""
+    assert folder_in_memory(tmp_path, room=1) == tmp_path
+    assert folder_in_memory(tmp_path, room=1 << 60) is None
+    assert folder_in_memory(tmp_path / "missing", room=1) is None
 
 
 def test_clock_moves_only_its_own_database(

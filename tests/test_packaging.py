@@ -78,7 +78,7 @@ def test_metadata_names_licence_python_and_extras(wheel: Path) -> None:
     assert metadata["Name"] == "pgconductor"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"bench", "embedded", "dashboard", "metrics", "tracing", "dev"} == set(
+    assert {"bench", "embedded", "dashboard", "metrics", "tracing", "test", "dev"} == set(
         metadata.get_all("Provides-Extra") or []
     )
     needed = [line for line in metadata.get_all("Requires-Dist") or [] if "extra ==" not in line]

@@ -2,22 +2,27 @@
 --
 -- Lock order of everything here: K is taken before M is looked at, and nobody waits for either without a bound.
 
--- Is nobody asleep on the queue? Takes M and lets go in one expression, so that no cancellation falls between.
+-- Is nobody asleep on the queue? Takes M and lets go in one expression, so that no cancellation falls between. This and the
+-- next one are bodies that the planner writes into their callers: every insert asks (benchmarks/notify_tax.py).
 create or replace function @schema@._private_nobody_sleeps(p_queue text) returns boolean
-    language plpgsql volatile
-    set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_m constant bigint := @schema@._private_key_m(p_queue);
-begin
+    language sql volatile
     return case
-        when pg_try_advisory_lock(v_m) then pg_advisory_unlock(v_m)
+        when pg_catalog.pg_try_advisory_lock(@schema@._private_key_m(p_queue))
+            then pg_catalog.pg_advisory_unlock(@schema@._private_key_m(p_queue))
         -- Not to be had exclusively, but shared: a sleeper holds it.
-        when pg_try_advisory_lock_shared(v_m) then not pg_advisory_unlock_shared(v_m)
+        when pg_catalog.pg_try_advisory_lock_shared(@schema@._private_key_m(p_queue))
+            then not pg_catalog.pg_advisory_unlock_shared(@schema@._private_key_m(p_queue))
         -- Not even shared: another inserter is looking at this instant, so nobody was asleep.
         else true
     end;
-end $$;
+
+-- Asked by whoever makes work on a queue, before it commits: raise K until the transaction ends, then look at M. True: somebody
+-- may be asleep. Never waits.
+create or replace function @schema@._private_may_wake(p_queue text) returns boolean
+    language sql volatile
+    -- CASE, because AND promises no order.
+    return case when pg_catalog.pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))
+        then not @schema@._private_nobody_sleeps(p_queue) else true end;
 
 -- NOTIFY, which is only ever a hint: so not into a queue that is about to be full, where it would fail at COMMIT and take
 -- the transaction with it (a forgotten listener of anybody's, in an open transaction, is enough).
@@ -31,19 +36,15 @@ begin
     end if;
 end $$;
 
--- Called by whoever makes work on a queue, before it commits: raise K until the transaction ends, then look at M, and
--- NOTIFY unless both say that nobody can be asleep. Never waits.
+-- Called by whoever makes work on a queue, before it commits: NOTIFY if somebody may be asleep.
 create or replace function @schema@._private_announce(p_queue text) returns void
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- CASE, because AND promises no order.
-    if (case when pg_try_advisory_xact_lock_shared(@schema@._private_key_k(p_queue))
-            then @schema@._private_nobody_sleeps(p_queue) else false end) then
-        return;
+    if @schema@._private_may_wake(p_queue) then
+        perform @schema@._private_notify(@schema@._private_channel(p_queue), '');
     end if;
-    perform @schema@._private_notify(@schema@._private_channel(p_queue), '');
 end $$;
 
 -- An insert wakes a sleeper if it is due now, or due before any worker's next sweep (sweeps are at most a minute
@@ -54,7 +55,9 @@ create or replace function @schema@._private_on_insert() returns trigger
 as $$
 begin
     if new.state = 'ready' or (new.state = 'scheduled' and new.run_at < @schema@._private_clock() + interval '61 s') then
-        perform @schema@._private_announce(new.queue);
+        if @schema@._private_may_wake(new.queue) then
+            perform @schema@._private_notify(@schema@._private_channel(new.queue), '');
+        end if;
     end if;
     return null;
 end $$;

@@ -6,8 +6,30 @@ create or replace function @schema@._private_define_partition(p_no int) returns 
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $define$
+declare
+    -- What both ways to end an execution have in common: its finished row; its dedupe key and large payload go.
+    v_end constant text := $end$kept as (
+        insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
+            claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
+            steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
+        select s.slot, g.priority, g.attempt - {crashes}, g.crashes + {crashes}, g.generation, g.max_attempts, g.depth,
+            g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
+            v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
+            case when g.new_state <> 'cancelled' then g.result end,
+            @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
+            case when g.is_durable then @schema@._private_history(g.id) end,
+            g.progress, g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
+        from gone g
+            join slots s on s.keep is not distinct from g.keep
+        where s.slot is not null
+    ), keys as (
+        delete from @schema@._private_dedupe_keys d using gone g
+        where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+    ), payloads as (
+        delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
+    )$end$;
 begin
-    execute replace($template$
+    execute replace(replace(replace($template$
 create or replace function @schema@._private_flush_{no}(
     p_owner uuid, p_ids uuid[], p_claim_nos bigint[], p_outcomes text[], p_results jsonb[], p_errors jsonb[],
     p_delays double precision[], p_keeps double precision[], p_crashes int
@@ -55,25 +77,7 @@ begin
                         or e.cancel_requested_at is not null and o.outcome in ('retried', 'released', 'recovered', 'waiting'))
                 returning e.*, case when o.outcome in ('completed', 'failed') then o.outcome else 'cancelled' end as new_state,
                     o.result, o.error, o.keep
-            ), kept as (
-                insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
-                    claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-                    steps, progress, cancel_reason, parent_id, root_id, limit_key, version, tags, headers, timeout, backoff)
-                select s.slot, g.priority, g.attempt - p_crashes, g.crashes + p_crashes, g.generation, g.max_attempts, g.depth,
-                    g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
-                    v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
-                    case when g.new_state <> 'cancelled' then g.result end,
-                    @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-                    case when g.is_durable then @schema@._private_history(g.id) end, g.progress, g.cancel_reason, g.parent_id, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
-                from gone g
-                    join slots s on s.keep is not distinct from g.keep
-                where s.slot is not null
-            ), keys as (
-                delete from @schema@._private_dedupe_keys d using gone g
-                where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
-            ), payloads as (
-                delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
-            ), steps as (
+            ), {end}, steps as (
                 delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
             ), channels as (
                 update @schema@._private_channels c set ended_at = v_now,
@@ -156,8 +160,8 @@ begin
             where e.outcome = 'retried' and e.state <> 'running'));
     end if;
 end $body$
-    $template$, '{no}', p_no::text);
-    execute replace($template$
+    $template$, '{end}', v_end), '{crashes}', 'p_crashes'), '{no}', p_no::text);
+    execute replace(replace(replace($template$
 -- What most outcomes need, and less than the half of what flush does: of these claims, end those that have no history and no
 -- parent. Returns their ids; the rest is left to flush. Tokens, arrays and locks as there
 -- (benchmarks/throughput.py).
@@ -189,29 +193,11 @@ begin
         where e.id = o.id and (e.claim_no, e.owner, e.state) is not distinct from (o.claim_no, p_owner, 'running')
             and not e.is_durable and e.parent_id is null
         returning e.*, o.outcome as new_state, o.result, o.error, o.keep
-    ), kept as (
-        insert into @schema@._private_finished (slot, priority, attempt, crashes, generation, max_attempts, depth, state, id, owner,
-            claim_no, run_at, created_at, claimed_at, finished_at, expires_at, queue, task, dedupe_key, payload, result, errors,
-            progress, cancel_reason, root_id, limit_key, version, tags, headers, timeout, backoff)
-        select s.slot, g.priority, g.attempt, g.crashes, g.generation, g.max_attempts, g.depth,
-            g.new_state::@schema@.execution_state, g.id, g.owner, g.claim_no, g.run_at, g.created_at, g.claimed_at, v_now,
-            v_now + make_interval(secs => g.keep), g.queue, g.task, g.dedupe_key, g.payload,
-            case when g.new_state <> 'cancelled' then g.result end,
-            @schema@._private_add_error(g.errors, g.error, g.attempt, v_now),
-            g.progress, g.cancel_reason, g.root_id, g.limit_key, g.version, g.tags, g.headers, g.timeout, g.backoff
-        from gone g
-            join slots s on s.keep is not distinct from g.keep
-        where s.slot is not null
-    ), keys as (
-        delete from @schema@._private_dedupe_keys d using gone g
-        where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
-    ), payloads as (
-        delete from @schema@._private_payloads l using gone g where g.payload is null and g.keep <= 0 and l.execution_id = g.id
-    )
+    ), {end}
     select coalesce(array_agg(g.id), '{}') into v_ids from gone g;
     return v_ids;
 end $body$
-    $template$, '{no}', p_no::text);
+    $template$, '{end}', v_end), '{crashes}', '0'), '{no}', p_no::text);
     execute replace($template$
 -- Of these claims those that hold: locked, in the order of ids, and marked as having a history.
 create or replace function @schema@._private_hold_{no}(p_owner uuid, p_ids uuid[], p_claim_nos bigint[])
@@ -262,6 +248,7 @@ create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uu
 as $body$
 #variable_conflict use_column
 declare
+    v_is_locked boolean;
     v_now timestamptz;
     v_due timestamptz;
     v_due_0 timestamptz;
@@ -280,8 +267,10 @@ declare
     v_run_at timestamptz;
     v_id uuid;
 begin
-    perform pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue));
-    perform set_config('synchronous_commit', 'off', true);
+    -- Expressions, not statements, wherever that will do: an executor that is set up takes 5 µs, and more where a claim
+    -- comes after a pause (benchmarks/latency.py).
+    v_is_locked := pg_advisory_xact_lock_shared(@schema@._private_key_k(p_queue)) is not null;
+    v_noted := set_config('synchronous_commit', 'off', true);
     if p_versions is not null then
         v_keys := array(select t.task || '@' || t.version from unnest(p_tasks, p_versions) as t (task, version) where t.version is not null);
     end if;
@@ -363,9 +352,9 @@ begin
             end if;
         end if;
         if v_rests and v_tids = '{}' then
-            return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-                null::float8, null::float8, null::text, greatest(0, date_part('epoch',
-                    least(v_due, v_due_0, v_now + ((v_mark ->> 'rest_until')::timestamptz - v_began)) - v_now)), null::uuid, null::text;
+            due_in := greatest(0, date_part('epoch',
+                least(v_due, v_due_0, v_now + ((v_mark ->> 'rest_until')::timestamptz - v_began)) - v_now));
+            return next;
             return;
         elsif not v_rests and (v_tids is null or cardinality(v_tids) < p_limit) then
             v_mark := null;
@@ -388,14 +377,16 @@ begin
         end if;
         -- Rows come in the order in which they were picked, since each is looked up by its place, one after the other. Sorted
         -- once more, with all their columns, they took 1 µs longer each (benchmarks/throughput.py).
-        return query
-        update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
-            attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
-        from unnest(v_tids) as p (tid) where e.ctid = p.tid
-        returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', v_now - e.run_at),
-            date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - v_now), e.backoff::text, null::float8, e.parent_id,
-            e.version;
-        v_found := found;
+        if v_tids <> '{}' then
+            return query
+            update @schema@._private_queue_{no} e set state = 'running', owner = p_owner, claim_no = e.claim_no + 1,
+                attempt = e.attempt + 1, claimed_at = v_now, version = coalesce(e.version, p_versions[array_position(p_tasks, e.task)])
+            from unnest(v_tids) as p (tid) where e.ctid = p.tid
+            returning e.id, e.claim_no, e.task, e.attempt, e.max_attempts, e.payload::text, date_part('epoch', v_now - e.run_at),
+                date_part('epoch', e.timeout), date_part('epoch', e.deadline_at - v_now), e.backoff::text, null::float8, e.parent_id,
+                e.version;
+            v_found := found;
+        end if;
     end if;
     if not v_found then
         -- Rows that are ready, and that another claim in flight has locked: its end may make them visible again without
@@ -406,9 +397,10 @@ begin
                 where queue = p_queue and state = 'ready' and crashes < 2 and task = any (p_tasks) and (version is null or task || '@' || version = any (v_keys))) then
             v_due := least(v_due, v_now + interval '10 ms');
         end if;
-        return query select null::uuid, null::bigint, null::text, null::int, null::int, null::text, null::float8,
-            null::float8, null::float8, null::text, case when least(v_due, v_due_0) is not null
-                then greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now)) end, null::uuid, null::text;
+        if least(v_due, v_due_0) is not null then
+            due_in := greatest(0, date_part('epoch', least(v_due, v_due_0) - v_now));
+        end if;
+        return next;
     end if;
 end $body$
     $template$, '{no}', p_no::text), '{mark}', 'pgconductor_claims.c' || left(md5(@schema_literal@), 12) || '_' || p_no);

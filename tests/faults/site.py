@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -45,6 +45,29 @@ def until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
     while not condition():
         assert time.monotonic() < give_up_at, f"did not happen within {limit} s"
         time.sleep(0.01)
+
+
+class Onlooker:
+    """A session that is kept until it is lost, and then made anew: for what is asked every few milliseconds, where
+    making a session takes the machine many times what the answer does.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._conn: psycopg.Connection[tuple[Any, ...]] | None = None
+
+    def rows(self, text: str, *params: object) -> list[tuple[Any, ...]]:
+        """Execute one statement in a transaction of its own and return its rows."""
+        if self._conn is not None:
+            with suppress(psycopg.OperationalError):
+                return self._conn.execute(text.encode(), params or None).fetchall()
+            self._conn.close()
+        self._conn = psycopg.connect(self._dsn, autocommit=True)
+        return self._conn.execute(text.encode(), params or None).fetchall()
+
+    def close(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
 
 
 class Process:
@@ -78,7 +101,7 @@ class Process:
 
     def owners(self) -> list[Any]:
         """The ids of its incarnations that the database knows, oldest first."""
-        rows = self._site.query(
+        rows = self._site.look(
             "select id from pgconductor._private_orchestrators where name like %s order by started_at", f"%:{self.pid}"
         )
         return [owner for (owner,) in rows]
@@ -92,6 +115,7 @@ class Site:
         self.folder = folder
         self._journal = folder / "journal"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._onlooker = Onlooker(dsn)
 
     def start(
         self,
@@ -144,6 +168,7 @@ class Site:
             if popen.poll() is None:
                 popen.kill()
                 popen.wait(LIMIT)
+        self._onlooker.close()
 
     def logs(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("log *")))
@@ -161,6 +186,10 @@ class Site:
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             cursor = conn.execute(text.encode(), params or None)
             return cursor.fetchall() if cursor.description else []
+
+    def look(self, text: str, *params: object) -> list[tuple[Any, ...]]:
+        """As `query`, for what is asked again and again."""
+        return self._onlooker.rows(text, *params)
 
     def invoke(self, task: str, numbers: Iterable[int], *, is_keyed: bool = False, **payload: object) -> list[UUID]:
         """Insert an execution for each number, in one statement; with `is_keyed`, the number is its dedupe key."""
@@ -186,7 +215,7 @@ class Site:
     def live(self) -> int:
         """How many are under way, or still to be cancelled because their parents have ended."""
         live = "select (select count(*) from pgconductor._private_executions)"
-        return int(self.query(f"{live} + (select count(*) from pgconductor._private_closings)")[0][0])
+        return int(self.look(f"{live} + (select count(*) from pgconductor._private_closings)")[0][0])
 
     def held_by(self, process: Process) -> int:
         """How many executions the database says the process holds."""

@@ -12,6 +12,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -20,6 +21,7 @@ import psycopg
 import pytest
 import trio
 from faults.inside import LIMIT, query, until
+from faults.site import Onlooker
 
 from pgconductor import (
     ChildCancelled,
@@ -45,6 +47,12 @@ from pgconductor.testing.proxy import ChaosProxy, open_chaos_proxy
 EITHER_WAY = pytest.mark.parametrize("how", ["request", "reply"])
 
 Handler = Callable[[Context], Awaitable[Any]]
+
+
+_LIVE = (
+    "select (select count(*) from pgconductor._private_executions)"
+    " + (select count(*) from pgconductor._private_closings)"
+)
 
 
 class Stage:
@@ -81,7 +89,8 @@ class Stage:
             await nursery.start(orchestrator.run)
             if meanwhile is not None:
                 await meanwhile()
-            await until(lambda: self.live() == 0)
+            with closing(Onlooker(self.dsn)) as onlooker:
+                await until(lambda: onlooker.rows(_LIVE) == [(0,)])
             nursery.cancel_scope.cancel()
 
     def invoke(self, task: str, payload: str = "{}") -> UUID:
@@ -90,8 +99,7 @@ class Stage:
 
     def live(self) -> int:
         """How many are under way, or still to be cancelled."""
-        live = "select (select count(*) from pgconductor._private_executions)"
-        return int(query(self.dsn, f"{live} + (select count(*) from pgconductor._private_closings)")[0][0])
+        return int(query(self.dsn, _LIVE)[0][0])
 
     def ends(self) -> dict[str, list[Any]]:
         """State and last error by task, of what has ended."""

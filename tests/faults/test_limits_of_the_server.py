@@ -21,11 +21,12 @@ from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
 from pgconductor.embedded.server import OwnServer
 from pgconductor.retry import Exponential
+from pgconductor.testing.server import folder_in_memory
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[OwnServer]:
-    with own_server(settings={"fsync": "off"}) as own:
+    with own_server(settings={"fsync": "off"}, base_dir=folder_in_memory()) as own:
         with psycopg.connect(own.dsn(), autocommit=True) as conn:
             version = conn.info.server_version
         if version >= 170000:

@@ -16,11 +16,12 @@ from faults.site import Site, open_site, until
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
 from pgconductor.embedded.server import OwnServer
+from pgconductor.testing.server import folder_in_memory
 
 
 @pytest.fixture
 def server() -> Iterator[OwnServer]:
-    with own_server(settings={"fsync": "off"}) as own:
+    with own_server(settings={"fsync": "off"}, base_dir=folder_in_memory()) as own:
         with psycopg.connect(own.dsn(), autocommit=True) as conn:
             migrate_sync(conn, "pgconductor")
         yield own
@@ -77,7 +78,7 @@ def test_acknowledged_invokes_survive_crashes_of_the_server(
             except psycopg.OperationalError:
                 is_over.wait(0.05)
 
-    with own_server(settings=settings) as own:
+    with own_server(settings=settings, base_dir=folder_in_memory()) as own:
         dsn = own.dsn()
         with psycopg.connect(dsn, autocommit=True) as conn:
             migrate_sync(conn, "pgconductor")

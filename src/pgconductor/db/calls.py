@@ -215,6 +215,14 @@ class WorkerRow(NamedTuple):
     concurrency: int
 
 
+def _is_used(column: Sequence[object]) -> bool:
+    return any(value is not None for value in column)
+
+
+def _invoked(rows: list[Row]) -> list[Invoked]:
+    return [Invoked._make(row) for row in rows]
+
+
 def _claim(rows: list[Row]) -> Claim:
     if len(rows) == 1 and rows[0][0] is None:
         return Claim([], rows[0][_WAITED])
@@ -374,6 +382,8 @@ def _optional_boolean(rows: list[Row]) -> bool | None:
 _QUERIES = {
     "invoke_many": "select id, created from {s}.invoke_many(%s::text[], %s::jsonb[], %s::text[], %s::int[],"
     ' %s::timestamptz[], %s::float8[], %s::text[], %s::jsonb[]) order by "position" /*invoke*/',
+    "invoke_one": "select id, created from {s}.invoke_many(array[%s::text], array[%s::jsonb], array[%s::text],"
+    " array[%s::int], array[%s::timestamptz], array[%s::float8], array[%s::text], array[%s::jsonb]) /*invoke*/",
     # Of a row without an execution: when the next is due.
     "claim": "select id, claim_no, task, attempt, max_attempts, payload, coalesce(waited, due_in), timeout,"
     " deadline_in, backoff, parent_id, version from {s}.claim(%s, %s, %s::text[], %s, %s::text[]) /*claim*/",
@@ -497,11 +507,19 @@ class Calls:
         self._query: Mapping[str, bytes] = {verb: text.replace("{s}", name).encode() for verb, text in _QUERIES.items()}
 
     def invoke_many(self, executions: Iterable[NewExecution]) -> Call[list[Invoked]]:
-        columns: list[list[Any] | None]
-        columns = [list(column) for column in zip(*executions, strict=True)] or [[] for _ in NewExecution._fields]
-        # Most options are not used: an array of nulls costs as much as one of texts (benchmarks/produce.py).
-        columns[2:] = [None if column and not any(x is not None for x in column) else column for column in columns[2:]]
-        return Call(self._query["invoke_many"], columns, lambda rows: [Invoked._make(row) for row in rows])
+        rows = list(executions)
+        if len(rows) == 1:  # without arrays to put together here and take apart there (benchmarks/produce.py)
+            return Call(self._query["invoke_one"], rows[0], _invoked)
+        columns: list[Sequence[Any]] = list(zip(*rows, strict=True)) or [() for _ in NewExecution._fields]
+        tasks, payloads, queues, priorities, run_ats, delays, keys, options = columns
+        # Most options are not used: an array of nulls costs as much as one of texts.
+        params = (
+            arrays.texts(tasks), arrays.jsonbs(payloads), arrays.texts(queues) if _is_used(queues) else None,
+            arrays.int8s(priorities) if any(priorities) else None, list(run_ats) if _is_used(run_ats) else None,
+            arrays.float8s(delays) if _is_used(delays) else None, arrays.texts(keys) if _is_used(keys) else None,
+            arrays.jsonbs(options) if _is_used(options) else None,
+        )  # fmt: skip
+        return Call(self._query["invoke_many"], params, _invoked, has_arrays=True)
 
     def claim(
         self,

@@ -43,12 +43,17 @@ def mapped_errors() -> Generator[None, None, None]:
         raise
 
 
+def prepare(cursor: psycopg.AsyncCursor[Any] | psycopg.Cursor[Any], call: Call[Any]) -> None:
+    """Let a cursor take the call's parameters."""
+    if call.has_arrays:
+        arrays.prepare(cursor.adapters)
+
+
 async def run(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
     """Execute `call` on an async connection."""
     with mapped_errors():
         async with psycopg.AsyncCursor(conn, row_factory=tuple_row) as cursor:
-            if call.has_arrays:
-                arrays.prepare(cursor.adapters)
+            prepare(cursor, call)
             await cursor.execute(call.query, call.params)
             return call.decode(await cursor.fetchall() if cursor.description else [])
 
@@ -56,7 +61,6 @@ async def run(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
 def run_sync(conn: psycopg.Connection[Any], call: Call[T]) -> T:
     """Execute `call` on a sync connection."""
     with mapped_errors(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-        if call.has_arrays:
-            arrays.prepare(cursor.adapters)
+        prepare(cursor, call)
         cursor.execute(call.query, call.params)
         return call.decode(cursor.fetchall() if cursor.description else [])

@@ -26,7 +26,7 @@ from ..errors import Misuse, NotOpen
 from .address import Addresses, Database, client_conninfo, explain, explain_connect
 from .call import Call
 from .connection import TrioConnection
-from .execute import mapped_errors, run, run_sync
+from .execute import mapped_errors, prepare, run, run_sync
 from .pool import Pool
 from .tape import RecordedConnection, SyncRecordedConnection
 
@@ -56,6 +56,7 @@ async def insert(conn: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
     """
     with mapped_errors():
         async with _cursor(conn) as cursor:
+            prepare(cursor, call)
             await cursor.execute(call.query, call.params)
             return call.decode(await cursor.fetchall())
 
@@ -71,6 +72,7 @@ def _cursor(conn: psycopg.AsyncConnection[Any]) -> psycopg.AsyncCursor[TupleRow]
 def insert_sync(conn: psycopg.Connection[Any], call: Call[T]) -> T:
     """`insert` on a blocking connection."""
     with mapped_errors(), _sync_cursor(conn) as cursor:
+        prepare(cursor, call)
         cursor.execute(call.query, call.params)
         return call.decode(cursor.fetchall())
 

@@ -18,7 +18,7 @@ or busy, another one is first after `longest` at most (benchmarks/herd.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -58,8 +58,8 @@ class Linger:
     """Whether an empty claim should be followed by more looks (True) or by sleep.
 
     `begin` and `end`: arrivals per second above which lingering begins, below which it ends. `period`: how long to
-    look, in seconds; the looks are `interval` apart at first, `longest_interval` at last. The rate is averaged over
-    about `memory` seconds.
+    look, in seconds; the looks are `interval` apart at first, `longest_interval` at last; where they take longer than
+    that, `patience` times as long as they take. The rate is averaged over about `memory` seconds.
     """
 
     begin: float = 100.0
@@ -67,6 +67,7 @@ class Linger:
     period: float = 0.03
     interval: float = 0.001
     longest_interval: float = 0.005
+    patience: float = 2.0
     memory: float = 0.25
     rate: float = 0.0
     is_lingering: bool = False
@@ -82,12 +83,19 @@ class Linger:
         elif self.rate < self.end:
             self.is_lingering = False
 
-    def intervals(self) -> Iterator[float]:
-        """Seconds between the looks of one spell, longer and longer, `period` in all."""
+    def intervals(self, took: Callable[[], float] = lambda: 0.0) -> Iterator[float]:
+        """Seconds between the looks of one spell, longer and longer, `period` in all.
+
+        `took`: for how many seconds the latest look took. Where that is long, as behind many rows that are gone and not
+        yet vacuumed, or on a busy server, looks would keep others from ending what they have: there are fewer
+        (benchmarks/contention.py).
+        """
         left, interval = self.period, self.interval
         while left > 0:
-            yield min(interval, left)
-            left -= interval
+            cost = took()
+            pause = min(left, interval if cost <= self.longest_interval else max(interval, self.patience * cost))
+            yield pause
+            left -= pause
             interval = min(1.5 * interval, self.longest_interval)
 
 

@@ -573,7 +573,8 @@ class Pipeline:
             return
         if self._linger.is_lingering:
             await self.reactor.lower()
-            intervals = self._linger.intervals()
+            claim_seconds = self._counts.claim_seconds
+            intervals = self._linger.intervals(lambda: claim_seconds[-1])
             while (interval := next(intervals, None)) is not None:
                 await trio.sleep(interval)
                 if not self._wants_more():
@@ -583,7 +584,7 @@ class Pipeline:
                 if not drained:
                     return
                 if self._counts.claimed > before:
-                    intervals = self._linger.intervals()
+                    intervals = self._linger.intervals(lambda: claim_seconds[-1])
         nap = 0.002
         while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()

@@ -15,7 +15,8 @@ instead of waiting.
 The server is the one ``PGCONDUCTOR_TEST_DSN`` names (the role must be allowed to create databases), a container if
 ``PGCONDUCTOR_TEST_CONTAINER=1``, else a throwaway server of the test run's own: the wheel's newest PostgreSQL, or
 what ``PGCONDUCTOR_TEST_SERVER`` says: a major version that the wheel has, or the path of another installation's
-``bin`` folder (for a container: a major version or the name of an image).
+``bin`` folder (for a container: a major version or the name of an image). A throwaway server's files are in
+``/dev/shm``, which Linux keeps in memory, if there are 3 GiB of room, else in the folder for temporary files.
 """
 
 from __future__ import annotations
