@@ -13,8 +13,8 @@ several times what producers which share the machine can insert one by one, and 
 
 Then nothing for a while: processor time (of one core) and memory of the worker's process, processor time of its
 sessions' server processes, and of the event-driven worker the statements of that time, counted by the server, from
-its log or from pg_stat_statements; only the heartbeat (which rescues, too), the self-probe and, once in half a minute, housekeeping may be
-among them.
+its log or from pg_stat_statements; only the heartbeat (which rescues, too), the self-probe and, once in half a minute,
+housekeeping may be among them.
 """
 
 from __future__ import annotations
