@@ -28,23 +28,26 @@ begin
             from gone g join slots s on s.id = g.id where s.slot is not null
         ), keys as (
             delete from @schema@._private_dedupe_keys d using gone g
-            where g.dedupe_key is not null and d.queue = g.queue and d.task = g.task and d.key = g.dedupe_key and d.execution_id = g.id
+            where g.dedupe_key is not null and (d.queue, d.task, d.key) between (g.queue, g.task, g.dedupe_key) and (g.queue, g.task, g.dedupe_key)
+                and d.execution_id = g.id
         ), payloads as (
-            delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id = s.id
+            delete from @schema@._private_payloads l using slots s where s.slot is null and l.execution_id between s.id and s.id
         ), steps as (
-            delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id = g.id
+            delete from @schema@._private_steps s using gone g where g.is_durable and s.execution_id between g.id and g.id
         ), channels as (
             update @schema@._private_channels c set ended_at = $4,
                 expires_at = case when s.keep is not null then $4 + make_interval(secs => greatest(s.keep, 3600)) end
-            from gone g join slots s on s.id = g.id where g.is_durable and c.execution_id = g.id
+            from gone g join slots s on s.id = g.id where g.is_durable and c.execution_id between g.id and g.id
         ), promises as (
-            delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id = g.id
+            delete from @schema@._private_promises p using gone g where g.is_durable and p.execution_id between g.id and g.id
         ), inbox as (
             -- What a deliverer has locked, that one removes.
-            delete from @schema@._private_events v where v.id in (select i.id from gone g join @schema@._private_events i
-                on i.execution_id = g.id and i.kind <> 'event' where g.is_durable for update of i skip locked)
+            delete from @schema@._private_events v where v.id = any (array(
+                select m.id from gone g cross join lateral (select i.id from @schema@._private_events i
+                    where i.execution_id = g.id and i.kind <> 'event' offset 0 for update skip locked) m
+                where g.is_durable))
         ), waits as (
-            delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id = g.id
+            delete from @schema@._private_waits w using gone g where g.is_durable and w.execution_id between g.id and g.id
             returning w.target, w.on_close, w.resolved_at
         ), closings as (
             insert into @schema@._private_closings (execution_id, reason, created_at)
@@ -54,8 +57,8 @@ begin
         ), resolved as (
             update @schema@._private_waits w set resolved_at = $4, outcome = $2, error = jsonb_build_object('reason', $3)
             from gone g
-            where g.parent_id is not null and w.execution_id = g.parent_id and w.name = g.wait_name and w.target = g.id::text
-                and w.resolved_at is null
+            where g.parent_id is not null and (w.execution_id, w.name) between (g.parent_id, g.wait_name) and (g.parent_id, g.wait_name)
+                and w.target = g.id::text and num_nonnulls(w.resolved_at) = 0
                 -- A parent that ends by this statement too: its waits go, and a row is changed by one of two only.
                 and g.parent_id <> all (array(select p.id from gone p where p.is_durable))
         )
