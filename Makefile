@@ -15,7 +15,7 @@ PYTHON ?=
 export PYTHON
 
 VENV := .venv
-PYTEST := python -m pytest -n $(WORKERS) --durations=15 $(PYTEST_ARGS)
+PYTEST := python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 # With the oldest server meets what speaks to it in ways of its own: listening, transactions, cancelling, events.
 OLDEST_TESTS := $(wildcard tests/sql $(addprefix tests/runtime/test_,channels.py control.py events.py listener.py \
 	transactions.py worker.py))

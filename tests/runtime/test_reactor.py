@@ -262,6 +262,19 @@ async def test_woken_worker_that_finds_nothing_claims_once_and_sleeps_on(pgcondu
             await place.until_started(1)
 
 
+async def test_worker_of_a_busy_queue_that_was_woken_in_vain_takes_its_flag_down(pgconductor_dsn: str) -> None:
+    """As long as one of several flags is up, every insert of 64 producers notifies."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin:
+        async with place.open():
+            await worker.until_asleep()
+            worker.pipeline._linger.begin = worker.pipeline._linger.end = 0.0  # any rate is a high one
+            looks = len(worker.answers)
+            admin.execute("select pg_notify(pgconductor._private_channel('q'), '')")
+            await until(lambda: len(worker.answers) > looks)  # who looks has raised it anew
+
+
 async def test_who_came_too_late_the_last_time_lets_others_go_first(pgconductor_dsn: str) -> None:
     """All that one insert wakes would claim at the same instant, and compete for the rows and the CPU."""
     place = Workplace(pgconductor_dsn)

@@ -462,7 +462,8 @@ class Pipeline:
                 before = self._counts.claimed
                 drained, due_in = await self._claim(link)
                 failures = 0
-                if drained and self.reactor.is_watched and self._counts.claimed == before:
+                is_in_vain = self._counts.claimed == before and self.reactor.is_watched
+                if drained and is_in_vain and not self._linger.is_lingering:
                     await self._sleep(due_in)
                 elif drained:
                     await self._doze(link, due_in)
