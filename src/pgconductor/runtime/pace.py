@@ -83,19 +83,17 @@ class Linger:
         elif self.rate < self.end:
             self.is_lingering = False
 
-    def pause(self, interval: float, took: float) -> float:
-        """Seconds until the next look, after one that took `took` seconds: `interval`, or longer.
-
-        Where looks take long, as behind many rows that are gone and not yet vacuumed, or on a busy server, they would
-        keep others from ending what they have (benchmarks/contention.py).
-        """
-        return interval if took <= self.longest_interval else max(interval, self.patience * took)
-
     def intervals(self, took: Callable[[], float] = lambda: 0.0) -> Iterator[float]:
-        """Seconds between the looks of one spell, `period` in all. `took`: how long the latest look took."""
+        """Seconds between the looks of one spell, longer and longer, `period` in all.
+
+        `took`: for how many seconds the latest look took. Where that is long, as behind many rows that are gone and not
+        yet vacuumed, or on a busy server, looks would keep others from ending what they have: there are fewer
+        (benchmarks/contention.py).
+        """
         left, interval = self.period, self.interval
         while left > 0:
-            pause = min(left, self.pause(interval, took()))
+            cost = took()
+            pause = min(left, interval if cost <= self.longest_interval else max(interval, self.patience * cost))
             yield pause
             left -= pause
             interval = min(1.5 * interval, self.longest_interval)

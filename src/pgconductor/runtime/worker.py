@@ -572,9 +572,9 @@ class Pipeline:
         if not self.reactor.can_be_woken:
             await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
             return
-        claim_seconds = self._counts.claim_seconds
         if self._linger.is_lingering:
             await self.reactor.lower()
+            claim_seconds = self._counts.claim_seconds
             intervals = self._linger.intervals(lambda: claim_seconds[-1])
             while (interval := next(intervals, None)) is not None:
                 await trio.sleep(interval)
@@ -598,7 +598,7 @@ class Pipeline:
             if is_quiet:
                 await self._sleep(due_in)
                 return
-            await self.reactor.sleep(self._until_due(due_in), at_most=self._linger.pause(nap, claim_seconds[-1]))
+            await self.reactor.sleep(due_in, at_most=nap)
             nap = min(2 * nap, 0.25)
 
     async def _sleep(self, due_in: float | None) -> None:
