@@ -102,11 +102,19 @@ BUGS = (
         "sleep-after-a-short-claim",
         "a worker looks again before it sleeps, unless its claim brought nothing at all",
         _WORKER,
-        "if drained and self.reactor.is_watched and self._counts.claimed == before:",
-        "if drained and self.reactor.is_watched:",
+        "is_in_vain = self._counts.claimed == before and self.reactor.is_watched",
+        "is_in_vain = self.reactor.is_watched",
         (
             "tests/runtime/test_reactor.py::test_rows_that_a_rival_has_beside_one_that_the_worker_gets_come_back_when_it_dies",
         ),
+    ),
+    Bug(
+        "flag-up-on-a-busy-queue",
+        "a worker of a busy queue that was woken in vain takes its flag down",
+        _WORKER,
+        "if drained and is_in_vain and not self._linger.is_lingering:",
+        "if drained and is_in_vain:",
+        ("tests/runtime/test_reactor.py::test_worker_of_a_busy_queue_that_was_woken_in_vain_takes_its_flag_down",),
     ),
     Bug(
         "flush-without-claim-no",
