@@ -17,7 +17,6 @@ are the worker's.
 from __future__ import annotations
 
 import functools
-import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -35,7 +34,7 @@ from .execution import (
     NOTHING,
     Berth,
     Interruption,
-    as_data,
+    call_handler,
     completed,
     is_answer,
     not_completed,
@@ -180,16 +179,7 @@ class Call:
                 task=task.name, queue=self._queue, resources=self._resources, watch=inner,
             )  # fmt: skip
             call = functools.partial(task.call_batch, ctx, [member.item for member in members])
-            value: Any = NOTHING
-            error: BaseException | None = None
-            try:
-                value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
-            except BaseException as raised:
-                error = as_data(raised)
-                if error is None:
-                    raise
-                if trio.current_effective_deadline() == -math.inf:
-                    inner.is_stopping = True  # a scope outside is cancelled
+            value, error = await call_handler(task, call, inner, limit, limiter)
             try:
                 if value is not NOTHING:
                     self._answer(members, value)

@@ -466,16 +466,7 @@ async def attempt(
         limit = remaining if is_by_deadline else timeout
         ctx.watch(inner)
         call = functools.partial(task.call, ctx, kwargs)
-        value: Any = NOTHING
-        error: BaseException | None = None
-        try:
-            value = await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter))
-        except BaseException as raised:
-            error = as_data(raised)
-            if error is None:
-                raise
-            if trio.current_effective_deadline() == -math.inf:
-                inner.is_stopping = True  # a scope outside is cancelled
+        value, error = await call_handler(task, call, inner, limit, limiter)
         try:
             if inner.continuation is not None:
                 _log_ignored(task, claimed, value, error, "was to begin anew")
@@ -498,6 +489,31 @@ async def attempt(
                 inner.unwound = None
     finally:
         inner.end()
+
+
+async def call_handler(
+    task: Task[..., Any],
+    call: Callable[[], Any],
+    inner: Interruption,
+    limit: float | None,
+    limiter: trio.CapacityLimiter,
+) -> tuple[Any, BaseException | None]:
+    """Call a handler, async or plain, for at most `limit` seconds; return its value and the error to record.
+
+    `NOTHING` and None: the scope cancelled it, or its thread may run on. Raises what is not data, as `attempt` does.
+    """
+    try:
+        return await (inner.run(call, limit) if task.is_async else inner.run_in_thread(call, limit, limiter)), None
+    except BaseException as raised:
+        error = as_data(raised)
+        if error is None:
+            raise
+    if trio.current_effective_deadline() == -math.inf:
+        inner.is_stopping = True  # a scope outside is cancelled
+    try:
+        return NOTHING, error
+    finally:
+        del error  # it holds this frame
 
 
 def too_late(task: Task[..., Any], claimed: Claimed) -> Outcome:
