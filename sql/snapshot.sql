@@ -614,7 +614,7 @@ function _private_receipt_check(p_expires_at timestamp with time zone, p_now tim
 function _private_receive(p_ids uuid[], p_names text[], p_due timestamp with time zone, p_is_seen boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receive_due(p_ids uuid[], p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receivers(p_id bigint) returns SETOF uuid language sql stable set search_path=pg_catalog, pg_temp
-function _private_refuse_payload() returns void language plpgsql immutable set search_path=pg_catalog, pg_temp
+function _private_refuse_payload() returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_remove_large(p_no integer, p_now timestamp with time zone, p_limit integer, p_bytes bigint) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_require_alive(p_owner uuid, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_results_channel() returns text language sql immutable parallel safe

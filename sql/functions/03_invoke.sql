@@ -24,8 +24,9 @@ begin
     )::@schema@._private_invoke_options;
 end $$;
 
+-- Raises PC001.
 create or replace function @schema@._private_refuse_payload() returns void
-    language plpgsql immutable
+    language plpgsql volatile
     set search_path = pg_catalog, pg_temp
 as $$
 begin
