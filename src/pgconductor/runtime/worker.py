@@ -692,12 +692,7 @@ class Pipeline:
                     # As below, of many.
                     call = self._begin_lot(held, now)
                     try:
-                        context.restore()
-                        self._yielding += 1
-                        await trio.lowlevel.cancel_shielded_checkpoint()
-                        self._yielding -= 1
-                        self._wake_runner()
-                        slice_ends = trio.current_time() + _SLICE
+                        slice_ends = await self._let_others(context)
                         failpoint("handler.before")
                         await call.attempt(partial(self._loader, link), self._limiter, berth)
                         failpoint("handler.after")
@@ -715,12 +710,7 @@ class Pipeline:
                 try:
                     # A switch of tasks costs as much as a short handler: not one for each (benchmarks/throughput.py).
                     if now >= slice_ends or context.was_changed():
-                        context.restore()
-                        self._yielding += 1
-                        await trio.lowlevel.cancel_shielded_checkpoint()
-                        self._yielding -= 1
-                        self._wake_runner()  # who came meanwhile has left the rest to us
-                        slice_ends = trio.current_time() + _SLICE
+                        slice_ends = await self._let_others(context)
                     failpoint("handler.before")
                     outcome = await self._run_one(held, link, interruption, berth)
                     failpoint("handler.after")
@@ -735,6 +725,15 @@ class Pipeline:
                     if not interruption.is_body_running:
                         held.interruption = None  # thousands wait to be flushed: what they need not keep is not kept
                     self._end(held, outcome)
+
+    async def _let_others(self, context: _PristineContext) -> float:
+        """Let others have a turn, and go on in a fresh context. Returns when this runner's next slice ends."""
+        context.restore()
+        self._yielding += 1
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        self._yielding -= 1
+        self._wake_runner()  # who came meanwhile has left the rest to us
+        return trio.current_time() + _SLICE
 
     def _begin_lot(self, lot: Lot, now: float) -> Call:
         """A runner has taken it, and will call the handler."""
