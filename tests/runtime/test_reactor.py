@@ -276,6 +276,22 @@ async def test_worker_of_a_busy_queue_that_was_woken_in_vain_takes_its_flag_down
             await until(lambda: len(worker.answers) > looks)  # who looks has raised it anew
 
 
+async def test_lingering_worker_whose_looks_take_long_looks_once(pgconductor_dsn: str) -> None:
+    """Ten workers that have run out of work look ten times each, past all that was there, and the others wait."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    with session(pgconductor_dsn) as admin:
+        async with place.open():
+            await worker.until_asleep()
+            linger = worker.pipeline._linger
+            linger.begin = linger.end = linger.longest_interval = 0.0  # any rate is a high one, any look a long one
+            linger.patience = 1e9
+            looks, claims = len(worker.answers), worker.pipeline.statistics().claims
+            admin.execute("select pg_notify(pgconductor._private_channel('q'), '')")
+            await until(lambda: len(worker.answers) > looks and worker.is_asleep)
+            assert worker.pipeline.statistics().claims == claims + 3  # woken, lingering, with the flag up
+
+
 async def test_who_came_too_late_the_last_time_lets_others_go_first(pgconductor_dsn: str) -> None:
     """All that one insert wakes would claim at the same instant, and compete for the rows and the CPU."""
     place = Workplace(pgconductor_dsn)
