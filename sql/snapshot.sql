@@ -9,6 +9,134 @@ type execution_state as enum ('scheduled', 'ready', 'running', 'waiting', 'compl
 
 sequence _private_events_id_seq as bigint
 
+sequence _private_place_0_id as bigint
+
+sequence _private_place_0_key as bigint
+
+sequence _private_place_0_look_at as bigint
+
+sequence _private_place_0_run_at as bigint
+
+sequence _private_place_10_id as bigint
+
+sequence _private_place_10_key as bigint
+
+sequence _private_place_10_look_at as bigint
+
+sequence _private_place_10_run_at as bigint
+
+sequence _private_place_11_id as bigint
+
+sequence _private_place_11_key as bigint
+
+sequence _private_place_11_look_at as bigint
+
+sequence _private_place_11_run_at as bigint
+
+sequence _private_place_12_id as bigint
+
+sequence _private_place_12_key as bigint
+
+sequence _private_place_12_look_at as bigint
+
+sequence _private_place_12_run_at as bigint
+
+sequence _private_place_13_id as bigint
+
+sequence _private_place_13_key as bigint
+
+sequence _private_place_13_look_at as bigint
+
+sequence _private_place_13_run_at as bigint
+
+sequence _private_place_14_id as bigint
+
+sequence _private_place_14_key as bigint
+
+sequence _private_place_14_look_at as bigint
+
+sequence _private_place_14_run_at as bigint
+
+sequence _private_place_15_id as bigint
+
+sequence _private_place_15_key as bigint
+
+sequence _private_place_15_look_at as bigint
+
+sequence _private_place_15_run_at as bigint
+
+sequence _private_place_1_id as bigint
+
+sequence _private_place_1_key as bigint
+
+sequence _private_place_1_look_at as bigint
+
+sequence _private_place_1_run_at as bigint
+
+sequence _private_place_2_id as bigint
+
+sequence _private_place_2_key as bigint
+
+sequence _private_place_2_look_at as bigint
+
+sequence _private_place_2_run_at as bigint
+
+sequence _private_place_3_id as bigint
+
+sequence _private_place_3_key as bigint
+
+sequence _private_place_3_look_at as bigint
+
+sequence _private_place_3_run_at as bigint
+
+sequence _private_place_4_id as bigint
+
+sequence _private_place_4_key as bigint
+
+sequence _private_place_4_look_at as bigint
+
+sequence _private_place_4_run_at as bigint
+
+sequence _private_place_5_id as bigint
+
+sequence _private_place_5_key as bigint
+
+sequence _private_place_5_look_at as bigint
+
+sequence _private_place_5_run_at as bigint
+
+sequence _private_place_6_id as bigint
+
+sequence _private_place_6_key as bigint
+
+sequence _private_place_6_look_at as bigint
+
+sequence _private_place_6_run_at as bigint
+
+sequence _private_place_7_id as bigint
+
+sequence _private_place_7_key as bigint
+
+sequence _private_place_7_look_at as bigint
+
+sequence _private_place_7_run_at as bigint
+
+sequence _private_place_8_id as bigint
+
+sequence _private_place_8_key as bigint
+
+sequence _private_place_8_look_at as bigint
+
+sequence _private_place_8_run_at as bigint
+
+sequence _private_place_9_id as bigint
+
+sequence _private_place_9_key as bigint
+
+sequence _private_place_9_look_at as bigint
+
+sequence _private_place_9_run_at as bigint
+
 sequence _private_queues_no_seq as integer
 
 table _private_channel_items
@@ -603,13 +731,17 @@ function _private_may_wake(p_queue text) returns boolean language sql
 function _private_new_id(p_queue_no integer, p_now timestamp with time zone) returns uuid language sql parallel safe
 function _private_nobody_sleeps(p_queue text) returns boolean language sql
 function _private_note_loads(p_id uuid, p_loads jsonb, p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_note_look(p_key bigint, p_look_at timestamp with time zone) returns bigint language sql
+function _private_note_place(p_key bigint, p_run_at timestamp with time zone, p_id uuid) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify(p_channel text, p_payload text) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
 function _private_options(p_options jsonb, p_now timestamp with time zone) returns _private_invoke_options language plpgsql stable set search_path=pg_catalog, pg_temp
+function _private_place(p_key bigint, p_part text) returns regclass language sql stable strict
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_put(p_kind text, p_name text, p_execution_id uuid, p_payload jsonb, p_error jsonb, p_retention double precision) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_queue_no(p_id uuid) returns integer language sql immutable parallel safe strict
+function _private_read_place(p_key bigint, p_like uuid, OUT run_at timestamp with time zone, OUT id uuid, OUT look_at timestamp with time zone) returns record language plpgsql set search_path=pg_catalog, pg_temp
 function _private_receipt_check(p_expires_at timestamp with time zone, p_now timestamp with time zone) returns timestamp with time zone language sql immutable parallel safe
 function _private_receive(p_ids uuid[], p_names text[], p_due timestamp with time zone, p_is_seen boolean) returns uuid[] language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_receive_due(p_ids uuid[], p_now timestamp with time zone) returns void language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

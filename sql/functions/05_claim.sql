@@ -43,6 +43,53 @@ begin
     end if;
 end $$;
 
+-- The place that the workers of one kind, and of one queue, have come to in the order of what is ready: claims go on behind it, see
+-- 09_partitions.sql. Kept in sequences, since what is set there others see at once, not when the claim commits. It is a
+-- hint: what it is wrong about costs time, or the order of some rows, until the next look from the front. p_key: of the
+-- queue, the priority and the tasks; where two share a place by chance, each finds the other's key, and no place.
+
+create or replace function @schema@._private_place(p_key bigint, p_part text) returns regclass
+    language sql stable strict
+    return pg_catalog.format('%I._private_place_%s_%s', @schema_literal@, p_key & 15, p_part)::pg_catalog.regclass;
+
+-- look_at: when somebody is to look from the front again. All null: there is no place.
+create or replace function @schema@._private_read_place(p_key bigint, p_like uuid, out run_at timestamptz, out id uuid, out look_at timestamptz)
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_digits constant text := lpad(to_hex(pg_sequence_last_value(@schema@._private_place(p_key, 'id'))), 15, '0');
+    v_like constant text := replace(p_like::text, '-', '');
+begin
+    if pg_sequence_last_value(@schema@._private_place(p_key, 'key')) = p_key then
+        run_at := timestamptz 'epoch' + interval '1 us' * pg_sequence_last_value(@schema@._private_place(p_key, 'run_at'));
+        look_at := timestamptz 'epoch' + interval '1 us' * pg_sequence_last_value(@schema@._private_place(p_key, 'look_at'));
+        -- The queue's number, in between, is that of any id of the partition.
+        id := ('0' || left(v_digits, 11) || substr(v_like, 13, 4) || substr(v_digits, 12, 2) || substr(v_like, 19, 2)
+            || right(v_digits, 2) || '0000000000')::uuid;
+    end if;
+end $$;
+
+create or replace function @schema@._private_note_look(p_key bigint, p_look_at timestamptz) returns bigint
+    language sql volatile
+    return pg_catalog.setval(@schema@._private_place(p_key, 'look_at'), (extract(epoch from p_look_at) * 1000000)::bigint);
+
+-- An id is told by its time and the first 14 random bits: the place is that much before it.
+create or replace function @schema@._private_note_place(p_key bigint, p_run_at timestamptz, p_id uuid) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_digits constant text := replace(p_id::text, '-', '');
+begin
+    if p_run_at between timestamptz 'epoch' and timestamptz '3000-01-01 00:00:00+00' then
+        perform setval(@schema@._private_place(p_key, 'key'), p_key);
+        perform setval(@schema@._private_place(p_key, 'run_at'), greatest(1, (extract(epoch from p_run_at) * 1000000)::bigint));
+        perform setval(@schema@._private_place(p_key, 'id'), greatest(1, ('x0' || substr(v_digits, 2, 11) || substr(v_digits, 17, 2)
+            || substr(v_digits, 21, 2))::bit(64)::bigint));
+    end if;
+end $$;
+
 -- Claim up to p_limit due executions of a queue, of the given tasks only, highest priority first, for one live
 -- orchestrator (T2).
 --
