@@ -17,54 +17,6 @@ sequence _private_place_0_look_at as bigint
 
 sequence _private_place_0_run_at as bigint
 
-sequence _private_place_10_id as bigint
-
-sequence _private_place_10_key as bigint
-
-sequence _private_place_10_look_at as bigint
-
-sequence _private_place_10_run_at as bigint
-
-sequence _private_place_11_id as bigint
-
-sequence _private_place_11_key as bigint
-
-sequence _private_place_11_look_at as bigint
-
-sequence _private_place_11_run_at as bigint
-
-sequence _private_place_12_id as bigint
-
-sequence _private_place_12_key as bigint
-
-sequence _private_place_12_look_at as bigint
-
-sequence _private_place_12_run_at as bigint
-
-sequence _private_place_13_id as bigint
-
-sequence _private_place_13_key as bigint
-
-sequence _private_place_13_look_at as bigint
-
-sequence _private_place_13_run_at as bigint
-
-sequence _private_place_14_id as bigint
-
-sequence _private_place_14_key as bigint
-
-sequence _private_place_14_look_at as bigint
-
-sequence _private_place_14_run_at as bigint
-
-sequence _private_place_15_id as bigint
-
-sequence _private_place_15_key as bigint
-
-sequence _private_place_15_look_at as bigint
-
-sequence _private_place_15_run_at as bigint
-
 sequence _private_place_1_id as bigint
 
 sequence _private_place_1_key as bigint
@@ -120,22 +72,6 @@ sequence _private_place_7_key as bigint
 sequence _private_place_7_look_at as bigint
 
 sequence _private_place_7_run_at as bigint
-
-sequence _private_place_8_id as bigint
-
-sequence _private_place_8_key as bigint
-
-sequence _private_place_8_look_at as bigint
-
-sequence _private_place_8_run_at as bigint
-
-sequence _private_place_9_id as bigint
-
-sequence _private_place_9_key as bigint
-
-sequence _private_place_9_look_at as bigint
-
-sequence _private_place_9_run_at as bigint
 
 sequence _private_queues_no_seq as integer
 

@@ -50,7 +50,7 @@ end $$;
 
 create or replace function @schema@._private_place(p_key bigint, p_part text) returns regclass
     language sql stable strict
-    return pg_catalog.format('%I._private_place_%s_%s', @schema_literal@, p_key & 15, p_part)::pg_catalog.regclass;
+    return pg_catalog.format('%I._private_place_%s_%s', @schema_literal@, p_key & 7, p_part)::pg_catalog.regclass;
 
 -- look_at: when somebody is to look from the front again. All null: there is no place.
 create or replace function @schema@._private_read_place(p_key bigint, p_like uuid, out run_at timestamptz, out id uuid, out look_at timestamptz)

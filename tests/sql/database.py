@@ -53,6 +53,7 @@ begin
             then 'truncate {s}.%I cascade' else 'delete from {s}.%I' end, v_name);
     end loop;
     perform setval(pg_get_serial_sequence('{s}._private_queues', 'no'), 1, false);
+    perform setval(format('{s}._private_place_%s_key', k), 1, false) from generate_series(0, 7) as k;
     update {s}._test_clock set shift = '0';
     update {s}._private_expiry_slots set must_check = is_far,
         expires_upto = case when no < 2 then 'infinity' else '-infinity' end::timestamptz,

@@ -6,6 +6,7 @@ import json
 import random
 from datetime import UTC, datetime, timedelta
 from hashlib import md5
+from typing import cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -430,3 +431,123 @@ def test_where_looks_are_long_a_due_time_before_the_next_look_is_told(db: Databa
     assert claimed == []
     assert due_in is not None
     assert 0 < due_in <= 5
+
+
+# --- the place that workers share ---
+
+
+def place_key(db: Database, *, task: str = "t") -> int:
+    who = md5(f"{{{task}}}".encode()).hexdigest()
+    return int(db.value("select hashtextextended(%s || 0, 1)", who))
+
+
+def share_place(db: Database, last: Claimed, *, task: str = "t") -> None:
+    """Let another worker of these tasks have told that it has come as far as `last`."""
+    (run_at,) = db.live_row(last.id, "run_at")
+    db.rows("select {s}._private_note_place(%s, %s, %s)", place_key(db, task=task), run_at, last.id)
+
+
+def share_look(db: Database, look_at: timedelta) -> None:
+    """Let another worker have told when somebody is to look from the front again."""
+    db.rows("select {s}._private_note_look(%s, %s)", place_key(db), datetime.now(UTC) + look_at)
+
+
+def shared_look_at(db: Database, like: Claimed) -> datetime:
+    return cast(datetime, db.value("select look_at from {s}._private_read_place(%s, %s)", place_key(db), like.id))
+
+
+def claim_in_order(db: Database, owner: UUID, count: int) -> list[Claimed]:
+    """Of `count` ready executions, all that a claim would bring, in its order: each as if it were claimed last."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * count)
+    claimed = db.claim(owner, limit=count)
+    db.flush(owner, *[done(c, "released") for c in claimed])
+    return claimed
+
+
+def test_workers_do_not_step_over_what_others_have_claimed_meanwhile(db: Database, owner: UUID) -> None:
+    """Of ten, each reads ten times as many rows as it claims, half of them not committed yet."""
+    db.invoke_many(*[NewExecution("t", "{}", "q")] * 500)
+    (last,) = db.claim(owner, limit=1)
+    mark(db, last, look_at=LATER)
+    other = db.session()
+    name, noted = mark_name(db), db.value("select current_setting(%s)", mark_name(db))
+    other.rows("select set_config(%s, %s, false)", name, noted)
+    assert len(other.claim(owner, limit=400)) == 400  # and does not commit
+    before = index_entries_read(db)
+    assert len(db.claim(owner, limit=10)) == 10
+    assert index_entries_read(db) - before <= 40
+    other.rollback()
+    assert len(db.claim(owner, limit=500)) == 489  # a place that was told too early loses nothing
+
+
+def test_only_one_looks_from_the_front_at_a_time(db: Database, owner: UUID) -> None:
+    """All look when they hear that it is time, each past all that has been claimed."""
+    first, *others = claim_in_order(db, owner, 30)
+    mark(db, others[8], look_at=EARLIER)
+    share_place(db, others[8])
+    share_look(db, LATER)
+    assert [c.id for c in db.claim(owner, limit=5)] == [c.id for c in others[9:14]]
+    mark(db, others[13], look_at=EARLIER)
+    share_look(db, EARLIER)
+    began = datetime.now(UTC)
+    assert db.claim(owner, limit=1)[0].id == first.id
+    assert shared_look_at(db, first) > began  # the others need not
+
+
+def test_what_lies_before_the_place_of_others_is_claimed_in_its_order(db: Database, owner: UUID) -> None:
+    """Each look from the front brings one claim of what is early, and the next goes on behind the others' place."""
+    order = claim_in_order(db, owner, 60)
+    mark(db, order[40], look_at=EARLIER)
+    share_place(db, order[40])
+    share_look(db, EARLIER)
+    db.take_looks_for("long")
+    try:
+        for begin in (0, 10, 20):
+            assert [c.id for c in db.claim(owner, limit=10)] == [c.id for c in order[begin : begin + 10]]
+    finally:
+        db.take_looks_for("short")
+
+
+def test_place_of_other_tasks_is_not_ours(db: Database, owner: UUID) -> None:
+    """Two kinds of workers that meet in one place lead each other astray."""
+    order = claim_in_order(db, owner, 30)
+    mark(db, order[9], look_at=LATER)
+    share_place(db, order[19])
+    stray = place_key(db) ^ 16  # as others whose key is kept in the same place
+    db.rows("select setval({s}._private_place(%s, 'key'), %s)", stray, stray)
+    assert [c.id for c in db.claim(owner, limit=5)] == [c.id for c in order[10:15]]
+
+
+@pytest.mark.parametrize("at", [0, 15, 29])
+def test_no_place_hides_anything(db: Database, owner: UUID, at: int) -> None:
+    """Executions are never claimed, since somebody once told a place behind them."""
+    order = claim_in_order(db, owner, 30)
+    mark(db, order[0], look_at=LATER)
+    share_place(db, order[at])
+    share_look(db, LATER)
+    claimed: list[Claimed] = []
+    while got := db.claim(owner, limit=7):
+        claimed += got
+    assert {c.id for c in claimed} == {c.id for c in order}
+    assert db.look(owner) == ([], None)
+
+
+def test_place_is_a_little_before_the_row_that_it_is_told_for(db: Database, owner: UUID) -> None:
+    """A place behind its row leaves out what is between."""
+    for claimed in claim_in_order(db, owner, 50):
+        share_place(db, claimed)
+        ((run_at, place),) = db.rows(
+            "select run_at, id from {s}._private_read_place(%s, %s)", place_key(db), claimed.id
+        )
+        assert run_at == db.live_row(claimed.id, "run_at")[0]
+        assert place <= claimed.id
+        assert place.bytes[:10] == claimed.id.bytes[:10]
+        assert place.bytes[10] == claimed.id.bytes[10]
+
+
+@pytest.mark.parametrize("run_at", ["-infinity", "0044-03-15 BC", "1969-12-31", "9999-01-01"])
+def test_run_at_that_no_place_can_hold_is_told_to_nobody(db: Database, owner: UUID, run_at: str) -> None:
+    """An execution with an absurd time stops its queue."""
+    (claimed,) = claim_in_order(db, owner, 1)
+    db.rows("select {s}._private_note_place(%s, %s::timestamptz, %s)", place_key(db), run_at, claimed.id)
+    assert db.value("select run_at from {s}._private_read_place(%s, %s)", place_key(db), claimed.id) is None
