@@ -636,6 +636,7 @@ function _private_forget_events(p_now timestamp with time zone, p_limit integer)
 function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
 function _private_forget_receipts(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
+function _private_has_orphans_0() returns boolean language plpgsql stable set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_has_received(p_execution_id uuid, p_event_id bigint) returns SETOF bigint language sql stable
 function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp

@@ -88,22 +88,14 @@ begin
     reasons := '{}';
     suspects := '{}';
     errands := exists (select from @schema@._private_closings) or exists (select from @schema@._private_events e where e.delivered_at is null);
-    for v_no, v_queue in select q.no, q.name from @schema@._private_queues q where q.name = any (p_queues) union all select 0, null loop
-        execute format($sql$
-            select coalesce(array_agg(id), '{}'), coalesce(array_agg(claim_no), '{}'), coalesce(array_agg(cancel_reason), '{}')
-            from @schema@.%I where owner = $1 and state = 'running' and cancel_requested_at is not null
-            $sql$, '_private_queue_' || v_no) into v_ids, v_claim_nos, v_reasons using p_owner;
+    for v_no, v_queue in select q.no, q.name from @schema@._private_queues q where q.name = any (p_queues) loop
+        execute format('select * from @schema@.%I($1, $2)', '_private_asked_' || v_no)
+            into v_ids, v_claim_nos, v_reasons, v_has_suspects using p_owner, v_queue;
         cancelled_ids := cancelled_ids || v_ids;
         cancelled_claim_nos := cancelled_claim_nos || v_claim_nos;
         reasons := reasons || v_reasons;
-        if v_no > 0 then
-            execute format($sql$
-                select exists (select from @schema@.%I where state = 'ready' and crashes >= 2 and queue = $1)
-                    or exists (select from @schema@._private_queue_0 where state = 'ready' and crashes >= 2 and queue = $1)
-                $sql$, '_private_queue_' || v_no) into v_has_suspects using v_queue;
-            if v_has_suspects then
-                suspects := suspects || v_queue;
-            end if;
+        if v_has_suspects then
+            suspects := suspects || v_queue;
         end if;
     end loop;
     return next;
@@ -171,6 +163,7 @@ declare
     v_now constant timestamptz := @schema@._private_clock();
     v_own int;
     v_no int;
+    v_has_orphans boolean;
     v_owner uuid;
     v_ids uuid[];
     v_claim_nos bigint[];
@@ -200,6 +193,8 @@ begin
     select no into v_own from @schema@._private_queues where name = p_queue;
     foreach v_no in array array[v_own, 0] loop
         continue when v_no is null;
+        execute format('select @schema@.%I()', '_private_has_orphans_' || v_no) into v_has_orphans;
+        continue when not v_has_orphans;
         -- The owners of running rows, each found by one step in the index, however many rows each has.
         for v_owner, v_crashes in execute format($sql$
             with recursive owners as (

@@ -238,9 +238,54 @@ begin
         select h.id, h.attempt, h.depth, h.root_id, h.deadline_at from held h;
 end $body$
     $template$, '{no}', p_no::text);
+    execute replace($template$
+-- Does anything run here whose owner is dead or unknown? Owners are found by one step in the index each, however many rows
+-- each has. Planned once, as the next one is: every heartbeat of an idle worker asks (benchmarks/latency.py).
+create or replace function @schema@._private_has_orphans_{no}() returns boolean
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+    set enable_seqscan = off
+    set jit = off
+as $body$
+begin
+    return exists (
+        with recursive owners as (
+            (select e.owner from @schema@._private_queue_{no} e where e.state = 'running' order by e.owner limit 1)
+            union all
+            select (select e.owner from @schema@._private_queue_{no} e where e.state = 'running' and e.owner > o.owner order by e.owner limit 1)
+            from owners o where o.owner is not null
+        )
+        select from owners w left join @schema@._private_orchestrators o on o.id = w.owner
+        where w.owner is not null and (o.id is null or o.died_at is not null));
+end $body$
+    $template$, '{no}', p_no::text);
     if p_no = 0 then
         return;  -- nobody claims from the overflow partition alone
     end if;
+    execute replace($template$
+-- Of what an orchestrator runs of a queue, that of which the cancellation is requested; and whether an execution is ready that is
+-- on its last life. All of it here or in the overflow partition.
+create or replace function @schema@._private_asked_{no}(p_owner uuid, p_queue text, out ids uuid[], out claim_nos bigint[],
+        out reasons text[], out has_suspects boolean)
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+    set jit = off
+as $body$
+begin
+    select coalesce(array_agg(e.id), '{}'), coalesce(array_agg(e.claim_no), '{}'), coalesce(array_agg(e.cancel_reason), '{}'),
+        exists (select from @schema@._private_queue_{no} s where s.state = 'ready' and s.crashes >= 2)
+            or exists (select from @schema@._private_queue_0 s where s.state = 'ready' and s.crashes >= 2 and s.queue = p_queue)
+    into ids, claim_nos, reasons, has_suspects
+    from (
+        select id, claim_no, cancel_reason from @schema@._private_queue_{no}
+        where owner = p_owner and state = 'running' and cancel_requested_at is not null
+        union all
+        select id, claim_no, cancel_reason from @schema@._private_queue_0
+        where owner = p_owner and state = 'running' and cancel_requested_at is not null and queue = p_queue) e;
+end $body$
+    $template$, '{no}', p_no::text);
     execute replace(replace($template$
 create or replace function @schema@._private_claim_{no}(p_queue text, p_owner uuid, p_tasks text[], p_limit int, p_versions text[] default null)
     returns table (

@@ -14,6 +14,7 @@ from ..db.calls import WorkerLoad
 from .flusher import FlushCounts
 
 _ENDS = ("completed", "failed", "cancelled")
+_CPUS = os.cpu_count() or 1  # asked once: each time it reads a file
 
 
 class Occupancy:
@@ -63,7 +64,7 @@ class Machine:
 def look_at_machine() -> Machine:
     """As it is now. The load is the mean of the last minute, None where the system does not tell."""
     try:
-        load: float | None = os.getloadavg()[0] / (os.cpu_count() or 1)
+        load: float | None = os.getloadavg()[0] / _CPUS
     except (AttributeError, OSError):  # not on every system
         load = None
     return Machine(time.process_time(), load)
