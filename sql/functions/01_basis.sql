@@ -32,7 +32,8 @@ create or replace function @schema@._private_queue_no(p_id uuid) returns int
 
 -- Keys of advisory locks: 64-bit hashes of purpose, schema and queue, so as not to meet an application's own. The schema
 -- goes in as a hash of fixed length, here and below: else queue "b c" of schema "a" were queue "c" of schema "a b".
--- K, "a change that makes work is in flight"; M, "somebody is asleep"; W, "somebody waits for a result".
+-- K, "a change that makes work is in flight"; M, "somebody is asleep"; L, "somebody is the lookout"; W, "somebody waits
+-- for a result".
 create or replace function @schema@._private_key_k(p_queue text) returns bigint
     language sql immutable parallel safe strict
     return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' K ' || p_queue, 7263381);
@@ -40,6 +41,10 @@ create or replace function @schema@._private_key_k(p_queue text) returns bigint
 create or replace function @schema@._private_key_m(p_queue text) returns bigint
     language sql immutable parallel safe strict
     return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' M ' || p_queue, 7263381);
+
+create or replace function @schema@._private_key_l(p_queue text) returns bigint
+    language sql immutable parallel safe strict
+    return pg_catalog.hashtextextended(pg_catalog.md5(@schema_literal@) || ' L ' || p_queue, 7263381);
 
 -- -1 is the key of "anybody waits at all", 0-255 are the buckets of execution ids.
 create or replace function @schema@._private_key_w(p_bucket int) returns bigint

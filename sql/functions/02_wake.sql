@@ -83,6 +83,60 @@ begin
     return case when pg_try_advisory_lock(v_k) then pg_advisory_unlock(v_k) else false end;
 end $$;
 
+-- The same, for workers that know of lookouts (runtime/reactor.py). p_is_up: our flag is; p_is_lookout: we are.
+--   watched: another session is the lookout; our flag is down.
+--   refused: the flag could not be raised at this instant; try again.
+--   quiet, in flight: the flag is up, and nobody is the lookout for our part.
+create or replace function @schema@.look_before_sleep(p_queue text, p_is_up boolean, p_is_lookout boolean) returns text
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_k constant bigint := @schema@._private_key_k(p_queue);
+    v_l constant bigint := @schema@._private_key_l(p_queue);
+begin
+    if not p_is_lookout and (case when pg_try_advisory_lock_shared(v_l) then not pg_advisory_unlock_shared(v_l) else true end) then
+        if p_is_up then
+            perform pg_advisory_unlock_shared(@schema@._private_key_m(p_queue));
+        end if;
+        return 'watched';
+    end if;
+    if not p_is_up and not pg_try_advisory_lock_shared(@schema@._private_key_m(p_queue)) then
+        return 'refused';
+    end if;
+    if p_is_lookout then
+        perform pg_advisory_unlock(v_l);
+    end if;
+    return case when case when pg_try_advisory_lock(v_k) then pg_advisory_unlock(v_k) else false end then 'quiet' else 'in flight' end;
+end $$;
+
+-- Lower the sleep flag, if it is up, and be the lookout, until stand_down, look_before_sleep, or the session's end. False: another
+-- session is. Null: it cannot be told, since somebody is looking at this instant.
+create or replace function @schema@.become_lookout(p_queue text, p_is_up boolean) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_l constant bigint := @schema@._private_key_l(p_queue);
+begin
+    if p_is_up then
+        perform pg_advisory_unlock_shared(@schema@._private_key_m(p_queue));
+    end if;
+    return case when pg_try_advisory_lock(v_l) then true
+        when pg_try_advisory_lock_shared(v_l) then nullif(pg_advisory_unlock_shared(v_l), true)
+        else false end;
+end $$;
+
+-- No longer be the lookout, and wake all who listen: there is more than we can take, or we look no more.
+create or replace function @schema@.stand_down(p_queue text) returns boolean
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform @schema@._private_notify(@schema@._private_channel(p_queue), '');
+    return pg_advisory_unlock(@schema@._private_key_l(p_queue));
+end $$;
+
 create or replace function @schema@.lower_sleep_flag(p_queue text) returns boolean
     language plpgsql volatile
     set search_path = pg_catalog, pg_temp

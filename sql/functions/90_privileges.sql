@@ -68,6 +68,9 @@ as $$
         ('continue_as_new', '{worker}', true),
         ('raise_sleep_flag', '{worker}', true),
         ('lower_sleep_flag', '{worker}', true),
+        ('look_before_sleep', '{worker}', true),
+        ('become_lookout', '{worker}', true),
+        ('stand_down', '{worker}', true),
         ('_private_channel', '{worker}', false),
         ('_private_control_channel', '{worker}', false),
         -- See how it goes.

@@ -426,6 +426,9 @@ _QUERIES = {
     "release_unknown": "select {s}.release_unknown(%s, %s, %s::uuid[])",
     "raise_sleep_flag": "select {s}.raise_sleep_flag(%s, %s)",
     "lower_sleep_flag": "select {s}.lower_sleep_flag(%s)",
+    "look_before_sleep": "select {s}.look_before_sleep(%s, %s, %s)",
+    "become_lookout": "select {s}.become_lookout(%s, %s)",
+    "stand_down": "select {s}.stand_down(%s)",
     "register_queue": "select {s}.register_queue(%s)",
     "publish_queues": "select {s}.publish_queues()",
     "register_tasks": "select {s}.register_tasks(%s::text[], %s, %s::float8[], %s::float8[])",
@@ -684,6 +687,16 @@ class Calls:
 
     def lower_sleep_flag(self, queue: str) -> Call[bool | None]:
         return Call(self._query["lower_sleep_flag"], (queue,), _optional_boolean)
+
+    def look_before_sleep(self, queue: str, *, is_up: bool, is_lookout: bool) -> Call[str]:
+        """ "watched", "refused", "quiet" or "in flight"."""
+        return Call(self._query["look_before_sleep"], (queue, is_up, is_lookout), lambda rows: str(_scalar(rows)))
+
+    def become_lookout(self, queue: str, *, is_up: bool) -> Call[bool | None]:
+        return Call(self._query["become_lookout"], (queue, is_up), _optional_boolean)
+
+    def stand_down(self, queue: str) -> Call[bool | None]:
+        return Call(self._query["stand_down"], (queue,), _optional_boolean)
 
     def register_queue(self, queue: str) -> Call[int]:
         return Call(self._query["register_queue"], (queue,), _count)

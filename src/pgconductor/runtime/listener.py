@@ -20,7 +20,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from uuid import UUID
 
 import trio
@@ -69,11 +69,11 @@ class ListenerStatistics:
     probe_rtt: float | None
 
 
-class _Request:
-    def __init__(self, call: Call[bool | None], note: Callable[[bool | None], None]) -> None:
+class _Request(Generic[T]):
+    def __init__(self, call: Call[T], note: Callable[[T], None]) -> None:
         self.call = call
         self.note = note
-        self.answer: bool | None = None
+        self.answer: T | None = None
         self.is_done = trio.Event()
 
 
@@ -104,7 +104,7 @@ class Listener:
         self._has_session = False
         self._is_up = False
         self._idle: trio.CancelScope | None = None  # `run` is waiting for notifications inside
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[_Request[Any]] = deque()
         self._reconnects = self._probes = 0
         self._probe_rtt: float | None = None
 
@@ -132,7 +132,7 @@ class Listener:
     def __repr__(self) -> str:
         return f"<Listener of {', '.join(map(repr, self._subscribers))}, {'' if self._is_up else 'not '}listening>"
 
-    async def ask(self, call: Call[bool | None], note: Callable[[bool | None], None]) -> bool | None:
+    async def ask(self, call: Call[T], note: Callable[[T], None]) -> T | None:
         """Have a statement carried out on the connection. Waits for the answer; None also if the connection is not
         there.
 

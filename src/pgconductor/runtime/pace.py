@@ -9,6 +9,8 @@ producers notify it for nearly every insert; one that always lingered first woul
 the measured rate decides, with hysteresis. What is measured is what this worker sees of the queue: what it claims, and
 what it is notified of, since with ten workers each claims a tenth and all are notified.
 
+`Backing` says how long a worker of a busy queue sleeps behind the one that keeps looking.
+
 `Deference` thins the herd: all who sleep on a queue are notified, one gets what there is. Who came too late waits a
 little next time, so that the first has done before the others claim, and those compete neither for the rows nor for
 the CPU. Who got something waits half as long. One of them ends up claiming at once, and if it cannot, since it is full
@@ -97,6 +99,23 @@ class Linger:
             yield pause
             left -= pause
             interval = min(1.5 * interval, self.longest_interval)
+
+
+@dataclass(slots=True)
+class Backing:
+    """How long to sleep, in seconds, while another worker is the lookout of the queue (`reactor`), which may hang."""
+
+    shortest: float = 0.005
+    longest: float = 0.25
+    patience: float = 0.02
+    nap: float = 0.25
+
+    def note_claim(self, waited: float) -> None:
+        """A claim after a nap to its end brought an execution that had been due for `waited` seconds; 0: none."""
+        if waited > self.patience:
+            self.nap = max(self.shortest, self.nap / 2)
+        else:
+            self.nap = min(self.longest, 2 * self.nap)
 
 
 @dataclass(slots=True)

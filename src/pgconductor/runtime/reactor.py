@@ -37,6 +37,16 @@ worker that was woken, and whose claim brought nothing at all, sleeps on without
 that one insert wakes, nine claim once and no more. (A claim that brought less than it might does not tell of rows that
 others have locked, nor when the next one is due.)
 
+Lookouts
+--------
+Of several workers that have run out of work on a busy queue, one keeps looking every few milliseconds, with its flag
+down: the lookout, who holds a third lock, L. The others sleep with their flags down too, for a quarter of a second,
+as long as somebody else holds L: neither they nor their flags make inserts dearer (benchmarks/unsaturated.py). Each
+of those naps ends with a claim, so a lookout that hangs costs a quarter of a second, and less the next time
+(`pace.Backing`). A lookout that has more than it can take, or stops, notifies the channel, which wakes all. One that
+finds nothing any more raises M before it lets go of L; whoever looks then, and finds L free, goes to sleep by the
+protocol above. L goes with its session, like the others.
+
 What may fail only costs time. A look takes the lock and lets go in one expression, so no cancellation falls between;
 two that look at once make one another see a flag that is not raised: one NOTIFY too many, or one nap of 2 ms. Locks
 vanish with their session, or K with its savepoint, so a killed worker leaves no flag up, and rolled-back work none
@@ -71,6 +81,7 @@ class ReactorStatistics:
     """What happened to one queue's wake-ups. `listener` is None in the mode `off`."""
 
     is_flag_raised: bool
+    is_lookout: bool
     notifications: int
     listener: ListenerStatistics | None
 
@@ -99,6 +110,7 @@ class Reactor:
         self._wakes_on_notify = wakes_on_notify
         self._is_raised = False
         self._is_watched = False  # up without a break since a look that saw nothing in flight
+        self._is_lookout = False
         self._is_pending = False
         self._sleeper: trio.Event | None = None
         self.notifications = 0
@@ -107,7 +119,7 @@ class Reactor:
 
     def statistics(self) -> ReactorStatistics:
         listener = None if self._listener is None else self._listener.statistics()
-        return ReactorStatistics(self._is_raised, self.notifications, listener)
+        return ReactorStatistics(self._is_raised, self._is_lookout, self.notifications, listener)
 
     def __repr__(self) -> str:
         return f"<Reactor of queue {self._queue!r}, {self.mode}{', flag raised' if self._is_raised else ''}>"
@@ -136,20 +148,55 @@ class Reactor:
         """Forget wake-ups until now: to be called right before a claim, which will see what they announced."""
         self._is_pending = False
 
-    async def look(self) -> bool:
-        """Raise the sleep flag if it is down; is no change in flight on the queue?
+    @property
+    def is_lookout(self) -> bool:
+        """Whether others sleep with their flags down because we look."""
+        return self._is_lookout
+
+    async def look(self) -> bool | None:
+        """Raise the sleep flag if it is down, unless another worker is the lookout; is no change in flight?
 
         True: after one more claim, in a new statement, the worker may sleep. False: a change may commit any moment,
         or the connection was lost (which has woken us), or the flag could not be raised because an inserter was
-        looking at it.
+        looking at it. None: there is a lookout, and the flag is down.
         """
         if self._listener is None:
             await trio.lowlevel.checkpoint()
             return False
-        call = self._calls.raise_sleep_flag(self._queue, raise_it=not self._is_raised)
-        is_quiet = bool(await self._listener.ask(call, self._note_raised))
+        if self.mode == "always":
+            is_quiet = bool(
+                await self._listener.ask(
+                    self._calls.raise_sleep_flag(self._queue, raise_it=not self._is_raised), self._note_raised
+                )
+            )
+        else:
+            call = self._calls.look_before_sleep(self._queue, is_up=self._is_raised, is_lookout=self._is_lookout)
+            answer = await self._listener.ask(call, self._note_look)
+            if answer == "watched":
+                return None
+            is_quiet = answer == "quiet"
         self._is_watched = is_quiet and self._is_raised  # which a loss of the connection may have ended meanwhile
         return is_quiet
+
+    async def become_lookout(self) -> bool:
+        """Lower the flag, and look for others too, unless another worker does: then False.
+
+        True without being the lookout where there is none: in the mode `always`, without a connection, or because
+        others were looking for one at this instant.
+        """
+        if self._listener is None or self.mode == "always" or self._is_lookout:
+            await trio.lowlevel.checkpoint()
+            return True
+        self._is_watched = False
+        call = self._calls.become_lookout(self._queue, is_up=self._is_raised)
+        # Cancelled, it would still be carried out, and nobody would stand down. It is answered in 5 s, or given up.
+        with trio.CancelScope(shield=True):
+            return await self._listener.ask(call, self._note_lookout) is not False
+
+    async def stand_down(self) -> None:
+        """Wake the others, who sleep because we look, if we are the lookout."""
+        if self._is_lookout and self._listener is not None:
+            await self._listener.ask(self._calls.stand_down(self._queue), self._note_stood_down)
 
     async def lower(self) -> None:
         """Lower the sleep flag, if it is up and the mode lets it down."""
@@ -178,6 +225,18 @@ class Reactor:
     def _note_lowered(self, answer: bool | None) -> None:
         self._is_raised = self._is_watched = False
 
+    def _note_look(self, answer: str) -> None:
+        if answer != "refused":
+            self._is_raised = answer != "watched"
+            self._is_lookout = False
+
+    def _note_lookout(self, answer: bool | None) -> None:
+        self._is_raised = self._is_watched = False
+        self._is_lookout = answer is True
+
+    def _note_stood_down(self, answer: bool | None) -> None:
+        self._is_lookout = False
+
     # For the listener
 
     async def on_listening(self) -> None:
@@ -195,5 +254,5 @@ class Reactor:
 
     def on_lost(self) -> None:
         """The connection is gone, and the flag with it."""
-        self._is_raised = self._is_watched = False
+        self._is_raised = self._is_watched = self._is_lookout = False
         self.wake()

@@ -54,7 +54,7 @@ from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
 from .load import Machine, Occupancy, describe
-from .pace import Deference, Linger, Prefetch
+from .pace import Backing, Deference, Linger, Prefetch
 from .reactor import Reactor, ReactorStatistics
 from .stock import Lot, Stock
 
@@ -65,6 +65,7 @@ _MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
 _CLAIM_TIMEOUT = 5.0
 _SLICE = 0.001  # seconds after which a runner lets others have a turn, though its handlers never wait
+_ALONE = 0.01  # seconds of not having seen the end of the queue after which a lookout wakes others
 _LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
@@ -190,6 +191,9 @@ class Pipeline:
         self._prefetch = Prefetch(maximum=max(4000, 2 * worker.concurrency), unit=self._per_runner)
         self._linger = Linger()
         self._deference = Deference()
+        self._backing = Backing()
+        self._is_backing = False  # the next claim comes after a nap behind the lookout, which nobody has ended
+        self._drained_at = -math.inf
         self._is_rival = False  # others were notified as well, and the next claim tells who was first
         self._noted_notifications = 0
         self._limiter = trio.CapacityLimiter(worker.concurrency)
@@ -416,6 +420,7 @@ class Pipeline:
                                 self._ripening.cancel()
                                 self._give_back(self._stock.take_all())
                                 self._idle_runners.unpark_all()
+                            await self.reactor.stand_down()  # handlers may take their time
                         flusher.close()
                         # Counted from here: handlers that take their time do not take it from what has ended.
                         closing.deadline = trio.current_time() + shared.last_words
@@ -453,6 +458,7 @@ class Pipeline:
             if not self._wants_more():
                 await self.reactor.lower()  # a saturated worker is not asleep
                 await self._wait_for_room()
+                await self._call_for_help()
                 continue
             try:
                 if self._reconcile_at and trio.current_time() >= self._reconcile_at[0]:
@@ -469,14 +475,17 @@ class Pipeline:
                     await self._doze(link, due_in)
                 else:
                     await self.reactor.lower()  # there is more than we can take: others need not wake us
+                    await self._call_for_help()
             except Unavailable as error:
                 failures += 1
                 self._note_lost_claim()
+                await self.reactor.stand_down()
                 self._outages.warn("queue %r cannot be claimed from: %s", self.worker.queue, error)
                 await trio.sleep(backoff(failures, self._rng))
             except LeaseLost:
                 # Dead, or the server was restarted: the heartbeat finds out, and saves what can be saved.
                 failures += 1
+                await self.reactor.stand_down()
                 self._lease.question()
                 await self._lease.until_answered()
                 await trio.sleep(backoff(failures, self._rng))
@@ -491,11 +500,19 @@ class Pipeline:
         self._room = trio.Event()
         if self._wants_more():
             return
-        with trio.move_on_after(_STUCK_AFTER if self._ready else float("inf")) as waiting:
+        longest = _STUCK_AFTER if self._ready else math.inf
+        if self.reactor.is_lookout:
+            longest = min(longest, max(0.0, self._drained_at + _ALONE - trio.current_time()))
+        with trio.move_on_after(longest) as waiting:
             await self._room.wait()
         if waiting.cancelled_caught and self._is_stuck():
             self._give_back(self._stock.take_ready())
             self._prefetch.note_stuck()
+
+    async def _call_for_help(self) -> None:
+        """A lookout that for a while has not seen the end of the queue wakes those who rely on it."""
+        if self.reactor.is_lookout and trio.current_time() >= self._drained_at + _ALONE:
+            await self.reactor.stand_down()
 
     async def _ripen_lots(self) -> None:
         """Have batches begin that have waited for company long enough."""
@@ -550,6 +567,11 @@ class Pipeline:
         if self._is_rival:
             self._is_rival = False
             self._deference.note_claim(len(claimed))
+        if self._is_backing:
+            self._is_backing = False
+            self._backing.note_claim(max((item.waited for item in claimed), default=0.0))
+        if len(claimed) < limit:
+            self._drained_at = now
         if not claimed:
             self._counts.empty_claims += 1
             if due_in is not None and due_in <= _LOCKED:
@@ -573,7 +595,9 @@ class Pipeline:
             await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
             return
         if self._linger.is_lingering:
-            await self.reactor.lower()
+            if not await self.reactor.become_lookout():
+                await self._back_up(due_in)
+                return
             claim_seconds = self._counts.claim_seconds
             intervals = self._linger.intervals(lambda: claim_seconds[-1])
             while (interval := next(intervals, None)) is not None:
@@ -590,6 +614,9 @@ class Pipeline:
         while self._wants_more() and self.reactor.can_be_woken:
             is_quiet = await self.reactor.look()
             if not self._wants_more():
+                return
+            if is_quiet is None:
+                await self._back_up(due_in)
                 return
             before = self._counts.claimed
             drained, due_in = await self._claim(link)
@@ -608,6 +635,14 @@ class Pipeline:
         self._is_rival = self.reactor.notifications > notified
         if self._is_rival and self._deference.delay > 0:
             await trio.sleep(self._deference.delay * self._rng.uniform(0.5, 1.0))
+
+    async def _back_up(self, due_in: float | None) -> None:
+        """Sleep while another worker looks for us too. What it has locked, it has seen."""
+        notified = self.reactor.notifications
+        nap = self._backing.nap * self._rng.uniform(0.8, 1.0)
+        due_in = None if due_in is not None and due_in <= _LOCKED else due_in
+        await self.reactor.sleep(due_in, at_most=min(nap, self._longest_sleep()))
+        self._is_backing = self.reactor.notifications == notified
 
     def _longest_sleep(self) -> float:
         """A stock, however small, is looked after."""
