@@ -13,7 +13,18 @@ import psycopg
 import pytest
 import trio
 from psycopg import sql
-from runtime.workplace import LIMIT, Workplace, claim, insert, is_flag_up, listeners_pids, scalar, session, until
+from runtime.workplace import (
+    LIMIT,
+    Session,
+    Workplace,
+    claim,
+    insert,
+    is_flag_up,
+    listeners_pids,
+    scalar,
+    session,
+    until,
+)
 
 from pgconductor.db.call import Call
 
@@ -516,3 +527,94 @@ async def test_busy_worker_lingers_with_its_flag_down(pgconductor_dsn: str) -> N
             insert(producer, 202)
             await place.until_started(202)
             assert not worker.is_asleep
+
+
+# --- lookouts ---
+
+
+def key_l(admin: Session) -> Any:
+    return scalar(admin, "select pgconductor._private_key_l('q')")
+
+
+def is_somebody_the_lookout(admin: Session) -> bool:
+    with admin.transaction(force_rollback=True):
+        return not scalar(admin, "select pg_try_advisory_xact_lock(%s)", key_l(admin))
+
+
+async def test_worker_behind_a_lookout_sleeps_with_its_flag_down_and_hears_its_call(pgconductor_dsn: str) -> None:
+    """Of ten workers all would ask to be notified of every insert, or all would look for it."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    worker.pipeline._backing.nap = worker.pipeline._backing.longest = 3600.0
+    with session(pgconductor_dsn) as lookout, session(pgconductor_dsn) as admin:
+        lookout.execute("select pg_advisory_lock(%s)", [key_l(admin)])
+        async with place.open():
+            await until(lambda: bool(worker.naps))
+            assert worker.answers == [None]
+            assert not is_flag_up(admin)
+            insert(admin, 1)
+            assert not place.started_at
+            lookout.execute("select pgconductor.stand_down('q')")
+            await place.until_started(1)
+            await worker.until_asleep()
+            assert is_flag_up(admin)
+
+
+async def test_lookout_that_hangs_costs_one_nap(pgconductor_dsn: str) -> None:
+    """A worker whose event loop is blocked would keep all others of its queue from working."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker()
+    backing = worker.pipeline._backing
+    with session(pgconductor_dsn) as lookout, session(pgconductor_dsn) as admin:
+        lookout.execute("select pg_advisory_lock(%s)", [key_l(admin)])
+        backing.patience = 0.0
+        async with place.open():
+            await until(lambda: bool(worker.naps))
+            insert(admin, 1)
+            await place.until_started(1)
+            await until(lambda: len(worker.naps) > 2)
+            assert min(worker.naps) < 0.8 * worker.naps[0]  # and the next one less
+
+
+async def test_one_of_two_busy_workers_is_the_lookout_until_it_stops(pgconductor_dsn: str) -> None:
+    """Both look, or neither does."""
+    place = Workplace(pgconductor_dsn)
+    workers = [place.worker(), place.worker()]
+    for worker in workers:
+        linger = worker.pipeline._linger
+        linger.begin = linger.end = 0.0  # any rate is a high one
+        linger.period = 3600.0
+    with session(pgconductor_dsn) as admin:
+        async with place.open():
+            await until(lambda: sum(worker.reactor.is_lookout for worker in workers) == 1)
+            (first,) = [worker for worker in workers if worker.reactor.is_lookout]
+            (second,) = [worker for worker in workers if not worker.reactor.is_lookout]
+            await until(lambda: bool(second.naps))
+            assert not is_flag_up(admin)
+            go_on = place.hold(1)
+            insert(admin, 1)
+            await place.until_started(1)
+            first.pipeline.stop()
+            await until(lambda: second.reactor.is_lookout)  # though a handler of the first may go on
+            assert not first.reactor.is_lookout
+            go_on.set()
+
+
+async def test_lookout_whose_runners_are_busy_calls_the_others(pgconductor_dsn: str) -> None:
+    """They sleep, since somebody looks; and that one can take no more."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(concurrency=1)
+    linger = worker.pipeline._linger
+    linger.begin = linger.end = 0.0
+    linger.period = 3600.0
+    go_on = place.hold(1)
+    with session(pgconductor_dsn) as admin, session(pgconductor_dsn) as witness:
+        channel = scalar(admin, "select pgconductor._private_channel('q')")
+        witness.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        async with place.open():
+            await until(lambda: worker.reactor.is_lookout)
+            insert(admin, 1)
+            await place.until_started(1)
+            await until(lambda: not is_somebody_the_lookout(admin))
+            assert len(list(witness.notifies(timeout=0))) == 1
+            go_on.set()

@@ -91,7 +91,7 @@ class WatchedWorker:
         self.queue = pipeline.worker.queue
         self.reactor = pipeline.reactor
         self.reactor._sweep_interval = sweep_interval
-        self.answers: list[bool] = []
+        self.answers: list[bool | None] = []
         self.naps: list[float] = []
         self.is_asleep = False
         self._news = News()
@@ -119,7 +119,7 @@ class WatchedWorker:
             with trio.fail_after(LIMIT):
                 await stop.resume.wait()
 
-    async def _watched_look(self) -> bool:
+    async def _watched_look(self) -> bool | None:
         await self._pass("before look")
         answer = await self._look()
         self.answers.append(answer)

@@ -108,6 +108,10 @@ def _use_everything(session: Login) -> None:
     session.run(session.calls.drain_wait({queue: ["t"]}, 1.0))
     session.run(session.calls.raise_sleep_flag(queue, raise_it=True))
     session.run(session.calls.lower_sleep_flag(queue))
+    assert session.run(session.calls.become_lookout(queue, is_up=False))
+    assert session.run(session.calls.stand_down(queue))
+    assert session.run(session.calls.look_before_sleep(queue, is_up=False, is_lookout=False)) == "quiet"
+    session.run(session.calls.lower_sleep_flag(queue))
     session.run(session.calls.hold_session(owner))
     session.run(session.calls.queue_status())
     session.run(session.calls.orchestrator_status())

@@ -11,16 +11,16 @@ from sql.database import Database
 from pgconductor.model import State
 
 PUBLIC = {
-    "append_items", "autoscaling", "cancel", "cancel_matching", "claim", "claim_suspect", "close_channel",
-    "close_children", "continue_as_new", "dead_letters", "deliver_events", "drain_wait", "emit", "execution_details",
-    "execution_errors", "execution_state", "execution_status", "execution_steps", "executions", "flush", "fork",
-    "grant_role", "granted_roles", "heartbeat", "hold_session", "invoke", "invoke_many", "list_executions",
-    "load_history", "load_payload", "lower_sleep_flag", "maintain", "open_channel", "orchestrator_status",
-    "progress", "publish_queues", "queue_load", "queue_status", "raise_sleep_flag", "read_channel", "read_waits",
-    "recover", "register_orchestrator", "register_queue", "register_tasks", "reject_promise", "release_unknown",
-    "request_close", "resolve_promise", "restart", "results", "retire_orchestrator", "retry", "retry_matching",
-    "revoke_role", "save_effects", "save_steps", "send", "set_progress", "signals", "standing", "start_waits",
-    "stored_histories", "succeed_orchestrator",
+    "append_items", "autoscaling", "become_lookout", "cancel", "cancel_matching", "claim", "claim_suspect",
+    "close_channel", "close_children", "continue_as_new", "dead_letters", "deliver_events", "drain_wait", "emit",
+    "execution_details", "execution_errors", "execution_state", "execution_status", "execution_steps", "executions",
+    "flush", "fork", "grant_role", "granted_roles", "heartbeat", "hold_session", "invoke", "invoke_many",
+    "list_executions", "load_history", "load_payload", "look_before_sleep", "lower_sleep_flag", "maintain",
+    "open_channel", "orchestrator_status", "progress", "publish_queues", "queue_load", "queue_status",
+    "raise_sleep_flag", "read_channel", "read_waits", "recover", "register_orchestrator", "register_queue",
+    "register_tasks", "reject_promise", "release_unknown", "request_close", "resolve_promise", "restart", "results",
+    "retire_orchestrator", "retry", "retry_matching", "revoke_role", "save_effects", "save_steps", "send",
+    "set_progress", "signals", "stand_down", "standing", "start_waits", "stored_histories", "succeed_orchestrator",
 }  # fmt: skip
 
 

@@ -40,6 +40,15 @@ class Sleeper:
     def lower_flag(self) -> bool | None:
         return self.session.run(self.session.calls.lower_sleep_flag(self.queue))
 
+    def look_before_sleep(self, *, is_up: bool = False, is_lookout: bool = False) -> str:
+        return self.session.run(self.session.calls.look_before_sleep(self.queue, is_up=is_up, is_lookout=is_lookout))
+
+    def become_lookout(self, *, is_up: bool = False) -> bool | None:
+        return self.session.run(self.session.calls.become_lookout(self.queue, is_up=is_up))
+
+    def stand_down(self) -> bool | None:
+        return self.session.run(self.session.calls.stand_down(self.queue))
+
     def heard(self) -> int:
         """How many wake-ups were committed since the last call."""
         self.session.rows(f"notify {self.fence}")
@@ -158,6 +167,100 @@ def test_looks_leave_no_lock_behind(db: Database) -> None:
     assert sleeper.look() is False
     session.commit()
     assert sleeper.lower_flag() is True
+    assert db.rows("select locktype from pg_locks where locktype = 'advisory'") == []
+
+
+# --- lookouts ---
+
+
+def is_free(db: Database, flag: str) -> bool:
+    """Whether nobody holds the flag."""
+    other = db.session()
+    is_free = take(other, flag, until_commit=True)
+    other.rollback()
+    return is_free
+
+
+def test_worker_behind_a_lookout_has_its_flag_down(db: Database) -> None:
+    """Every insert notifies, though somebody looks every few milliseconds."""
+    one, other = Sleeper(db), Sleeper(db)
+    assert one.raise_flag() is True
+    assert other.raise_flag() is True
+    assert one.become_lookout(is_up=True) is True
+    assert other.look_before_sleep(is_up=True) == "watched"
+    db.invoke()
+    assert other.heard() == 0
+
+
+def test_one_worker_is_the_lookout(db: Database) -> None:
+    """Ten that look cost ten times as much, and find no more."""
+    one, other, third = Sleeper(db), Sleeper(db), Sleeper(db, "another")
+    assert one.become_lookout() is True
+    assert third.raise_flag() is True
+    assert other.raise_flag() is True
+    assert other.become_lookout(is_up=True) is False
+    assert is_free(db, "m")  # of the one that is not the lookout, too
+    assert third.look_before_sleep(is_up=True) == "quiet"
+
+
+def test_lookout_that_stands_down_wakes_those_who_relied_on_it(db: Database) -> None:
+    """What it cannot take lies there until their naps end."""
+    one, other = Sleeper(db), Sleeper(db)
+    assert one.become_lookout() is True
+    assert one.stand_down() is True
+    assert other.heard() == 1
+    assert other.look_before_sleep() == "quiet"
+
+
+def test_lookout_that_goes_to_sleep_has_raised_its_flag_before(db: Database) -> None:
+    """Others take it for awake, an insert for nobody: it lies there until a sweep."""
+    one, looking = Sleeper(db), db.session(autocommit=True)
+    assert one.become_lookout() is True
+    assert take(looking, "m")
+    assert one.look_before_sleep(is_lookout=True) == "refused"
+    assert not is_free(db, "l")
+    let_go(looking, "m")
+    assert one.look_before_sleep(is_lookout=True) == "quiet"
+    assert is_free(db, "l")
+    db.invoke()
+    assert one.heard() == 1
+
+
+def test_lookout_that_goes_to_sleep_sees_a_change_in_flight(db: Database) -> None:
+    """It sleeps beside an insert that had found it awake."""
+    one, producer = Sleeper(db), db.session()
+    assert one.become_lookout() is True
+    producer.invoke()
+    assert one.look_before_sleep(is_lookout=True) == "in flight"
+    producer.commit()
+    assert one.look_before_sleep(is_up=True) == "quiet"
+
+
+def test_who_looks_for_a_lookout_is_not_taken_for_one(db: Database) -> None:
+    """Two that look at once would both rely on the other."""
+    one, looking = Sleeper(db), db.session(autocommit=True)
+    assert take(looking, "l", shared=True)
+    assert one.look_before_sleep() == "quiet"
+    assert one.become_lookout(is_up=True) is None
+    assert is_free(db, "m")
+
+
+def test_killed_lookout_is_relied_on_no_more(db: Database) -> None:
+    """After one crash all workers sleep with their flags down."""
+    one, other = Sleeper(db), Sleeper(db)
+    assert one.become_lookout() is True
+    db.wait_gone(one.session)
+    assert other.become_lookout() is True
+
+
+def test_lookouts_leave_no_lock_behind(db: Database) -> None:
+    """A lock that nobody holds on purpose: no worker is ever woken by an insert again."""
+    sleeper = Sleeper(db)
+    assert sleeper.become_lookout() is True
+    assert sleeper.look_before_sleep(is_lookout=True) == "quiet"
+    assert sleeper.look_before_sleep(is_up=True) == "quiet"  # counts the flag once, not twice
+    assert sleeper.become_lookout(is_up=True) is True
+    assert sleeper.stand_down() is True
     assert db.rows("select locktype from pg_locks where locktype = 'advisory'") == []
 
 

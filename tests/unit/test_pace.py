@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgconductor.runtime.pace import Deference, Linger, Prefetch
+from pgconductor.runtime.pace import Backing, Deference, Linger, Prefetch
 
 WAITS = st.floats(min_value=0.0, max_value=10.0)
 CLAIMS = st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 3000), st.booleans(), WAITS), max_size=60)
@@ -139,3 +139,25 @@ def test_who_came_too_late_lets_others_go_first_and_who_was_served_does_not() ->
         before = deference.delay
         deference.note_claim(1)
         assert deference.delay <= before / 2
+
+
+# --- Backing ---
+
+
+def test_naps_behind_a_lookout_that_hangs_become_shorter() -> None:
+    """Each execution would wait for a quarter of a second, for as long as it hangs."""
+    backing = Backing()
+    naps: list[float] = []
+    for _ in range(8):
+        naps.append(backing.nap)
+        backing.note_claim(0.1)
+    assert naps[:3] == [0.25, 0.125, 0.0625]
+    assert naps[-1] == backing.shortest
+
+
+def test_naps_behind_a_lookout_that_looks_are_long() -> None:
+    """Whoever finds by chance what the lookout was about to take would begin to look as often as that."""
+    backing = Backing(nap=0.005)
+    for waited in (0.0, 0.002, 0.019, 0.0, 0.01, 0.0):
+        backing.note_claim(waited)
+    assert backing.nap == backing.longest

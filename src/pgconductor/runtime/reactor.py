@@ -164,11 +164,9 @@ class Reactor:
             await trio.lowlevel.checkpoint()
             return False
         if self.mode == "always":
-            is_quiet = bool(
-                await self._listener.ask(
-                    self._calls.raise_sleep_flag(self._queue, raise_it=not self._is_raised), self._note_raised
-                )
-            )
+            raising = self._calls.raise_sleep_flag(self._queue, raise_it=not self._is_raised)
+            was_quiet = await self._listener.ask(raising, self._note_raised)
+            is_quiet = was_quiet is True
         else:
             call = self._calls.look_before_sleep(self._queue, is_up=self._is_raised, is_lookout=self._is_lookout)
             answer = await self._listener.ask(call, self._note_look)
@@ -190,8 +188,10 @@ class Reactor:
         self._is_watched = False
         call = self._calls.become_lookout(self._queue, is_up=self._is_raised)
         # Cancelled, it would still be carried out, and nobody would stand down. It is answered in 5 s, or given up.
+        answer: bool | None = None
         with trio.CancelScope(shield=True):
-            return await self._listener.ask(call, self._note_lookout) is not False
+            answer = await self._listener.ask(call, self._note_lookout)
+        return answer is not False
 
     async def stand_down(self) -> None:
         """Wake the others, who sleep because we look, if we are the lookout."""

@@ -65,7 +65,8 @@ _MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
 _CLAIM_TIMEOUT = 5.0
 _SLICE = 0.001  # seconds after which a runner lets others have a turn, though its handlers never wait
-_ALONE = 0.01  # seconds of not having seen the end of the queue after which a lookout wakes others
+_ALONE = 0.01  # seconds without seeing the end of the queue after which a lookout wakes others;
+_ALONE_FOR_CLAIMS = 3  # and as many times what a claim takes
 _LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
@@ -502,7 +503,7 @@ class Pipeline:
             return
         longest = _STUCK_AFTER if self._ready else math.inf
         if self.reactor.is_lookout:
-            longest = min(longest, max(0.0, self._drained_at + _ALONE - trio.current_time()))
+            longest = min(longest, max(0.0, self._alone_until() - trio.current_time()))
         with trio.move_on_after(longest) as waiting:
             await self._room.wait()
         if waiting.cancelled_caught and self._is_stuck():
@@ -510,9 +511,12 @@ class Pipeline:
             self._prefetch.note_stuck()
 
     async def _call_for_help(self) -> None:
-        """A lookout that for a while has not seen the end of the queue wakes those who rely on it."""
-        if self.reactor.is_lookout and trio.current_time() >= self._drained_at + _ALONE:
+        """A lookout that for a while has not seen the end of the queue, with a runner free, wakes who relies on it."""
+        if self.reactor.is_lookout and trio.current_time() >= self._alone_until():
             await self.reactor.stand_down()
+
+    def _alone_until(self) -> float:
+        return self._drained_at + max(_ALONE, _ALONE_FOR_CLAIMS * self._counts.claim_seconds[-1])
 
     async def _ripen_lots(self) -> None:
         """Have batches begin that have waited for company long enough."""
@@ -570,7 +574,7 @@ class Pipeline:
         if self._is_backing:
             self._is_backing = False
             self._backing.note_claim(max((item.waited for item in claimed), default=0.0))
-        if len(claimed) < limit:
+        if len(claimed) < min(limit, free):
             self._drained_at = now
         if not claimed:
             self._counts.empty_claims += 1
@@ -595,7 +599,9 @@ class Pipeline:
             await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
             return
         if self._linger.is_lingering:
-            if not await self.reactor.become_lookout():
+            if not self.has_free_runner:
+                await self.reactor.lower()  # it looks for its stock only
+            elif not await self.reactor.become_lookout():
                 await self._back_up(due_in)
                 return
             claim_seconds = self._counts.claim_seconds
@@ -608,6 +614,7 @@ class Pipeline:
                 drained, due_in = await self._claim(link)
                 if not drained:
                     return
+                await self._call_for_help()
                 if self._counts.claimed > before:
                     intervals = self._linger.intervals(lambda: claim_seconds[-1])
         nap = 0.002
