@@ -23,6 +23,7 @@ from pgconductor.tasks import Invocation, TaskCall
 from ._chaos_worker import QUEUES, Witness, declare
 
 _BATCH = 50
+_PATIENCE = 10.0  # seconds for an answer: what the proxy has swallowed, TCP takes for delivered
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,14 @@ class Producer:
             for item in items:
                 self._note(f"try {item.key}")
             try:
-                if items[0].is_broken:
-                    handle = await self._other.invoke(items[0].task, items[0].payload, queue=task.queue)
-                    invoked = [handle.id]
-                else:
-                    calls = [self._call(task, item) for item in items]
-                    invoked = [handle.id for handle in await task.invoke_many(calls)]
-            except Unavailable:
+                with trio.fail_after(_PATIENCE):
+                    if items[0].is_broken:
+                        handle = await self._other.invoke(items[0].task, items[0].payload, queue=task.queue)
+                        invoked = [handle.id]
+                    else:
+                        calls = [self._call(task, item) for item in items]
+                        invoked = [handle.id for handle in await task.invoke_many(calls)]
+            except (Unavailable, trio.TooSlowError):
                 await trio.sleep(self._rng.uniform(0.05, 0.5))
                 continue
             for item, execution in zip(items, invoked, strict=True):
@@ -171,8 +173,9 @@ class Producer:
         await trio.sleep(after)
         while True:
             try:
-                answers = await self._conductor.cancel(execution, reason="the soak changed its mind")
-            except Unavailable:
+                with trio.fail_after(_PATIENCE):
+                    answers = await self._conductor.cancel(execution, reason="the soak changed its mind")
+            except (Unavailable, trio.TooSlowError):
                 await trio.sleep(self._rng.uniform(0.05, 0.5))
                 continue
             self._note(f"cancel {execution} {answers[execution]}")
