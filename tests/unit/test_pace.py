@@ -141,6 +141,25 @@ def test_who_came_too_late_lets_others_go_first_and_who_was_served_does_not() ->
         assert deference.delay <= before / 2
 
 
+def test_many_producers_that_begin_at_once_are_a_busy_queue_at_once() -> None:
+    """Sleepers leave their flags up for 25 notifications more, and each is a lock on the database."""
+    linger = Linger()
+    linger.note_arrivals(0.0, 1)
+    assert not linger.is_lingering
+    linger.note_arrivals(0.01, 4)
+    assert linger.is_lingering
+
+
+def test_few_at_once_after_a_pause_are_not_a_busy_queue() -> None:
+    """Somebody who inserts five every second would have workers linger for each."""
+    linger = Linger()
+    for second in range(3):
+        linger.note_arrivals(float(second), 5)
+        assert not linger.is_lingering
+        linger.note_arrivals(second + 0.01, 3)
+        assert not linger.is_lingering
+
+
 # --- Backing ---
 
 
