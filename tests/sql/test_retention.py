@@ -385,8 +385,8 @@ def test_readers_of_the_other_slots_are_in_nobodys_way(db: Database, clock: Data
     # Tables, indexes and TOAST as new: one page of each index.
     assert db.value(f"select pg_total_relation_size('{table}')") <= 5 * 8192
     db.rows("select pg_stat_clear_snapshot()")
-    # Not none: other sessions may tell late what they have done to this table before.
-    assert db.value(f"select n_dead_tup from pg_stat_user_tables where relid = '{table}'::regclass") < 1000
+    # Not none: other sessions may tell late what they have done to this table before. Deleted rows would be 100,000.
+    assert db.value(f"select n_dead_tup from pg_stat_user_tables where relid = '{table}'::regclass") < 50_000
     assert len(claimer.claim(owner, limit=100)) == 100
     reader.rollback()
 
