@@ -636,7 +636,6 @@ function _private_forget_events(p_now timestamp with time zone, p_limit integer)
 function _private_forget_failures(p_ids uuid[]) returns void language sql set search_path=pg_catalog, pg_temp
 function _private_forget_receipts(p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_grant_rights(p_no integer DEFAULT NULL::integer) returns void language plpgsql set search_path=pg_catalog, pg_temp
-function _private_has_orphans_0() returns boolean language plpgsql stable set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_has_received(p_execution_id uuid, p_event_id bigint) returns SETOF bigint language sql stable
 function _private_history(p_id uuid) returns jsonb language sql stable set search_path=pg_catalog, pg_temp
 function _private_hold(p_owner uuid, p_ids uuid[], p_claim_nos bigint[]) returns TABLE(id uuid, attempt integer, depth integer, root_id uuid, deadline_at timestamp with time zone) language plpgsql set search_path=pg_catalog, pg_temp
@@ -675,6 +674,7 @@ function _private_notify(p_channel text, p_payload text) returns void language p
 function _private_notify_results(p_ids uuid[]) returns void language plpgsql set search_path=pg_catalog, pg_temp
 function _private_on_insert() returns trigger language plpgsql set search_path=pg_catalog, pg_temp
 function _private_options(p_options jsonb, p_now timestamp with time zone) returns _private_invoke_options language plpgsql stable set search_path=pg_catalog, pg_temp
+function _private_orphans_0() returns TABLE(owner uuid, crashes integer) language plpgsql stable set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_place(p_key bigint, p_part text) returns regclass language sql stable strict
 function _private_promote(p_queue text, p_queue_no integer, p_now timestamp with time zone, p_limit integer) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off
 function _private_put(p_kind text, p_name text, p_execution_id uuid, p_payload jsonb, p_error jsonb, p_retention double precision) returns bigint language plpgsql set search_path=pg_catalog, pg_temp set enable_seqscan=off set jit=off

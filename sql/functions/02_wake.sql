@@ -92,8 +92,8 @@ create or replace function @schema@.look_before_sleep(p_queue text, p_is_up bool
     set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_k constant bigint := @schema@._private_key_k(p_queue);
     v_l constant bigint := @schema@._private_key_l(p_queue);
+    v_is_quiet boolean;
 begin
     if not p_is_lookout and (case when pg_try_advisory_lock_shared(v_l) then not pg_advisory_unlock_shared(v_l) else true end) then
         if p_is_up then
@@ -101,13 +101,14 @@ begin
         end if;
         return 'watched';
     end if;
-    if not p_is_up and not pg_try_advisory_lock_shared(@schema@._private_key_m(p_queue)) then
+    v_is_quiet := @schema@.raise_sleep_flag(p_queue, not p_is_up);
+    if v_is_quiet is null then
         return 'refused';
     end if;
     if p_is_lookout then
         perform pg_advisory_unlock(v_l);
     end if;
-    return case when case when pg_try_advisory_lock(v_k) then pg_advisory_unlock(v_k) else false end then 'quiet' else 'in flight' end;
+    return case when v_is_quiet then 'quiet' else 'in flight' end;
 end $$;
 
 -- Lower the sleep flag, if it is up, and be the lookout, until stand_down, look_before_sleep, or the session's end. False: another

@@ -163,7 +163,6 @@ declare
     v_now constant timestamptz := @schema@._private_clock();
     v_own int;
     v_no int;
-    v_has_orphans boolean;
     v_owner uuid;
     v_ids uuid[];
     v_claim_nos bigint[];
@@ -193,21 +192,7 @@ begin
     select no into v_own from @schema@._private_queues where name = p_queue;
     foreach v_no in array array[v_own, 0] loop
         continue when v_no is null;
-        execute format('select @schema@.%I()', '_private_has_orphans_' || v_no) into v_has_orphans;
-        continue when not v_has_orphans;
-        -- The owners of running rows, each found by one step in the index, however many rows each has.
-        for v_owner, v_crashes in execute format($sql$
-            with recursive owners as (
-                (select owner from @schema@.%1$I where state = 'running' order by owner limit 1)
-                union all
-                select (select e.owner from @schema@.%1$I e where e.state = 'running' and e.owner > o.owner order by e.owner limit 1)
-                from owners o where o.owner is not null
-            )
-            select w.owner, case when o.server_epoch <> @schema@._private_server_epoch() then 0 else 1 end
-            from owners w left join @schema@._private_orchestrators o on o.id = w.owner
-            where w.owner is not null and (o.id is null or o.died_at is not null)
-            $sql$, '_private_queue_' || v_no)
-        loop
+        for v_owner, v_crashes in execute format('select * from @schema@.%I()', '_private_orphans_' || v_no) loop
             execute format($sql$
                 select array_agg(id), array_agg(claim_no),
                     array_agg(case when crashes + $4 >= 3 and cancel_requested_at is null then 'failed'

@@ -239,24 +239,27 @@ begin
 end $body$
     $template$, '{no}', p_no::text);
     execute replace($template$
--- Does anything run here whose owner is dead or unknown? Owners are found by one step in the index each, however many rows
--- each has. Planned once, as the next one is: every heartbeat of an idle worker asks (benchmarks/latency.py).
-create or replace function @schema@._private_has_orphans_{no}() returns boolean
+-- The owners of what runs here that are dead or unknown, and what a crash of theirs charges (`recover`). Each owner is found by
+-- one step in the index, however many rows it has. Planned once, as the next one is: every heartbeat of an idle worker asks
+-- (benchmarks/latency.py).
+create or replace function @schema@._private_orphans_{no}() returns table (owner uuid, crashes int)
     language plpgsql stable
     set search_path = pg_catalog, pg_temp
     set enable_seqscan = off
     set jit = off
 as $body$
+#variable_conflict use_column
 begin
-    return exists (
+    return query
         with recursive owners as (
             (select e.owner from @schema@._private_queue_{no} e where e.state = 'running' order by e.owner limit 1)
             union all
             select (select e.owner from @schema@._private_queue_{no} e where e.state = 'running' and e.owner > o.owner order by e.owner limit 1)
             from owners o where o.owner is not null
         )
-        select from owners w left join @schema@._private_orchestrators o on o.id = w.owner
-        where w.owner is not null and (o.id is null or o.died_at is not null));
+        select w.owner, case when o.server_epoch <> @schema@._private_server_epoch() then 0 else 1 end
+        from owners w left join @schema@._private_orchestrators o on o.id = w.owner
+        where w.owner is not null and (o.id is null or o.died_at is not null);
 end $body$
     $template$, '{no}', p_no::text);
     if p_no = 0 then
