@@ -10,7 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 import trio
-from failover.cluster import Pair, query, start_as_standby
+from failover.cluster import Pair, open_pair, query, start_as_standby
 from failover.rounds import finished, open_workers, run_round
 
 from pgconductor import Conductor, Orchestrator, Unavailable
@@ -38,6 +38,28 @@ def test_failover_loses_no_more_than_it_must(rounds: int, synchronous: bool, tmp
     for number in range(rounds):
         figures = run_round(tmp_path / str(number), synchronous=synchronous)
         print(f"{'synchronous' if synchronous else 'asynchronous'}: {figures}")
+
+
+def test_everything_the_standby_has_can_be_used_once_it_is_promoted() -> None:
+    """What is not in the WAL is not on the standby: an unlogged sequence is a page of zeroes there, and each use an error."""
+    with open_pair(synchronous=True) as pair:
+        with psycopg.connect(pair.dsn, autocommit=True) as conn:
+            migrate_sync(conn)
+        pair.crash_primary()
+        pair.promote()
+        names = query(
+            pair.dsn,
+            "select c.oid::regclass::text from pg_class c where c.relnamespace = 'pgconductor'::regnamespace"
+            " and c.relkind = 'S'",
+        )
+        assert len(names) > 30
+        for (name,) in names:
+            assert query(pair.dsn, "select setval(%s::regclass, 7)", name) == [(7,)]
+        unlogged = (
+            "select c.oid::regclass::text from pg_class c where c.relnamespace = 'pgconductor'::regnamespace"
+            " and c.relpersistence <> 'p'"
+        )
+        assert query(pair.dsn, unlogged) == []
 
 
 def test_worker_waits_while_its_server_is_a_standby_and_goes_on_when_it_is_promoted(tmp_path: Path) -> None:

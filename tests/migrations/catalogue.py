@@ -33,7 +33,8 @@ lines (kind, object, position, line) as (
     where t.typnamespace = to_regnamespace(%(schema)s) and t.typtype in ('e', 'd', 'c')
       and (c.relkind is null or c.relkind = 'c')
     union all
-    select 2, o.relname, 0, format('sequence %%s as %%s', o.relname, format_type(s.seqtypid, null))
+    select 2, o.relname, 0, case o.relpersistence when 'u' then 'unlogged ' else '' end
+        || format('sequence %%s as %%s', o.relname, format_type(s.seqtypid, null))
     from ours o join pg_sequence s on s.seqrelid = o.oid
     union all
     select 3, o.relname, 0, case o.relpersistence when 'u' then 'unlogged ' else '' end || 'table ' || o.relname
