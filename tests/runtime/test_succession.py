@@ -286,6 +286,41 @@ async def test_handler_that_ends_during_the_hand_over_is_completed_under_the_new
     assert work.starts == Counter(range(2))
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+async def test_flush_that_waits_for_a_succession_writes_what_is_left_to_it(
+    conductor: Conductor, query: Any, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """What it was about to send is not ours any more: sent all the same, its answer was taken for that of the outcomes
+    noted since, which were never written, and their claims kept for ever.
+    """
+    work = Work(conductor)
+    async with conductor, trio.open_nursery() as nursery:
+        handles = await work.task.invoke_many([work.task.bind(n) for n in range(3)])
+        orchestrator = work.orchestrator()
+        await nursery.start(orchestrator.run)
+        await until(lambda: len(work.starts) == 3)
+        query(NEW_SERVER)
+        query("update pgconductor._private_executions set state = 'ready', owner = null, claim_no = 0, attempt = 0,"
+              " claimed_at = null where id = %s", handles[0].id)  # fmt: skip
+        gate = Gate(monkeypatch, b"succeed_orchestrator", after=False)
+        beat(orchestrator)
+        await gate.until_reached()
+        (pipeline,) = orchestrator._pipelines
+        reopened = pipeline._lease._reopened
+        assert reopened is not None
+        work.let_go(0)
+        await until(lambda: reopened.statistics().tasks_waiting == 2)  # the claim, by its sweep, and the flush
+        if not is_alone:
+            work.let_go(1)
+            await until(lambda: pipeline.statistics().unflushed == 2)
+        gate.resume.set()
+        await until(lambda: orchestrator.statistics().successions == 1)
+        work.let_go(1, 2)
+        await until(lambda: query(FINISHED) == [("completed", 1, 1, 0, 3)])
+        orchestrator.stop()
+    assert work.starts == Counter([0, 0, 1, 2])
+
+
 async def test_what_others_have_taken_over_is_not_succeeded(conductor: Conductor, query: Any) -> None:
     """Declared dead, there is nothing to save: everything is cancelled, and the next incarnation is a new one."""
     work = Work(conductor)

@@ -229,7 +229,10 @@ class Flusher:
 
     async def _write(self, link: Link) -> None:
         """Send the oldest outcomes once, and forget those that the database has answered for."""
-        batch = self.outcomes[: self._size]
+        await self._lease.until_open()  # a succession may take away some of them
+        batch = self._next_batch()
+        if not batch:
+            return
         refused = await self._send(link, batch, None)
         if refused is None:
             return
@@ -250,6 +253,16 @@ class Flusher:
         self._count(batch, refused)
         self._written()
 
+    def _next_batch(self) -> list[Outcome]:
+        """The oldest outcomes that one call can write, moved to the front: those that begin a new life have their own."""
+        batch = self.outcomes[: self._size]
+        lives = [outcome for outcome in batch if outcome.kind == "continued"]
+        if lives and len(lives) < len(batch):
+            ends = [outcome for outcome in batch if outcome.kind != "continued"]
+            self.outcomes[: len(batch)] = [*ends, *lives]
+            return ends
+        return batch
+
     async def _ask(self, link: Link) -> None:
         """Were outcomes of claims that were not handed over written, before the succession?"""
         former, stray = self._strays[0]
@@ -264,17 +277,13 @@ class Flusher:
         failpoint("flush.before")
         began = trio.current_time()
         try:
-            has_family = former is not None or any(map(self._has_family, batch))
-            lives = [o for o in batch if o.kind == "continued"] if former is None else []
-            ends = [o for o in batch if o.kind != "continued"] if lives else batch
-            refused: dict[UUID, str] = {}
-            if ends:
+            if former is None and batch[0].kind == "continued":
+                refused = await self._lease.attempt(link, lambda owner: self._calls.continue_as_new(owner, batch))
+            else:
+                has_family = former is not None or any(map(self._has_family, batch))
                 refused = await self._lease.attempt(
-                    link, lambda owner: self._calls.flush(former or owner, ends, has_family=has_family)
+                    link, lambda owner: self._calls.flush(former or owner, batch, has_family=has_family)
                 )
-            if lives:
-                new = await self._lease.attempt(link, lambda owner: self._calls.continue_as_new(owner, lives))
-                refused = {**refused, **new}
         except Unstorable as error:
             if len(batch) > 1:
                 self._size = len(batch) // 2

@@ -34,7 +34,8 @@ database):
   the new id. A payload: not found; asked for again under the new id.
 - H's own reply lost. Had it been carried out, we are known by the new id: the next try hands over from that one first,
   then from the old one, each to yet another id. Whichever is refused does nothing.
-- a handler ends between the list of claims and H's reply: its outcome waits, and is sorted by the reply like others.
+- a handler ends between the list of claims and H's reply: its outcome waits, and is sorted by the reply like others;
+  so what a flush consists of is settled when it is sent (`until_open`), not before it has waited for H.
 - a claim that is not handed over is no longer ours: its handler is interrupted, nothing is charged or written. It may
   be running elsewhere by then: as with every lost lease, the fence in the database decides who is heard.
 - the lease ends before H is answered: all of it is cancelled; others recover the claims.
@@ -198,6 +199,11 @@ class Lease:
 
     # Calls that carry the id
 
+    async def until_open(self) -> None:
+        """Until no succession is under way. A call that is begun before the next checkpoint is not overtaken by one."""
+        while self._reopened is not None:
+            await self._reopened.wait()
+
     async def attempt(
         self, link: Sender, make: Callable[[UUID], Call[T]], *, timeout: float = float("inf"), shield: bool = False
     ) -> T:
@@ -206,8 +212,7 @@ class Lease:
         `timeout`: seconds from sending on. `shield`: a cancelled caller waits for the reply, so bound it. Raises
         `Unavailable` if there is no reply, `LeaseLost` without sending anything if the lease is over.
         """
-        while self._reopened is not None:
-            await self._reopened.wait()
+        await self.until_open()
         if not self.is_held():
             raise LeaseLost("the lease is over")
         scope = trio.CancelScope(deadline=trio.current_time() + timeout, shield=shield)
