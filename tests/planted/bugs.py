@@ -950,4 +950,23 @@ BUGS = (
         "            if isinstance(answer, BaseException):\n                return self._fail(self._unsettled(), answer)\n",
         ("tests/runtime/test_batches.py::test_each_answer_is_its_executions_own",),
     ),
+    Bug(
+        "flush-settled-too-early",
+        "what a flush consists of is settled after it has waited for a succession",
+        _FLUSHER,
+        "        await self._lease.until_open()  # a succession may take away some of them\n        batch = self._next_batch()\n",
+        "        batch = self._next_batch()\n        await self._lease.until_open()\n",
+        (
+            "tests/runtime/test_succession.py::"
+            "test_flush_that_waits_for_a_succession_writes_what_is_left_to_it[False]",
+        ),
+    ),
+    Bug(
+        "place-not-on-the-standby",
+        "a standby that is promoted has all that claims use",
+        "sql/migrations/0007_places.sql",
+        "create sequence @schema@._private_place_%s_look_at",
+        "create unlogged sequence @schema@._private_place_%s_look_at",
+        ("tests/failover/test_failover.py::test_everything_the_standby_has_can_be_used_once_it_is_promoted",),
+    ),
 )

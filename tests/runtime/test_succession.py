@@ -16,6 +16,7 @@ import trio
 from pgconductor import Conductor, Orchestrator
 from pgconductor.db.link import Link
 from pgconductor.errors import Unavailable
+from pgconductor.runtime.lease import Lease
 from pgconductor.tasks import Task
 
 LIMIT = 20.0
@@ -306,10 +307,17 @@ async def test_flush_that_waits_for_a_succession_writes_what_is_left_to_it(
         beat(orchestrator)
         await gate.until_reached()
         (pipeline,) = orchestrator._pipelines
-        reopened = pipeline._lease._reopened
-        assert reopened is not None
+        waits, until_open = trio.Event(), Lease.until_open
+
+        async def note_flush(lease: Lease) -> None:
+            if trio.lowlevel.current_task().name == "flush q":
+                waits.set()
+            await until_open(lease)
+
+        monkeypatch.setattr(Lease, "until_open", note_flush)
         work.let_go(0)
-        await until(lambda: reopened.statistics().tasks_waiting == 2)  # the claim, by its sweep, and the flush
+        with trio.fail_after(LIMIT):
+            await waits.wait()
         if not is_alone:
             work.let_go(1)
             await until(lambda: pipeline.statistics().unflushed == 2)
