@@ -41,7 +41,7 @@ def test_failover_loses_no_more_than_it_must(rounds: int, synchronous: bool, tmp
 
 
 def test_everything_the_standby_has_can_be_used_once_it_is_promoted() -> None:
-    """What is not in the WAL is not on the standby: an unlogged sequence is a page of zeroes there, and each use an error."""
+    """What is not in the WAL is not there: an unlogged sequence is a page of zeroes then, and each use an error."""
     with open_pair(synchronous=True) as pair:
         with psycopg.connect(pair.dsn, autocommit=True) as conn:
             migrate_sync(conn)

@@ -956,10 +956,7 @@ BUGS = (
         _FLUSHER,
         "        await self._lease.until_open()  # a succession may take away some of them\n        batch = self._next_batch()\n",
         "        batch = self._next_batch()\n        await self._lease.until_open()\n",
-        (
-            "tests/runtime/test_succession.py::"
-            "test_flush_that_waits_for_a_succession_writes_what_is_left_to_it[False]",
-        ),
+        ("tests/runtime/test_succession.py::test_flush_that_waits_for_a_succession_writes_what_is_left_to_it[False]",),
     ),
     Bug(
         "place-not-on-the-standby",

@@ -254,7 +254,7 @@ class Flusher:
         self._written()
 
     def _next_batch(self) -> list[Outcome]:
-        """The oldest outcomes that one call can write, moved to the front: those that begin a new life have their own."""
+        """The oldest outcomes that one call writes, moved to the front: those that begin a new life have their own."""
         batch = self.outcomes[: self._size]
         lives = [outcome for outcome in batch if outcome.kind == "continued"]
         if lives and len(lives) < len(batch):
