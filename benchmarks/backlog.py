@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--future", type=int, default=1_000_000, help="executions far in the future")
     parser.add_argument("--finished", type=int, default=10_000_000, help="executions that have finished")
     parser.add_argument("--ready", type=int, nargs="*", default=[100_000, 1_000_000], help="ready executions, rising")
-    parser.add_argument("--churn", type=float, default=70.0, help="seconds of each churn, 0: none")
+    parser.add_argument("--churn", type=float, default=70.0, help="seconds of each churn, 0: none at all")
+    parser.add_argument("--churn-under-snapshot", type=float, help="of the second one (default: the same)")
     parser.add_argument("--claims", type=int, default=100, help="claims of each kind, per run")
     parser.add_argument("--batch", type=int, default=100, help="executions per claim")
     options = parser.parse_args()
@@ -77,7 +78,8 @@ def main() -> None:
                 holder = stack.enter_context(psycopg.connect(pair.full.database.dsn))
                 holder.execute("set transaction isolation level repeatable read")
                 holder.execute("select count(*) from pgconductor._private_queues")  # takes the snapshot
-                pair.churn(options.churn)
+                second = options.churn_under_snapshot
+                pair.churn(options.churn if second is None else second)
                 pair.measure("after churn, old snapshot", options.runs, is_vacuumed=False)
                 holder.rollback()
             pair.check()

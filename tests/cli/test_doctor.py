@@ -16,9 +16,12 @@ from typer.testing import CliRunner
 
 from pgconductor.cli import app
 from pgconductor.db.address import Database as Address
+from pgconductor.db.schema import migrate_sync
 from pgconductor.doctor import Finding, Verdict, examine, inside, objects, server, vacuum, worst
 from pgconductor.doctor.finding import Judged
+from pgconductor.embedded import own_server
 from pgconductor.testing import Databases
+from pgconductor.testing.server import folder_in_memory
 
 OK, WARNING, PROBLEM, UNSEEN = Verdict.OK, Verdict.WARNING, Verdict.PROBLEM, Verdict.UNSEEN
 
@@ -101,6 +104,9 @@ def _inside(**change: Any) -> inside.Inside:
         (objects.judge_owner(None, "s"), UNSEEN, "migrate"),
         (objects.judge_public([], "s"), OK, "no rights"),
         (objects.judge_public(["f() (execute)"], "s"), PROBLEM, "revoke all on all routines"),
+        (objects.judge_locks(objects.Locks(3200, 64, 100)), OK, "3,200 locks"),
+        (objects.judge_locks(objects.Locks(3201, 64, 100)), WARNING, "max_locks_per_transaction = 192"),
+        (objects.judge_locks(objects.Locks(6401, 64, 100)), PROBLEM, "max_locks_per_transaction = 320"),
         (inside.judge_partitions(_INSIDE, "s"), OK, "1 queues"),
         (
             inside.judge_partitions(_inside(queues=[inside.Queue(1, "q", False, True)]), "s"),
@@ -169,7 +175,7 @@ def test_ailments_of_the_schema_are_seen_and_the_remedies_work(db: Database) -> 
     db.register_queue("r")
     before = _found(db.dsn)
     ours = ("schema", "autovacuum", "indexes", "partitions", "expiry", "dead_orchestrators", "unserved_tasks",
-            "public_rights", "clock", "notify_queue", "connections")  # fmt: skip
+            "public_rights", "clock", "locks", "notify_queue", "connections")  # fmt: skip
     assert {name: before[name].verdict for name in ours} == dict.fromkeys(ours, OK)
     db.invoke("r", task="t")
     db.invoke("r", task="nobody's")
@@ -243,6 +249,24 @@ def test_replication_slot_without_a_consumer_is_seen(db: Database) -> None:
         assert name in found.seen
     finally:
         db.value("select pg_drop_replication_slot(%s)", name)
+
+
+def test_server_without_room_for_the_locks_of_all_queues_is_told_what_to_raise() -> None:
+    """Nothing says so before `status` fails, "out of shared memory", and with it what workers do at that moment."""
+    few = {"max_locks_per_transaction": "10", "max_connections": "10", "max_wal_senders": "0"}
+    with own_server(settings=few, base_dir=folder_in_memory()) as small:
+        with psycopg.connect(small.dsn(), autocommit=True) as conn:
+            migrate_sync(conn)
+            for number in range(200):
+                conn.execute("select pgconductor.register_queue(%s)", (f"q{number}",))
+        found = _found(small.dsn())
+        assert found["locks"].verdict is PROBLEM
+        assert "max_locks_per_transaction" in (found["locks"].remedy or "")
+        for name in ("partitions", "expiry", "dead_orchestrators", "orchestrators", "unserved_tasks"):
+            assert (found[name].verdict, found[name].remedy) == (UNSEEN, found["locks"].remedy)
+        code, _, said = _run("status", "--dsn", small.dsn())
+        assert code == 3
+        assert "raise max_locks_per_transaction" in said
 
 
 def test_missing_schema_is_a_problem_and_the_server_is_looked_at_all_the_same(pgconductor_empty_dsn: str) -> None:

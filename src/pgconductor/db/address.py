@@ -131,6 +131,9 @@ def describe_server(conninfo: str) -> str:
     return ", ".join(said) or "libpq's defaults"
 
 
+_LOCKS = "max_locks_per_transaction"
+
+
 def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = False) -> PgconductorError | None:
     """Return our error for one of the driver's, to be raised from it, or None to let that one pass.
 
@@ -157,6 +160,11 @@ def explain(error: psycopg.Error, conninfo: str, doing: str, *, is_lost: bool = 
         return Unavailable(
             f"the connection to the server ({server}) was lost while {doing}; it may have taken effect or not: "
             f"repeat it, with a dedupe_key if it must not happen twice: {_said(error)}"
+        )
+    if isinstance(error, psycopg.errors.OutOfMemory) and _LOCKS in (error.diag.message_hint or ""):
+        return Unavailable(
+            f"the server ({server}) has no room for more locks while {doing}: raise {_LOCKS}, which takes a restart; "
+            f"a look at all queues locks all their partitions, and pgconductor doctor counts them"
         )
     return Unavailable(f"the server ({server}) could not serve while {doing}; try again later: {_said(error)}")
 

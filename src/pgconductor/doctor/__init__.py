@@ -19,7 +19,7 @@ from ..db.call import Call
 from ..db.migrating import check_gen
 from ..db.session import SyncSession
 from ..db.sql_files import load_source, validate_schema_name
-from ..errors import Incompatible, Refused, SchemaTooNew
+from ..errors import Incompatible, Refused, SchemaTooNew, Unavailable
 from . import inside as schema_inside
 from . import objects, server, vacuum
 from .finding import Finding, Judged, Verdict, gravest
@@ -39,7 +39,8 @@ def findings(ask: Ask, schema: str) -> list[Finding]:
     """Ask for all facts and judge them; in the order in which they are to be read."""
     first, version = _look_at_schema(ask, schema)
     settings = _once(lambda: ask(server.SERVER))
-    inside = _once(lambda: ask(schema_inside.inside(schema)))
+    locks = _once(lambda: objects.judge_locks(ask(objects.locks(schema))))
+    inside = _once(lambda: _look_inside(ask, schema, locks))
     checks: list[tuple[str, Callable[[], Judged]]] = [
         ("server_version", lambda: server.judge_version(settings())),
         ("durability", lambda: server.judge_durability(settings())),
@@ -57,6 +58,7 @@ def findings(ask: Ask, schema: str) -> list[Finding]:
             ("owner", lambda: objects.judge_owner(ask(objects.owner(schema)), schema)),
             ("public_rights", lambda: objects.judge_public(ask(objects.public_rights(schema)), schema)),
             ("indexes", lambda: objects.judge_indexes(ask(objects.invalid_indexes(schema)), schema)),
+            ("locks", locks),
             ("partitions", lambda: schema_inside.judge_partitions(inside(), schema)),
             ("expiry", lambda: schema_inside.judge_expiry(inside(), schema)),
             ("dead_orchestrators", lambda: schema_inside.judge_orphans(inside())),
@@ -90,9 +92,26 @@ def worst(found: Iterable[Finding]) -> Verdict:
     return gravest(finding.verdict for finding in found)
 
 
+class _Unseen(Exception):
+    """What could not be looked at, and what helps."""
+
+
+def _look_inside(ask: Ask, schema: str, locks: Callable[[], Judged]) -> schema_inside.Inside:
+    """It locks each queue's partition, for which there may be no room."""
+    try:
+        return ask(schema_inside.inside(schema))
+    except Unavailable as error:
+        verdict, _, remedy = locks()
+        if verdict is Verdict.OK:
+            raise
+        raise _Unseen(str(error), remedy) from error
+
+
 def _run(name: str, judge: Callable[[], Judged]) -> Finding:
     try:
         return Finding(name, *judge())
+    except _Unseen as error:
+        return Finding(name, Verdict.UNSEEN, *error.args)
     except Refused as error:
         return Finding(name, Verdict.UNSEEN, str(error), "as the schema's owner: pgconductor grant --viewer ROLE")
 

@@ -1,7 +1,8 @@
-"""The schema's objects as PostgreSQL's catalogue shows them to anybody: owner, rights, indexes."""
+"""The schema's objects as PostgreSQL's catalogue shows them to anybody: owner, rights, indexes, their number."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from ..db.call import Call
@@ -28,6 +29,42 @@ def judge_indexes(invalid: list[str], schema: str) -> Judged:
         Verdict.PROBLEM,
         f"invalid indexes, which are written and never used: {listed(invalid)}",
         f"reindex index concurrently {identifier(schema)}.{identifier(invalid[0])}",
+    )
+
+
+class Locks(NamedTuple):
+    """How many tables and indexes a look at all queues locks, and for how many locks the server has room at least."""
+
+    relations: int
+    per_session: int  # max_locks_per_transaction
+    sessions: int  # that may be connected, or prepared
+
+
+def locks(schema: str) -> Call[Locks]:
+    return Call(
+        b"""
+        select (select count(*)::int4 from pg_catalog.pg_class c
+                    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                where n.nspname = %s and c.relkind in ('r', 'p', 'i', 'I')),
+            current_setting('max_locks_per_transaction')::int4,
+            current_setting('max_connections')::int4 + current_setting('max_prepared_transactions')::int4
+        """,
+        (schema,),
+        lambda rows: Locks._make(rows[0]),
+    )
+
+
+def judge_locks(found: Locks) -> Judged:
+    """Whoever is short of locks is short for all sessions: claims fail while somebody looks at all queues."""
+    room = found.per_session * found.sessions
+    seen = f"a look at all queues takes {found.relations:,} locks, the server has room for {room:,} at least"
+    if 2 * found.relations <= room:
+        return fine(seen)
+    wanted = 64 * math.ceil(4 * found.relations / found.sessions / 64)
+    return (
+        Verdict.PROBLEM if found.relations > room else Verdict.WARNING,
+        f"{seen}: when it has no more, statements of all sessions fail",
+        f"alter system set max_locks_per_transaction = {wanted}, and restart; or use fewer queues",
     )
 
 
