@@ -8,8 +8,9 @@ and claims that find nothing; where there is a backlog of ready ones, no claim i
 The situations add up: other queues, each a partition with ten executions far in the future; executions far in the
 future on the measured queue; finished ones; ready ones, in growing numbers, which are then removed. Then churn: for a
 while batches are inserted, claimed and finished as fast as it goes, with autovacuum as it is set (it looks once a
-minute by default, so a shorter churn may pass unseen). Then churn once more, with a transaction that holds its snapshot
-until the claims have been measured, so that no dead row can be removed.
+minute by default, so a shorter churn may pass unseen). With `--forget` its rows are not kept, only counted. Then churn
+once more, with a transaction that holds its snapshot until the claims have been measured, so that no dead row can be
+removed.
 
 Future, ready and finished rows are written by a few large statements straight into the tables, without the trigger, and
 vacuumed and analysed before anything is measured, so that autovacuum does not do it meanwhile; so are both queues
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument("--ready", type=int, nargs="*", default=[100_000, 1_000_000], help="ready executions, rising")
     parser.add_argument("--churn", type=float, default=70.0, help="seconds of each churn, 0: none at all")
     parser.add_argument("--churn-under-snapshot", type=float, help="of the second one (default: the same)")
+    parser.add_argument(
+        "--forget", action="store_true", help="keep no row of a churn: an hour of it has some 100 million"
+    )
     parser.add_argument("--claims", type=int, default=100, help="claims of each kind, per run")
     parser.add_argument("--batch", type=int, default=100, help="executions per claim")
     options = parser.parse_args()
@@ -73,13 +77,13 @@ def main() -> None:
                 pair.measure(f"{ready:,} ready", options.runs, with_empty=False)
             pair.remove_ready()
             if options.churn:
-                pair.churn(options.churn)
+                pair.churn(options.churn, options.forget)
                 pair.measure("after churn", options.runs, is_vacuumed=False)
                 holder = stack.enter_context(psycopg.connect(pair.full.database.dsn))
                 holder.execute("set transaction isolation level repeatable read")
                 holder.execute("select count(*) from pgconductor._private_queues")  # takes the snapshot
                 second = options.churn_under_snapshot
-                pair.churn(options.churn if second is None else second)
+                pair.churn(options.churn if second is None else second, options.forget)
                 pair.measure("after churn, old snapshot", options.runs, is_vacuumed=False)
                 holder.rollback()
             pair.check()
@@ -96,7 +100,7 @@ class _Claimer:
         self.database = database
         self._conn = conn
         self._owner: UUID = uuid4()
-        self.inserted = self.finished = 0
+        self.inserted = self.finished = self.forgotten = 0
         self.number = database.register_queue(_QUEUE)
         row = WorkerRow(_QUEUE, ["noop"], 100)
         run_sync(conn, _CALLS.register_orchestrator(self._owner, "by hand", 7200.0, "0", 1, [row]))
@@ -108,11 +112,14 @@ class _Claimer:
         claimed = run_sync(self._conn, call).claimed
         return claimed, time.perf_counter() - begun
 
-    def finish(self, claimed: list[Claimed]) -> None:
-        outcomes = [Outcome(item.id, item.claim_no, "completed", "null") for item in claimed]
+    def finish(self, claimed: list[Claimed], *, is_kept: bool = True) -> None:
+        keep = None if is_kept else 0.0
+        outcomes = [Outcome(item.id, item.claim_no, "completed", "null", keep=keep) for item in claimed]
         if run_sync(self._conn, _CALLS.flush(self._owner, outcomes)):
             self._bench.problem("a flush was refused")
         self.finished += len(outcomes)
+        if not is_kept:
+            self.forgotten += len(outcomes)
 
     def insert(self, count: int) -> None:
         self.database.invoke_many("noop", count, _QUEUE)
@@ -221,14 +228,14 @@ class _Pair:
         self._ready -= removed
         conn.execute(sql.SQL("vacuum (analyze) {}").format(table))
 
-    def churn(self, seconds: float) -> None:
+    def churn(self, seconds: float, is_forgotten: bool) -> None:
         """Insert, claim and finish as fast as it goes."""
         self._bench.step(f"churn of {seconds:g} s")
         deadline = time.monotonic() + seconds
         before = self.full.finished
         while time.monotonic() < deadline:
             self.full.insert(_CHURN)
-            self.full.finish(self.full.claim(_CHURN)[0])
+            self.full.finish(self.full.claim(_CHURN)[0], is_kept=not is_forgotten)
         self._bench.note("executions of a churn", self.full.finished - before, "")
         table = f"_private_queue_{self.full.number}"
         vacuums, dead = self.full.database.conn.execute(
@@ -297,7 +304,8 @@ class _Pair:
             claimer.finish_all()
         # What was written as ready and not removed was claimed, and so finished.
         self._empty.database.check_exactly_once(self._empty.finished)
-        self.full.database.check_exactly_once(self.full.finished + self._filled, scheduled=self._scheduled)
+        kept = self.full.finished - self.full.forgotten + self._filled
+        self.full.database.check_exactly_once(kept, scheduled=self._scheduled)
         if self.full.finished != self.full.inserted + self._ready:
             self._bench.problem(f"{self.full.finished} finished of {self.full.inserted + self._ready}")
 
