@@ -315,11 +315,31 @@ class Task(Invocable[P, R]):
         """Make a function the handler of executions of a former version, as ``@greet.former("1")``.
 
         They are run by whatever worker has the current task; what is invoked from now on is of the current version. It
-        has this task's name, queue and options, those of batches too, and parameters and a result of its own.
+        has this task's name, queue and options, and parameters and a result of its own. Of a former version whose
+        handler got many executions at once: `batch_former`.
         `version`: 1 to 64 bytes without "@". Returns the version as a `Task`, whose `invoke` makes an execution of it.
         Raises `InvalidTask` for what cannot be a task, for a version that is there already, and on a task that is a
         former version itself; `InvalidOption` for what is no version.
         """
+        return cast("TaskDecorator", self._register_former(version, None))
+
+    def batch_former(
+        self, version: str, /, *, size: int | None = None, max_wait: float | timedelta | None = None
+    ) -> BatchTaskDecorator:
+        """As `former`, of a version whose handler gets many executions at once: ``@send.batch_former("1")``.
+
+        `size`, `max_wait`: as of `Conductor.batch_task`; by default this task's, if that is one of batches. Otherwise
+        `size` is needed: `InvalidOption` is raised without.
+        """
+        if self.batch is not None:
+            size = self.batch.size if size is None else size
+            max_wait = self.batch.max_wait if max_wait is None else max_wait
+        elif size is None:
+            raise InvalidOption(f"batch_former() of {self!r} needs size=, since the task itself is none of batches")
+        options = checked_batch(size, 0.0 if max_wait is None else max_wait)
+        return cast("BatchTaskDecorator", self._register_former(version, options))
+
+    def _register_former(self, version: str, batch: BatchOptions | None) -> Callable[..., Task[..., Any]]:
         if self.replaced_by is not None:
             raise InvalidTask(
                 f"{self!r} is a former version itself; declare version {version!r} with the current task's former()"
@@ -340,7 +360,7 @@ class Task(Invocable[P, R]):
                 keep_failed=self.keep_failed,
                 version=version,
                 limits=self.limits,
-                batch=self.batch,
+                batch=batch,
             )
             for other in self.versions:
                 if other.version == task.version:
@@ -354,7 +374,7 @@ class Task(Invocable[P, R]):
             self._former.append(task)
             return task
 
-        return cast("TaskDecorator", register)
+        return register
 
     @property
     def shape(self) -> Shape[R]:

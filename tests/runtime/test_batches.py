@@ -222,7 +222,7 @@ async def test_versions_are_not_mixed(conductor: Conductor) -> None:
         calls.append(("1", sorted(items)))
         return [len(item) for item in items]
 
-    number_1: Task[..., Any] = number.former("1")(former)
+    number_1 = number.batch_former("1")(former)
     assert number_1.batch == number.batch
     async with conductor:
         handles: list[Handle[Any]] = []
@@ -232,6 +232,40 @@ async def test_versions_are_not_mixed(conductor: Conductor) -> None:
         assert (await of(conductor, number).drain()).completed == 8
         assert [await handle.result(timeout=0) for handle in handles] == [0, 1, 2, 3]
     assert sorted(calls) == [("1", ["", "x", "xx", "xxx"]), ("2", [0, 1, 2, 3])]
+
+
+async def test_a_task_of_batches_was_one_of_single_executions_and_the_other_way_round(conductor: Conductor) -> None:
+    """What is in flight when the handler changes its kind is run by a handler of the kind it was made for."""
+    got: dict[str, list[object]] = {"gathered": [], "gathered 1": [], "single": [], "single 1": []}
+
+    @conductor.batch_task(queue="q", size=10, version="2")
+    async def gathered(items: list[int]) -> None:
+        got["gathered"] += items
+
+    @gathered.former("1")
+    async def gathered_1(first: int, second: int) -> int:
+        got["gathered 1"].append((first, second))
+        return first + second
+
+    @conductor.task(queue="q", version="2")
+    async def single(name: str) -> None:
+        got["single"].append(name)
+
+    @single.batch_former("1", size=3)
+    async def single_1(items: list[str]) -> list[str | Exception]:
+        got["single 1"] += items
+        return [item.upper() for item in items]
+
+    async with conductor:
+        for n in range(3):
+            await gathered.invoke(n)
+        added = await gathered_1.invoke(1, second=2)
+        await single.invoke("a")
+        shouted = [await single_1.invoke(word) for word in ("x", "y", "z")]
+        assert (await of(conductor, gathered, single).drain()).completed == 8
+        assert await added.result(timeout=0) == 3
+        assert [await each.result(timeout=0) for each in shouted] == ["X", "Y", "Z"]
+    assert got == {"gathered": [0, 1, 2], "gathered 1": [(1, 2)], "single": ["a"], "single 1": ["x", "y", "z"]}
 
 
 async def test_a_plain_function_gets_its_batch_in_a_thread(conductor: Conductor) -> None:

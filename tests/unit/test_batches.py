@@ -260,7 +260,7 @@ def test_options_are_those_of_a_task(conductor: Conductor) -> None:
         keep_completed=6, keep_failed=None, version="2",
     )  # fmt: skip
     task = declare(list_items)
-    former: Any = task.former("1")(with_context)
+    former: Any = task.batch_former("1")(with_context)
     for each in (task, former):
         assert each.batch is not None
         assert (each.batch.size, each.batch.max_wait, each.name, each.queue) == (1000, 60.0, "n", "q")
@@ -268,8 +268,24 @@ def test_options_are_those_of_a_task(conductor: Conductor) -> None:
         assert (each.keep_completed, each.keep_failed) == (6.0, None)
     assert (task.version, former.version) == ("2", "1")
     assert former.wants_context
+    other: Any = task.batch_former("0", size=5, max_wait=0)(sequence_items)
+    assert (other.batch.size, other.batch.max_wait) == (5, 0.0)
     with pytest.raises(InvalidTask, match="two tasks named"):
         declare(sequence_items)
+
+
+def test_former_version_of_batches_of_a_plain_task_needs_a_size(conductor: Conductor) -> None:
+    """It has no size to take over; the wrong kind of decorator is found out at the first execution."""
+
+    @conductor.task
+    async def plain(name: str) -> None: ...
+
+    with pytest.raises(InvalidOption, match=r"batch_former\(\) of <Task 'plain'.* needs size="):
+        plain.batch_former("1", max_wait=1)
+    with pytest.raises(InvalidOption, match="size of a batch"):
+        plain.batch_former("1", size=0)
+    former: Any = plain.batch_former("1", size=7)(list_items)
+    assert (former.batch.size, former.batch.max_wait, former.name) == (7, 0.0, "plain")
 
 
 def test_contexts_may_be_made_by_hand() -> None:

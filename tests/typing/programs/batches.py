@@ -97,6 +97,16 @@ async def forms(conductor: Tasks, sync_conn: psycopg.Connection[Any]) -> None:
     assert_type(send.bind(Mail("a")), Invocation[Sent])
     assert_type(await send.invoke_many([send.bind(Mail("a"))]), list[Handle[Sent]])
 
+    @send.batch_former("1")
+    async def send_1(ctx: BatchContext, addresses: list[str]) -> list[int | Exception]:
+        return []
+
+    @send.former("0")
+    async def send_0(to: str, subject: str) -> None: ...
+
+    assert_type(send_1, Task[[str], int])
+    assert_type(await send_0.invoke(to="a", subject="b"), Handle[None])
+
 
 async def parent(ctx: Context, task: Task[[Mail], Sent]) -> None:
     assert_type(await ctx.invoke("mail", task, Mail("a")), Sent)
