@@ -40,6 +40,7 @@ _CHILDREN = "src/pgconductor/children.py"
 _LEASE = "src/pgconductor/runtime/lease.py"
 _FLUSHER = "src/pgconductor/runtime/flusher.py"
 _WORKER = "src/pgconductor/runtime/worker.py"
+_INTAKE = "src/pgconductor/runtime/intake.py"
 _STOCK = "src/pgconductor/runtime/stock.py"
 _BATCH = "src/pgconductor/runtime/batch.py"
 _LISTENER = "src/pgconductor/runtime/listener.py"
@@ -134,8 +135,8 @@ BUGS = (
     Bug(
         "lookout-kept-while-busy",
         "a lookout that can take no more calls the others",
-        _WORKER,
-        "if self.reactor.is_lookout and trio.current_time() >= self._alone_until():",
+        _INTAKE,
+        "if self._reactor.is_lookout and trio.current_time() >= self._alone_until():",
         "if False:",
         ("tests/runtime/test_reactor.py::test_lookout_whose_runners_are_busy_calls_the_others",),
     ),
@@ -150,8 +151,8 @@ BUGS = (
     Bug(
         "lookout-trusted",
         "who sleeps behind a lookout that hangs sleeps less the next time",
-        _WORKER,
-        "            self._backing.note_claim(max((item.waited for item in claimed), default=0.0))\n",
+        _INTAKE,
+        "            self.backing.note_claim(max((item.waited for item in claimed), default=0.0))\n",
         "",
         ("tests/runtime/test_reactor.py::test_lookout_that_hangs_costs_one_nap",),
     ),
@@ -174,9 +175,9 @@ BUGS = (
     Bug(
         "sleep-after-a-short-claim",
         "a worker looks again before it sleeps, unless its claim brought nothing at all",
-        _WORKER,
-        "is_in_vain = self._counts.claimed == before and self.reactor.is_watched",
-        "is_in_vain = self.reactor.is_watched",
+        _INTAKE,
+        "is_in_vain = self._counts.claimed == before and self._reactor.is_watched",
+        "is_in_vain = self._reactor.is_watched",
         (
             "tests/runtime/test_reactor.py::test_rows_that_a_rival_has_beside_one_that_the_worker_gets_come_back_when_it_dies",
         ),
@@ -184,8 +185,8 @@ BUGS = (
     Bug(
         "flag-up-on-a-busy-queue",
         "a worker of a busy queue that was woken in vain takes its flag down",
-        _WORKER,
-        "if drained and is_in_vain and not self._linger.is_lingering:",
+        _INTAKE,
+        "if drained and is_in_vain and not self.linger.is_lingering:",
         "if drained and is_in_vain:",
         ("tests/runtime/test_reactor.py::test_worker_of_a_busy_queue_that_was_woken_in_vain_takes_its_flag_down",),
     ),
@@ -607,7 +608,7 @@ BUGS = (
     Bug(
         "lost-claim-forgotten",
         "after a claim whose reply was lost, what we do not know of is given back",
-        _WORKER,
+        _INTAKE,
         "self._reconcile_at[:] = [now, now + 31.0]",
         "self._reconcile_at[:] = [now + 3100.0]",
         ("tests/faults/test_ambiguous.py::test_lost_flush_or_claim_costs_no_run_and_no_second_end",),

@@ -281,7 +281,7 @@ async def test_worker_of_a_busy_queue_that_was_woken_in_vain_takes_its_flag_down
     with session(pgconductor_dsn) as admin:
         async with place.open():
             await worker.until_asleep()
-            worker.pipeline._linger.begin = worker.pipeline._linger.end = 0.0  # any rate is a high one
+            worker.pipeline.intake.linger.begin = worker.pipeline.intake.linger.end = 0.0  # any rate is a high one
             looks = len(worker.answers)
             admin.execute("select pg_notify(pgconductor._private_channel('q'), '')")
             await until(lambda: len(worker.answers) > looks)  # who looks has raised it anew
@@ -294,7 +294,7 @@ async def test_lingering_worker_whose_looks_take_long_looks_once(pgconductor_dsn
     with session(pgconductor_dsn) as admin:
         async with place.open():
             await worker.until_asleep()
-            linger = worker.pipeline._linger
+            linger = worker.pipeline.intake.linger
             linger.begin = linger.end = linger.longest_interval = 0.0  # any rate is a high one, any look a long one
             linger.patience = 1e9
             looks, claims = len(worker.answers), worker.pipeline.statistics().claims
@@ -311,7 +311,7 @@ async def test_who_came_too_late_the_last_time_lets_others_go_first(pgconductor_
         async with place.open():
             await worker.until_asleep()
             notified, claims = worker.reactor.notifications, worker.pipeline.statistics().claims
-            worker.pipeline._deference.delay = 3600.0
+            worker.pipeline.intake.deference.delay = 3600.0
             insert(admin, 1)
             await until(lambda: worker.reactor.notifications == notified + 1 and not worker.is_asleep)
             await trio.testing.wait_all_tasks_blocked(0.05)  # whoever was to claim has sent it
@@ -511,7 +511,7 @@ async def test_busy_worker_lingers_with_its_flag_down(pgconductor_dsn: str) -> N
     """Raising it after each of many empty claims would make producers notify at nearly every insert."""
     place = Workplace(pgconductor_dsn)
     worker = place.worker()
-    linger = worker.pipeline._linger
+    linger = worker.pipeline.intake.linger
     linger.period = LIMIT  # until the test has looked
     with session(pgconductor_dsn) as producer:
         async with place.open():
@@ -545,7 +545,7 @@ async def test_worker_behind_a_lookout_sleeps_with_its_flag_down_and_hears_its_c
     """Of ten workers all would ask to be notified of every insert, or all would look for it."""
     place = Workplace(pgconductor_dsn)
     worker = place.worker()
-    worker.pipeline._backing.nap = worker.pipeline._backing.longest = 3600.0
+    worker.pipeline.intake.backing.nap = worker.pipeline.intake.backing.longest = 3600.0
     with session(pgconductor_dsn) as lookout, session(pgconductor_dsn) as admin:
         lookout.execute("select pg_advisory_lock(%s)", [key_l(admin)])
         async with place.open():
@@ -564,7 +564,7 @@ async def test_lookout_that_hangs_costs_one_nap(pgconductor_dsn: str) -> None:
     """A worker whose event loop is blocked would keep all others of its queue from working."""
     place = Workplace(pgconductor_dsn)
     worker = place.worker()
-    backing = worker.pipeline._backing
+    backing = worker.pipeline.intake.backing
     with session(pgconductor_dsn) as lookout, session(pgconductor_dsn) as admin:
         lookout.execute("select pg_advisory_lock(%s)", [key_l(admin)])
         backing.patience = 0.0
@@ -581,7 +581,7 @@ async def test_one_of_two_busy_workers_is_the_lookout_until_it_stops(pgconductor
     place = Workplace(pgconductor_dsn)
     workers = [place.worker(), place.worker()]
     for worker in workers:
-        linger = worker.pipeline._linger
+        linger = worker.pipeline.intake.linger
         linger.begin = linger.end = 0.0  # any rate is a high one
         linger.period = 3600.0
     with session(pgconductor_dsn) as admin:
@@ -604,7 +604,7 @@ async def test_lookout_whose_runners_are_busy_calls_the_others(pgconductor_dsn: 
     """They sleep, since somebody looks; and that one can take no more."""
     place = Workplace(pgconductor_dsn)
     worker = place.worker(concurrency=1)
-    linger = worker.pipeline._linger
+    linger = worker.pipeline.intake.linger
     linger.begin = linger.end = 0.0
     linger.period = 3600.0
     go_on = place.hold(1)

@@ -186,7 +186,7 @@ async def test_claim_that_hangs_does_not_hold_up_the_next_incarnation(
     pgconductor_dsn: str, query: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its shield is for a stop, to hear what it brought; with the lease gone that is nothing."""
-    monkeypatch.setattr("pgconductor.runtime.worker._CLAIM_TIMEOUT", 3600.0)
+    monkeypatch.setattr("pgconductor.runtime.intake._CLAIM_TIMEOUT", 3600.0)
     async with open_chaos_proxy(pgconductor_dsn) as proxy:
         conductor = Conductor(proxy.dsn)
         ran = trio.Event()

@@ -27,7 +27,8 @@ from pgconductor.model import Claimed
 from pgconductor.runtime.errands import Errands
 from pgconductor.runtime.lease import Lease, boot_clock
 from pgconductor.runtime.listener import Listener
-from pgconductor.runtime.worker import Pipeline, Starts, Surroundings, WorkerCounts
+from pgconductor.runtime.load import WorkerCounts
+from pgconductor.runtime.worker import Pipeline, Starts, Surroundings
 from pgconductor.tasks import NotifyMode, Task
 
 Place = Literal["before look", "after look", "before sleep", "after sleep"]

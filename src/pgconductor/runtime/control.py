@@ -136,7 +136,7 @@ class Control:
         strays = {claim for claim in requested if not any(p.holds(*claim) for p in self._pipelines.values())}
         if strays & self._strays:
             for pipeline in self._pipelines.values():
-                pipeline.look_for_strays()
+                pipeline.intake.look_for_strays()
         self._strays = strays
 
     def _log_overdue(self) -> None:

@@ -40,9 +40,9 @@ from .errands import Errands
 from .housekeeping import keep_house
 from .lease import Lease, heartbeat_interval, trusted
 from .listener import Listener
-from .load import look_at_machine
+from .load import WorkerCounts, look_at_machine
 from .suspects import Suspects
-from .worker import Pipeline, Starts, Surroundings, WorkerCounts
+from .worker import Pipeline, Starts, Surroundings
 
 logger = logging.getLogger("pgconductor.orchestrator")
 

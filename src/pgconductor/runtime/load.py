@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from ..db.calls import WorkerLoad
 from .flusher import FlushCounts
@@ -53,6 +54,33 @@ class Occupancy:
         self._counted_at = now
 
 
+@dataclass(slots=True)
+class WorkerCounts:
+    """Counts of one worker over all incarnations; `short_claims` and `locked_claims` as `WorkerLoad` has them."""
+
+    claims: int = 0
+    empty_claims: int = 0
+    short_claims: int = 0
+    locked_claims: int = 0
+    claiming_seconds: float = 0.0  # in all
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    claimed: int = 0
+    flushed: FlushCounts = field(default_factory=FlushCounts)
+    pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
+    claim_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
+
+    def note_claim(self, seconds: float, *, asked: int, got: int) -> None:
+        """A claim was answered, after so many seconds."""
+        self.claims += 1
+        self.claim_seconds.append(seconds)
+        self.claiming_seconds += seconds
+        if got:
+            self.claimed += got
+            self.short_claims += got < asked
+        else:
+            self.empty_claims += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What is told of the process as a whole: its CPU seconds, all threads; runnable processes per core around it."""
@@ -70,23 +98,12 @@ def look_at_machine() -> Machine:
     return Machine(time.process_time(), load)
 
 
-def describe(
-    queue: str,
-    machine: Machine,
-    flushed: FlushCounts,
-    *,
-    claims: int,
-    empty_claims: int,
-    short_claims: int,
-    locked_claims: int,
-    claimed: int,
-    busy_seconds: float,
-    claim_seconds: float,
-) -> WorkerLoad:
-    """What is told of one worker."""
+def describe(queue: str, machine: Machine, counts: WorkerCounts, now: float) -> WorkerLoad:
+    """What is told of one worker; `now` is Trio's time."""
+    flushed = counts.flushed
     ended = sum(flushed.outcomes.get(kind, 0) for kind in _ENDS)
-    claimed -= flushed.outcomes.get("released", 0)
+    claimed = counts.claimed - flushed.outcomes.get("released", 0)
     return WorkerLoad(
-        queue, claims, empty_claims, short_claims, locked_claims, claimed, ended, busy_seconds, claim_seconds,
-        flushed.seconds, machine.cpu_seconds, machine.load,
+        queue, counts.claims, counts.empty_claims, counts.short_claims, counts.locked_claims, claimed, ended,
+        counts.occupancy.seconds(now), counts.claiming_seconds, flushed.seconds, machine.cpu_seconds, machine.load,
     )  # fmt: skip

@@ -57,7 +57,8 @@ from ..version import VERSION
 from .flusher import Handlers
 from .incarnation import Bounds, Incarnation, Process, Wishes
 from .lease import Clock, Lease, boot_clock
-from .worker import Pipeline, Surroundings, WorkerCounts, WorkerStatistics
+from .load import WorkerCounts
+from .worker import Pipeline, Surroundings, WorkerStatistics
 
 if TYPE_CHECKING:
     from ..conductor import Conductor

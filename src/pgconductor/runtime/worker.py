@@ -1,7 +1,6 @@
 """The pipeline of one queue: claim → execute → flush, each with backpressure, none waiting for the others.
 
-    claim     asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps by the reactor's protocol when
-              there is none
+    claim     `intake.Intake` asks for free capacity plus a small stock (`pace.Prefetch`), and sleeps when there is none
     execute   a fixed set of runner tasks takes from the stock in memory, a single execution or a batch (`stock.py`);
               no task is spawned per execution
     flush     `flusher.Flusher` writes outcomes by size or age, on a connection of its own
@@ -27,9 +26,8 @@ import contextvars
 import logging
 import math
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -37,7 +35,7 @@ from uuid import UUID
 import trio
 
 from ..context import Context, Resources
-from ..db.calls import Calls, Claim, WorkerLoad
+from ..db.calls import Calls, WorkerLoad
 from ..db.link import Link, OutageLog, Target, backoff, open_link
 from ..db.transactions import Transactions
 from ..durable import Durable
@@ -49,12 +47,13 @@ from ..tasks import Task, Worker
 from .batch import Call
 from .errands import Errands
 from .execution import Berth, Interruption, attempt, cancelled, released
-from .flusher import MAX_FLUSH, FlushCounts, Flusher, Handlers, Held
+from .flusher import MAX_FLUSH, Flusher, Handlers, Held
+from .intake import Intake
 from .journal import ExecutionJournal, Journal
 from .lease import Lease
 from .listener import Listener
-from .load import Machine, Occupancy, describe
-from .pace import Backing, Deference, Linger, Prefetch
+from .load import Machine, WorkerCounts, describe
+from .pace import Prefetch
 from .reactor import Reactor, ReactorStatistics
 from .stock import Lot, Stock
 
@@ -63,11 +62,7 @@ logger = logging.getLogger("pgconductor.worker")
 _MAX_CLAIM = 1000
 _MAX_UNFLUSHED = 4 * MAX_FLUSH
 _STUCK_AFTER = 0.25  # seconds in stock after which an execution is given back for others to run
-_CLAIM_TIMEOUT = 5.0
 _SLICE = 0.001  # seconds after which a runner lets others have a turn, though its handlers never wait
-_ALONE = 0.01  # seconds without seeing the end of the queue after which a lookout wakes others;
-_ALONE_FOR_CLAIMS = 3  # and as many times what a claim takes
-_LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +91,6 @@ class WorkerStatistics:
     reactor: ReactorStatistics
     short_claims: int
     claim_seconds: tuple[float, ...]
-
-
-@dataclass(slots=True)
-class WorkerCounts:
-    """Counts of one worker over all incarnations; `short_claims` and `locked_claims` as `WorkerLoad` has them."""
-
-    claims: int = 0
-    empty_claims: int = 0
-    short_claims: int = 0
-    locked_claims: int = 0
-    claiming_seconds: float = 0.0  # in all
-    occupancy: Occupancy = field(default_factory=Occupancy)
-    claimed: int = 0
-    flushed: FlushCounts = field(default_factory=FlushCounts)
-    pickups: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
-    claim_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=2000))
 
 
 class Starts:
@@ -178,7 +157,6 @@ class Pipeline:
     ) -> None:
         """`queue_no`: as `register_queue` gave it."""
         self.worker = worker
-        self._queue_no = queue_no
         self._lease = lease
         self._starts = starts
         self._shared = shared
@@ -190,13 +168,9 @@ class Pipeline:
         self._per_runner = self._handlers.per_runner
         self._most_unflushed = worker.concurrency * self._per_runner + _MAX_UNFLUSHED
         self._prefetch = Prefetch(maximum=max(4000, 2 * worker.concurrency), unit=self._per_runner)
-        self._linger = Linger()
-        self._deference = Deference()
-        self._backing = Backing()
-        self._is_backing = False  # the next claim comes after a nap behind the lookout, which nobody has ended
-        self._drained_at = -math.inf
-        self._is_rival = False  # others were notified as well, and the next claim tells who was first
-        self._noted_notifications = 0
+        self.intake = Intake(
+            self, worker.queue, queue_no, self._handlers, lease, calls, self.reactor, counts, shared.outages, shared.rng
+        )
         self._limiter = trio.CapacityLimiter(worker.concurrency)
         self._max_claim = worker.claim_batch or _MAX_CLAIM
         self._counts = counts
@@ -219,16 +193,10 @@ class Pipeline:
         self._running = 0
         self._surplus = 0  # executions in the batches that run, beyond one for each
         self._requested: Mapping[UUID, tuple[int, str | None]] = {}
-        self._claims: Link | None = None
-        self._claim_ended = trio.Event()  # of the loop's latest claim
-        self._claim_ended.set()
-        self._claiming = trio.Lock()  # of whoever else claims, or looks for what we do not know of
-        self._reconcile_at: list[float] = []
-        self._locked_nap = _LOCKED / 4
         self._is_stopping = False
         self.has_abandoned = False  # a handler's thread runs on: its claim may only lapse
         self.unwritten: list[UUID] = []
-        self._intake = trio.CancelScope()
+        self._claiming = trio.CancelScope()
         self._runners = self.worker.concurrency  # that have not ended
         self._watching = trio.CancelScope()
         self._ripening = trio.CancelScope()
@@ -244,12 +212,7 @@ class Pipeline:
 
     def load(self, machine: Machine) -> WorkerLoad:
         """What the next heartbeat tells of it."""
-        counts = self._counts
-        return describe(
-            self.worker.queue, machine, counts.flushed, claims=counts.claims, empty_claims=counts.empty_claims,
-            short_claims=counts.short_claims, locked_claims=counts.locked_claims, claimed=counts.claimed,
-            busy_seconds=counts.occupancy.seconds(trio.current_time()), claim_seconds=counts.claiming_seconds,
-        )  # fmt: skip
+        return describe(self.worker.queue, machine, self._counts, trio.current_time())
 
     def __repr__(self) -> str:
         return f"<Pipeline of queue {self.worker.queue!r}, {self._running} running, {self._in_stock} in stock>"
@@ -263,7 +226,7 @@ class Pipeline:
     def stop(self) -> None:
         """Stop claiming; what is in stock goes back, what runs may go on. Idempotent, does not wait."""
         self._is_stopping = True
-        self._intake.cancel()
+        self._claiming.cancel()
 
     def interrupt(self) -> None:
         """Cancel the running handlers, and ask the threads of plain functions to end; what ends is given back."""
@@ -305,11 +268,6 @@ class Pipeline:
         held = self._held.get(execution)
         return held is not None and held.claimed.claim_no == claim_no
 
-    def look_for_strays(self) -> None:
-        """Have what the database thinks we hold, and we do not, given back soon."""
-        self._note_lost_claim()
-        self.reactor.wake()
-
     def nudge(self) -> None:
         """Somebody may have resolved what handlers here are parked for."""
         for durable in self._durables.values():
@@ -331,7 +289,7 @@ class Pipeline:
                 if held.interruption is not None:
                     held.interruption.abandon()
         self._stock.take_out(lambda held: not held.is_ours)
-        self._reconcile_at.clear()  # what we did not know of has been given back
+        self.intake.forget_strays()  # what we did not know of has been given back
         self._note_room()
 
     # Suspects
@@ -342,29 +300,16 @@ class Pipeline:
 
     async def claim_suspect(self) -> Held | None:
         """Claim one execution that is on its last life; it begins at `start_suspect`. Raises `Unavailable`."""
-        if self._claims is None or self._is_stopping:
+        claimed = None if self._is_stopping else await self.intake.claim_suspect()
+        if claimed is None:
             return None
-        link = self._claims
-        queue, handlers = self.worker.queue, self._handlers
-        async with self._claiming:
-            try:
-                claimed = await self._lease.attempt(
-                    link,
-                    lambda owner: self._calls.claim_suspect(queue, owner, handlers.names, handlers.versions),
-                    timeout=_CLAIM_TIMEOUT,
-                    shield=True,
-                )
-            except Unavailable:
-                self._note_lost_claim()
-                raise
-            if claimed is None:
-                return None
-            held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
+        # No checkpoint since the answer came: or it might be looked for as one that never came here.
+        held = self._held[claimed.id] = Held(claimed, trio.current_time(), suspected=trio.Event())
         return held
 
     async def clear_stock(self) -> None:
         """Give back what has not begun, with what a claim in flight brings, and wait until the database has it."""
-        await self._claim_ended.wait()
+        await self.intake.until_answered()
         self._give_back(self._stock.take_all())
         await self._flusher.until_empty()
 
@@ -399,7 +344,6 @@ class Pipeline:
             open_link(shared.target, "flush", self._outages, self._rng) as flushes,
             open_link(shared.target, "journal", self._outages, self._rng) as journal,
         ):
-            self._claims = claims
             self._journal = Journal(journal, self._lease, self._calls, self._outages, self._rng, left=self.errands.note)
             closing = trio.CancelScope()
             try:
@@ -413,9 +357,9 @@ class Pipeline:
                             for number in range(self.worker.concurrency):
                                 runners.start_soon(self._run_executions, claims, name=f"run {queue} {number}")
                             try:
-                                with self._intake:
+                                with self._claiming:
                                     task_status.started()
-                                    await self._claim_loop(claims)
+                                    await self.intake.run(claims)
                             finally:
                                 self._is_stopping = True
                                 self._ripening.cancel()
@@ -426,7 +370,6 @@ class Pipeline:
                         # Counted from here: handlers that take their time do not take it from what has ended.
                         closing.deadline = trio.current_time() + shared.last_words
             finally:
-                self._claims = None
                 self._counts.occupancy.clear(trio.current_time())
                 if not closing.cancelled_caught:
                     with trio.move_on_after(shared.last_words, shield=True):
@@ -435,9 +378,9 @@ class Pipeline:
                 if self._lease.is_lost:
                     self._counts.flushed.dropped += len(self.unwritten)
 
-    # Claiming
+    # Taking what is claimed: `intake.Taker`
 
-    def _wants_more(self) -> bool:
+    def wants_more(self) -> bool:
         """Free runners, or a stock that has run down; never more in hand than flushes keep up with, and nothing while
         one on its last life is about: what has been claimed would share its crash.
         """
@@ -449,74 +392,50 @@ class Pipeline:
         free = self.worker.concurrency - running
         return in_stock < free * self._per_runner or (in_stock * 2 < ahead and not (free == 0 and self._is_stuck()))
 
-    def _is_stuck(self) -> bool:
-        """Whether nobody has taken from the stock for long."""
-        return bool(self._ready) and trio.current_time() - self._stock.ready_since() > _STUCK_AFTER
+    def wanted(self) -> tuple[int, int]:
+        """What free runners take and a stock for later; what free runners take."""
+        free = (self.worker.concurrency - self._running) * self._per_runner
+        room = free + self._prefetch.size - self._stock.size
+        return max(1, min(room, self._max_claim)), free
 
-    async def _claim_loop(self, link: Link) -> None:
-        failures = 0
-        while True:
-            if not self._wants_more():
-                await self.reactor.lower()  # a saturated worker is not asleep
-                await self._wait_for_room()
-                await self._call_for_help()
-                continue
-            try:
-                if self._reconcile_at and trio.current_time() >= self._reconcile_at[0]:
-                    del self._reconcile_at[0]
-                    await self._reconcile(link)
-                    continue
-                before = self._counts.claimed
-                drained, due_in = await self._claim(link)
-                failures = 0
-                is_in_vain = self._counts.claimed == before and self.reactor.is_watched
-                if drained and is_in_vain and not self._linger.is_lingering:
-                    await self._sleep(due_in)
-                elif drained:
-                    await self._doze(link, due_in)
-                else:
-                    await self.reactor.lower()  # there is more than we can take: others need not wake us
-                    await self._call_for_help()
-            except Unavailable as error:
-                failures += 1
-                self._note_lost_claim()
-                await self.reactor.stand_down()
-                self._outages.warn("queue %r cannot be claimed from: %s", self.worker.queue, error)
-                await trio.sleep(backoff(failures, self._rng))
-            except LeaseLost:
-                # Dead, or the server was restarted: the heartbeat finds out, and saves what can be saved.
-                failures += 1
-                await self.reactor.stand_down()
-                self._lease.question()
-                await self._lease.until_answered()
-                await trio.sleep(backoff(failures, self._rng))
+    def take(self, claimed: Sequence[Claimed], *, asked: int, now: float) -> None:
+        """Into stock, and to the runners."""
+        self._prefetch.note_claim(
+            asked=asked, got=len(claimed), ran_dry=not self._ready and len(self._idle_runners) > 0
+        )
+        if not claimed:
+            return
+        put = self._stock.add if self._stock.has_lots else self._ready.append
+        for item in claimed:
+            held = Held(item, now)
+            self._held[item.id] = held
+            put(held)
+        if self._requested:
+            self.cancel(self._requested)
+        self._wake_runner()
 
-    def _note_lost_claim(self) -> None:
-        """The reply of a claim may be lost. The statement is over when its time limit is: look then once more."""
-        now = trio.current_time()
-        self._reconcile_at[:] = [now, now + 31.0]
+    def patience(self) -> float:
+        """A stock, however small, is looked after."""
+        return _STUCK_AFTER if self._ready else math.inf
 
-    async def _wait_for_room(self) -> None:
+    async def until_wanting(self, at_most: float) -> None:
         """Until a runner takes from the stock. A stock that nobody takes from goes back, for others to run."""
         self._room = trio.Event()
-        if self._wants_more():
+        if self.wants_more():
             return
-        longest = _STUCK_AFTER if self._ready else math.inf
-        if self.reactor.is_lookout:
-            longest = min(longest, max(0.0, self._alone_until() - trio.current_time()))
-        with trio.move_on_after(longest) as waiting:
+        with trio.move_on_after(min(at_most, self.patience())) as waiting:
             await self._room.wait()
         if waiting.cancelled_caught and self._is_stuck():
             self._give_back(self._stock.take_ready())
             self._prefetch.note_stuck()
 
-    async def _call_for_help(self) -> None:
-        """A lookout that for a while has not seen the end of the queue, with a runner free, wakes who relies on it."""
-        if self.reactor.is_lookout and trio.current_time() >= self._alone_until():
-            await self.reactor.stand_down()
+    def held(self) -> list[UUID]:
+        """Claimed here, and not flushed yet."""
+        return list(self._held)
 
-    def _alone_until(self) -> float:
-        return self._drained_at + max(_ALONE, _ALONE_FOR_CLAIMS * self._counts.claim_seconds[-1])
+    def _is_stuck(self) -> bool:
+        """Whether nobody has taken from the stock for long."""
+        return bool(self._ready) and trio.current_time() - self._stock.ready_since() > _STUCK_AFTER
 
     async def _ripen_lots(self) -> None:
         """Have batches begin that have waited for company long enough."""
@@ -532,149 +451,6 @@ class Pipeline:
                         self._room.set()
                         self.reactor.wake()
 
-    async def _claim(self, link: Link) -> tuple[bool, float | None]:
-        """Claim once. Returns whether the queue has no more for now, and when the next is due."""
-        self._claim_ended = trio.Event()
-        try:
-            return await self._claim_once(link)
-        finally:
-            self._claim_ended.set()
-
-    async def _claim_once(self, link: Link) -> tuple[bool, float | None]:
-        free = (self.worker.concurrency - self._running) * self._per_runner
-        room = free + self._prefetch.size - self._stock.size
-        limit = max(1, min(room, self._max_claim))
-        self.reactor.clear()
-        failpoint("claim.before")
-        asked_at = trio.current_time()
-        # Not interrupted by a stop: what it claims is then given back at once, instead of being found missing later.
-        answer: Claim = await self._lease.attempt(
-            link,
-            lambda owner: self._calls.claim(
-                self.worker.queue, owner, self._handlers.names, limit, self._queue_no, self._handlers.versions
-            ),
-            timeout=_CLAIM_TIMEOUT,
-            shield=True,
-        )
-        failpoint("claim.answered")
-        claimed, due_in = answer
-        now = trio.current_time()
-        self._counts.claims += 1
-        self._counts.claim_seconds.append(now - asked_at)
-        self._counts.claiming_seconds += now - asked_at
-        notified = self.reactor.notifications - self._noted_notifications
-        self._noted_notifications += notified
-        self._linger.note_arrivals(now, max(len(claimed), notified))
-        self._prefetch.note_claim(
-            asked=limit, got=len(claimed), ran_dry=not self._ready and len(self._idle_runners) > 0
-        )
-        if self._is_rival:
-            self._is_rival = False
-            self._deference.note_claim(len(claimed))
-        if self._is_backing:
-            self._is_backing = False
-            self._backing.note_claim(max((item.waited for item in claimed), default=0.0))
-        if len(claimed) < min(limit, free):
-            self._drained_at = now
-        if not claimed:
-            self._counts.empty_claims += 1
-            if due_in is not None and due_in <= _LOCKED:
-                self._counts.locked_claims += 1
-            return True, due_in
-        self._counts.claimed += len(claimed)
-        self._counts.short_claims += len(claimed) < limit
-        put = self._stock.add if self._stock.has_lots else self._ready.append
-        for item in claimed:
-            held = Held(item, now)
-            self._held[item.id] = held
-            put(held)
-        if self._requested:
-            self.cancel(self._requested)
-        self._wake_runner()
-        return len(claimed) < limit, None
-
-    async def _doze(self, link: Link, due_in: float | None) -> None:
-        """The queue had no more. Look on for a while if it is busy, else go to sleep by the reactor's protocol."""
-        if not self.reactor.can_be_woken:
-            await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
-            return
-        if self._linger.is_lingering:
-            if not self.has_free_runner:
-                await self.reactor.lower()  # it looks for its stock only
-            elif not await self.reactor.become_lookout():
-                await self._back_up(due_in)
-                return
-            claim_seconds = self._counts.claim_seconds
-            intervals = self._linger.intervals(lambda: claim_seconds[-1])
-            while (interval := next(intervals, None)) is not None:
-                await trio.sleep(interval)
-                if not self._wants_more():
-                    return
-                before = self._counts.claimed
-                drained, due_in = await self._claim(link)
-                if not drained:
-                    return
-                await self._call_for_help()
-                if self._counts.claimed > before:
-                    intervals = self._linger.intervals(lambda: claim_seconds[-1])
-        nap = 0.002
-        while self._wants_more() and self.reactor.can_be_woken:
-            is_quiet = await self.reactor.look()
-            if not self._wants_more():
-                return
-            if is_quiet is None:
-                await self._back_up(due_in)
-                return
-            before = self._counts.claimed
-            drained, due_in = await self._claim(link)
-            if self._counts.claimed > before:
-                return
-            if is_quiet:
-                await self._sleep(due_in)
-                return
-            await self.reactor.sleep(due_in, at_most=nap)
-            nap = min(2 * nap, 0.25)
-
-    async def _sleep(self, due_in: float | None) -> None:
-        """Sleep until there is something to do. What wakes all who sleep on the queue is left to the quickest."""
-        notified = self.reactor.notifications
-        await self.reactor.sleep(self._until_due(due_in), at_most=self._longest_sleep())
-        self._is_rival = self.reactor.notifications > notified
-        if self._is_rival and self._deference.delay > 0:
-            await trio.sleep(self._deference.delay * self._rng.uniform(0.5, 1.0))
-
-    async def _back_up(self, due_in: float | None) -> None:
-        """Sleep while another worker looks for us too. What it has locked, it has seen."""
-        notified = self.reactor.notifications
-        nap = self._backing.nap * self._rng.uniform(0.8, 1.0)
-        due_in = None if due_in is not None and due_in <= _LOCKED else due_in
-        await self.reactor.sleep(due_in, at_most=min(nap, self._longest_sleep()))
-        self._is_backing = self.reactor.notifications == notified
-
-    def _longest_sleep(self) -> float:
-        """A stock, however small, is looked after."""
-        return _STUCK_AFTER if self._ready else math.inf
-
-    def _until_due(self, due_in: float | None) -> float | None:
-        """How long to sleep. Rows that somebody has locked ask us back in 10 ms; those that stay locked, by an open
-        transaction of the user's, later and later.
-        """
-        if due_in is None or due_in > _LOCKED:
-            self._locked_nap = _LOCKED / 4
-            return due_in
-        self._locked_nap = min(2 * self._locked_nap, 0.25)
-        return max(due_in, self._locked_nap)
-
-    async def _reconcile(self, link: Link) -> None:
-        """Give back what the database thinks we hold and we never heard of."""
-        queue = self.worker.queue
-        async with self._claiming:
-            released = await self._lease.attempt(
-                link, lambda owner: self._calls.release_unknown(owner, queue, list(self._held))
-            )
-        if released:
-            logger.info("queue %r: %d executions of a claim whose reply was lost were given back", queue, released)
-
     async def _watch_end(self) -> None:
         """If a scope outside is cancelled, tell those whose handlers it cancels: it is not a scope of theirs."""
         with self._watching:
@@ -687,7 +463,7 @@ class Pipeline:
                             held.interruption.note_end()
 
     def _note_room(self) -> None:
-        if not self._room.is_set() and self._wants_more():
+        if not self._room.is_set() and self.wants_more():
             self._room.set()
 
     # Executing
