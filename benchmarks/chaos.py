@@ -745,7 +745,7 @@ class Report:
                 self.failures.append(f"too little went wrong: {name} {self.run.faults[name]} times, wanted {floor:g}")
         if minutes >= 3:
             for name, value in (
-                ("results fenced", totals["fenced"]),
+                ("leases lost", totals["fences"]),
                 ("claims recovered", self.figures["claims recovered"]),
                 ("bodies begun again", self.figures["bodies begun again"]),
                 ("crash loops", self.figures["crash loops"]),
