@@ -967,4 +967,23 @@ BUGS = (
         "create unlogged sequence @schema@._private_place_%s_look_at",
         ("tests/failover/test_failover.py::test_everything_the_standby_has_can_be_used_once_it_is_promoted",),
     ),
+    Bug(
+        "helpers-stay",
+        "who looks beside a lookout leaves when it is not needed any more",
+        _INTAKE,
+        "                if not await self._is_needed():\n",
+        "                if False:\n",
+        ("tests/runtime/test_reactor.py::test_of_those_that_have_helped_a_lookout_one_stays",),
+    ),
+    Bug(
+        "short-handlers-call-for-help",
+        "a lookout whose stock runs out keeps up, however much a claim brings",
+        _INTAKE,
+        "len(claimed) < (limit if is_empty else min(limit, free))",
+        "len(claimed) < min(limit, free)",
+        (
+            "tests/runtime/test_reactor.py::"
+            "test_lookout_whose_claims_bring_more_than_it_has_runners_keeps_up_if_its_stock_runs_out",
+        ),
+    ),
 )

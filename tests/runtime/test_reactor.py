@@ -7,6 +7,7 @@ steps of the worker by stopping it there (`workplace`), never by timing. How lon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -27,6 +28,7 @@ from runtime.workplace import (
 )
 
 from pgconductor.db.call import Call
+from pgconductor.model import Claimed
 
 
 async def test_insert_wakes_a_sleeping_worker_by_notify(pgconductor_dsn: str) -> None:
@@ -617,4 +619,61 @@ async def test_lookout_whose_runners_are_busy_calls_the_others(pgconductor_dsn: 
             await place.until_started(1)
             await until(lambda: not is_somebody_the_lookout(admin))
             assert len(list(witness.notifies(timeout=0))) == 1
+            go_on.set()
+
+
+async def test_of_those_that_have_helped_a_lookout_one_stays(
+    pgconductor_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once four workers had been needed for a moment, all four looked for as long as anything came."""
+    monkeypatch.setattr("pgconductor.runtime.intake._ALONE", -3600.0)  # each calls for help at once
+    monkeypatch.setattr("pgconductor.runtime.intake._ALONE_FOR_CLAIMS", 0)
+    place = Workplace(pgconductor_dsn)
+    workers = [place.worker(), place.worker()]
+    for worker in workers:
+        linger = worker.pipeline.intake.linger
+        linger.begin = linger.end = 0.0
+        linger.period = 3600.0
+    with session(pgconductor_dsn) as admin:
+        async with place.open():
+            for worker in workers:
+                claims = worker.pipeline.statistics().claims
+                await until(lambda: worker.pipeline.statistics().claims > claims + 2)  # noqa: B023
+            assert not is_somebody_the_lookout(admin)
+            monkeypatch.setattr("pgconductor.runtime.intake._ALONE", 3600.0)
+            await until(lambda: sum(worker.reactor.is_lookout for worker in workers) == 1)
+            (other,) = [worker for worker in workers if not worker.reactor.is_lookout]
+            naps = len(other.naps)
+            await until(lambda: len(other.naps) > naps)
+
+
+async def test_lookout_whose_claims_bring_more_than_it_has_runners_keeps_up_if_its_stock_runs_out(
+    pgconductor_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With short handlers each claim called for help, until all workers looked and nobody was the lookout."""
+    place = Workplace(pgconductor_dsn)
+    worker = place.worker(concurrency=1)
+    pipeline, intake, seen = worker.pipeline, worker.pipeline.intake, set[tuple[int, bool]]()
+    take = pipeline.take
+
+    def note(claimed: Sequence[Claimed], *, asked: int, now: float) -> None:
+        seen.add((len(claimed), intake._keeps_up))
+        take(claimed, asked=asked, now=now)
+
+    monkeypatch.setattr(pipeline, "take", note)
+    go_on = place.hold(21)
+    with session(pgconductor_dsn) as admin:
+        async with place.open():
+            await worker.until_asleep()
+            pipeline._prefetch.size = 100
+            insert(admin, *range(1, 21))
+            await place.until_started(*range(1, 21))
+            assert (20, True) in seen
+            await worker.until_asleep()
+            insert(admin, *range(21, 31))  # the first of them takes its time
+            await place.until_started(21)
+            insert(admin, *range(31, 34))
+            await until(lambda: any(count == 3 for count, _ in seen))
+            assert (3, False) in seen
+            assert (3, True) not in seen
             go_on.set()

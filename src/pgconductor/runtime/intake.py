@@ -38,6 +38,7 @@ logger = logging.getLogger("pgconductor.worker")
 _CLAIM_TIMEOUT = 5.0
 _ALONE = 0.01  # seconds without seeing the end of the queue after which a lookout wakes others;
 _ALONE_FOR_CLAIMS = 3  # and as many times what a claim takes
+_HELPS = 1.0  # seconds for which others look beside a lookout that has called for help
 _LOCKED = 0.01  # seconds that an empty claim tells if there are rows that others have locked
 
 
@@ -53,6 +54,10 @@ class Taker(Protocol):
 
     def wanted(self) -> tuple[int, int]:
         """How many executions to ask for at most, and how many of them could begin at once."""
+        ...
+
+    def has_stock(self) -> bool:
+        """Whether some that were claimed have not begun."""
         ...
 
     def patience(self) -> float:
@@ -107,7 +112,10 @@ class Intake:
         self._claim_ended.set()
         self._claiming = trio.Lock()  # of whoever else claims, or looks for what we do not know of
         self._reconcile_at: list[float] = []
-        self._drained_at = -math.inf
+        self._keeps_up = False  # the latest claim saw the end of the queue, and what it and others brought can begin
+        self._drained_at = -math.inf  # when one did
+        self._helps_until = -math.inf
+        self._heard_of = 0  # notifications
         self._locked_nap = _LOCKED / 4
         self._noted_notifications = 0
         self._is_backing = False  # the next claim comes after a nap behind the lookout, which nobody has ended
@@ -175,6 +183,7 @@ class Intake:
 
     async def _claim_once(self, link: Link) -> tuple[bool, float | None]:
         limit, free = self._taker.wanted()
+        is_empty = not self._taker.has_stock()
         self._reactor.clear()
         failpoint("claim.before")
         asked_at = trio.current_time()
@@ -199,7 +208,8 @@ class Intake:
         if self._is_backing:
             self._is_backing = False
             self.backing.note_claim(max((item.waited for item in claimed), default=0.0))
-        if len(claimed) < min(limit, free):
+        self._keeps_up = free > 0 and len(claimed) < (limit if is_empty else min(limit, free))
+        if self._keeps_up:
             self._drained_at = now
         self._taker.take(claimed, asked=limit, now=now)
         if claimed:
@@ -279,6 +289,9 @@ class Intake:
                 if not drained:
                     return
                 await self._call_for_help()
+                if not await self._is_needed():
+                    await self._back_up(due_in)
+                    return
                 if self._counts.claimed > before:
                     intervals = self.linger.intervals(lambda: claim_seconds[-1])
         nap = 0.002
@@ -331,6 +344,18 @@ class Intake:
         """A lookout that for a while has not seen the end of the queue, with a runner free, wakes who relies on it."""
         if self._reactor.is_lookout and trio.current_time() >= self._alone_until():
             await self._reactor.stand_down()
+
+    async def _is_needed(self) -> bool:
+        """Whether to go on looking: as the lookout, or beside one that has called for help lately. Of those beside it
+        one after the other tries to be the lookout, and leaves if there is one.
+        """
+        now, notified = trio.current_time(), self._reactor.notifications
+        if notified > self._heard_of:
+            self._heard_of = notified
+            self._helps_until = now + _HELPS * self._rng.uniform(0.5, 1.0)
+        if now < self._helps_until or not self._keeps_up:
+            return True
+        return await self._reactor.become_lookout()
 
     def _longest_wait(self) -> float:
         return max(0.0, self._alone_until() - trio.current_time()) if self._reactor.is_lookout else math.inf

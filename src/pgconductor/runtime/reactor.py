@@ -43,9 +43,10 @@ Of several workers that have run out of work on a busy queue, one keeps looking 
 down: the lookout, who holds a third lock, L. The others sleep with their flags down too, for a quarter of a second,
 as long as somebody else holds L: neither they nor their flags make inserts dearer (benchmarks/unsaturated.py). Each
 of those naps ends with a claim, so a lookout that hangs costs a quarter of a second, and less the next time
-(`pace.Backing`). A lookout that has more than it can take, or stops, notifies the channel, which wakes all. One that
-finds nothing any more raises M before it lets go of L; whoever looks then, and finds L free, goes to sleep by the
-protocol above. L goes with its session, like the others.
+(`pace.Backing`). A lookout that has more than it can take, or stops, notifies the channel, which wakes all. Those who
+are needed then look beside it; a second after the latest call, one after the other becomes the lookout, or leaves if
+there is one (`intake.py`). One that finds nothing any more raises M before it lets go of L; whoever looks then, and
+finds L free, goes to sleep by the protocol above. L goes with its session, like the others.
 
 What may fail only costs time. A look takes the lock and lets go in one expression, so no cancellation falls between;
 two that look at once make one another see a flag that is not raised: one NOTIFY too many, or one nap of 2 ms. Locks

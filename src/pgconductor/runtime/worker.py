@@ -414,6 +414,10 @@ class Pipeline:
             self.cancel(self._requested)
         self._wake_runner()
 
+    def has_stock(self) -> bool:
+        """Of single executions; what waits for company in a batch waits on purpose."""
+        return bool(self._ready)
+
     def patience(self) -> float:
         """A stock, however small, is looked after."""
         return _STUCK_AFTER if self._ready else math.inf
