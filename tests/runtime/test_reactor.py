@@ -651,6 +651,7 @@ async def test_lookout_whose_claims_bring_more_than_it_has_runners_keeps_up_if_i
     pgconductor_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With short handlers each claim called for help, until all workers looked and nobody was the lookout."""
+    monkeypatch.setattr("pgconductor.runtime.worker._STUCK_AFTER", LIMIT)
     place = Workplace(pgconductor_dsn)
     worker = place.worker(concurrency=1)
     pipeline, intake, seen = worker.pipeline, worker.pipeline.intake, set[tuple[int, bool]]()
@@ -666,13 +667,16 @@ async def test_lookout_whose_claims_bring_more_than_it_has_runners_keeps_up_if_i
         async with place.open():
             await worker.until_asleep()
             pipeline._prefetch.size = 100
-            insert(admin, *range(1, 21))
+            with admin.transaction():  # for one claim
+                insert(admin, *range(1, 21))
             await place.until_started(*range(1, 21))
             assert (20, True) in seen
             await worker.until_asleep()
-            insert(admin, *range(21, 31))  # the first of them takes its time
+            with admin.transaction():  # for one claim; the first of them takes its time
+                insert(admin, *range(21, 31))
             await place.until_started(21)
-            insert(admin, *range(31, 34))
+            with admin.transaction():  # for one claim
+                insert(admin, *range(31, 34))
             await until(lambda: any(count == 3 for count, _ in seen))
             assert (3, False) in seen
             assert (3, True) not in seen
