@@ -21,6 +21,10 @@ from pgconductor.tasks import Task
 
 LIMIT = 20.0
 NEW_SERVER = "update pgconductor._private_orchestrators set server_epoch = 'an earlier life' where died_at is null"
+FORGET = (  # a claim whose asynchronous commit a crash has lost
+    "update pgconductor._private_executions set state = 'ready', owner = null, claim_no = 0, attempt = 0,"
+    " claimed_at = null where id = %s"
+)
 FINISHED = (
     "select state::text, claim_no, attempt, crashes, count(*) from pgconductor._private_finished group by 1, 2, 3, 4"
 )
@@ -166,8 +170,7 @@ async def test_claims_that_the_crash_forgot_are_interrupted_and_charged_nothing(
         await until(lambda: len(work.starts) == 4)
         query(NEW_SERVER)
         # What the crash left: two claims never happened, one of them already taken by another.
-        query("update pgconductor._private_executions set state = 'ready', owner = null, claim_no = 0, attempt = 0,"
-              " claimed_at = null where id = %s", handles[0].id)  # fmt: skip
+        query(FORGET, handles[0].id)
         query("update pgconductor._private_executions set owner = gen_random_uuid() where id = %s", handles[1].id)
         beat(orchestrator)
         await until(lambda: orchestrator.statistics().successions == 1)
@@ -301,8 +304,7 @@ async def test_flush_that_waits_for_a_succession_writes_what_is_left_to_it(
         await nursery.start(orchestrator.run)
         await until(lambda: len(work.starts) == 3)
         query(NEW_SERVER)
-        query("update pgconductor._private_executions set state = 'ready', owner = null, claim_no = 0, attempt = 0,"
-              " claimed_at = null where id = %s", handles[0].id)  # fmt: skip
+        query(FORGET, handles[0].id)
         gate = Gate(monkeypatch, b"succeed_orchestrator", after=False)
         beat(orchestrator)
         await gate.until_reached()

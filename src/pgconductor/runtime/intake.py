@@ -114,8 +114,7 @@ class Intake:
         self._reconcile_at: list[float] = []
         self._keeps_up = False  # the latest claim saw the end of the queue, and what it and others brought can begin
         self._drained_at = -math.inf  # when one did
-        self._helps_until = -math.inf
-        self._heard_of = 0  # notifications
+        self._helps_until = -math.inf  # a lookout has called for help, or somebody has notified
         self._locked_nap = _LOCKED / 4
         self._noted_notifications = 0
         self._is_backing = False  # the next claim comes after a nap behind the lookout, which nobody has ended
@@ -202,6 +201,8 @@ class Intake:
         notified = self._reactor.notifications - self._noted_notifications
         self._noted_notifications += notified
         self.linger.note_arrivals(now, max(len(claimed), notified))
+        if notified:
+            self._helps_until = now + _HELPS * self._rng.uniform(0.5, 1.0)
         if self._is_rival:
             self._is_rival = False
             self.deference.note_claim(len(claimed))
@@ -349,11 +350,7 @@ class Intake:
         """Whether to go on looking: as the lookout, or beside one that has called for help lately. Of those beside it
         one after the other tries to be the lookout, and leaves if there is one.
         """
-        now, notified = trio.current_time(), self._reactor.notifications
-        if notified > self._heard_of:
-            self._heard_of = notified
-            self._helps_until = now + _HELPS * self._rng.uniform(0.5, 1.0)
-        if now < self._helps_until or not self._keeps_up:
+        if trio.current_time() < self._helps_until or not self._keeps_up:
             return True
         return await self._reactor.become_lookout()
 
