@@ -523,3 +523,21 @@ def test_producers_do_not_begin_anew(pgconductor_dsn: str, query: Query) -> None
     finally:
         query(f"drop owned by {role}")
         query(f"drop role {role}")
+
+
+async def test_ends_and_new_lives_of_one_moment_are_each_written(conductor: Conductor) -> None:
+    """One flush has both, and they are written by different calls."""
+
+    @conductor.task(queue="q")
+    async def ends_or_not(ctx: Context, n: int) -> int:
+        if n % 2:
+            await ctx.continue_as_new(n=n - 1)
+        return n
+
+    async with conductor:
+        handles = await ends_or_not.invoke_many([ends_or_not.bind(n) for n in range(20)])
+        worker = conductor.create_worker(queue="q", tasks=[ends_or_not], concurrency=20, flush_interval=1.0)
+        drained = await Orchestrator(conductor, workers=[worker]).drain()
+        assert [await handle.result(timeout=0) for handle in handles] == [n - n % 2 for n in range(20)]
+    assert drained.completed == 20
+    assert drained.failed == 0
